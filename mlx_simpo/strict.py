@@ -1,0 +1,224 @@
+"""Strict reading of settings into frozen dataclasses: an unknown name, a wrong type or an
+impossible value is an error that names the field, the value, the rule and the nearest right name.
+
+A settings class derives from `Section` and declares each field with `setting(default, help, rule)`;
+that declaration is the only place where a field's default, meaning and rule stand. YAML files,
+``key=value`` overrides and Python keyword arguments all end in the same checks.
+"""
+
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import yaml
+
+from .errors import SimPOError
+
+
+class Rule(NamedTuple):
+    """What a value must be, in words and as a test."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Rule("greater than 0", lambda v: v > 0)
+NOT_NEGATIVE = Rule("0 or greater", lambda v: v >= 0)
+FRACTION = Rule("at least 0 and less than 1", lambda v: 0 <= v < 1)
+SHARE = Rule("between 0 and 1", lambda v: 0 <= v <= 1)
+NOT_EMPTY = Rule("not empty", lambda v: len(v) > 0)
+
+
+def setting(default: Any = MISSING, help: str = "", rule: Rule | None = None) -> Any:
+    """A field of a `Section`: its default (none: required), what it means, and its rule."""
+    return field(default=default, metadata={"help": help, "rule": rule})
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of the settings classes: checks types and rules however an instance is made."""
+
+    NAME: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in fields(self):
+            path = f"{self.NAME}.{item.name}" if self.NAME else item.name
+            value = coerce(getattr(self, item.name), hints[item.name], path)
+            object.__setattr__(self, item.name, value)
+            rule: Rule | None = item.metadata.get("rule")
+            if rule is not None and value is not None and not rule.holds(value):
+                raise SimPOError(f"{path} is {value!r}; it must be {rule.text}")
+
+
+class RawText(str):
+    """A value from the command line: its type is decided by the field it is for."""
+
+
+def from_mapping(cls: type[Section], given: Mapping[str, Any], root: type[Section]) -> Any:
+    """An instance of ``cls`` from nested mappings; ``root`` is searched for the nearest name."""
+    hints = typing.get_type_hints(cls)
+    known = {item.name: item for item in fields(cls)}
+    values = {}
+    for name, value in given.items():
+        path = f"{cls.NAME}.{name}" if cls.NAME else str(name)
+        if name not in known:
+            raise SimPOError(f"unknown setting {path!r}{nearest_name(path, root)}")
+        hint = hints[name]
+        if is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise SimPOError(f"{path} is {value!r}; it must be a group of settings ({path}: …)")
+            value = from_mapping(typing.cast(type[Section], hint), value, root)
+        values[name] = value
+    for name, item in known.items():
+        if name not in values and is_required(item):
+            path = f"{cls.NAME}.{name}" if cls.NAME else name
+            raise SimPOError(f"{path} is missing; it must be given ({item.metadata['help']})")
+    return cls(**values)
+
+
+def is_required(item: Field) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def all_settings(cls: type[Section]) -> Iterator[tuple[str, Field, Any]]:
+    """(dotted name, field, type) of every setting under ``cls``, in order."""
+    hints = typing.get_type_hints(cls)
+    for item in fields(cls):
+        hint = hints[item.name]
+        if is_dataclass(hint):
+            yield from all_settings(typing.cast(type[Section], hint))
+        else:
+            yield (f"{cls.NAME}.{item.name}" if cls.NAME else item.name), item, hint
+
+
+# Names that other libraries use for the same thing, or for something users take for it.
+ALIASES = {
+    "gamma": "objective.gamma_beta_ratio (the target margin divided by beta)",
+    "simpo_gamma": "objective.gamma_beta_ratio (TRL's simpo_gamma divided by beta)",
+    "cpo_alpha": "objective.sft_weight",
+    "lr": "train.learning_rate",
+    "alpha": "lora.lora_alpha",
+    "r": "lora.rank",
+    "use_dora": "lora.dora",
+    "use_rslora": "lora.rslora",
+    "max_seq_length": "data.max_length",
+    "iters": "train.steps",
+    "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "output_dir": "output",
+    "adapter_path": "output",
+}
+
+
+def nearest_name(path: str, root: type[Section]) -> str:
+    """A hint such as ``; did you mean 'lora.rank'?``, or an empty string."""
+    leaf = path.rpartition(".")[2]
+    names = [name for name, _, _ in all_settings(root)]
+    if leaf in ALIASES:
+        return f"; did you mean {ALIASES[leaf]}?"
+    same_leaf = [name for name in names if name.rpartition(".")[2] == leaf]
+    by_leaf = {name.rpartition(".")[2]: name for name in names}
+    close = difflib.get_close_matches(leaf, by_leaf, n=1)
+    found = same_leaf or [by_leaf[c] for c in close] or difflib.get_close_matches(path, names, n=1)
+    return f"; did you mean {found[0]!r}?" if found else "; `mlx-simpo train --help` lists them all"
+
+
+def coerce(value: Any, hint: Any, path: str) -> Any:
+    """``value`` as the type ``hint`` wants it.
+
+    An integer is taken where a real number is wanted; nothing else is converted.
+
+    Raises:
+        SimPOError: the value is not of that type.
+    """
+    options = options_of(hint)
+    if isinstance(value, RawText):
+        value = read_raw(value, options, path)
+    for option in options:
+        if matches(value, option):
+            if option is float:
+                return float(value)
+            return tuple(value) if isinstance(value, list) else value
+    wanted = " or ".join(describe(option) for option in options)
+    raise SimPOError(f"{path} is {value!r}; it must be {wanted}")
+
+
+def matches(value: Any, option: Any) -> bool:
+    """Whether ``value`` is acceptable where the type ``option`` is declared."""
+    if option is types.NoneType:
+        return value is None
+    if typing.get_origin(option) is Literal:
+        return value in typing.get_args(option)
+    if typing.get_origin(option) is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+    if option is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
+    return type(value) is option
+
+
+def options_of(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def read_raw(text: RawText, options: tuple[Any, ...], path: str) -> Any:
+    """A command-line value: plain text where only text is wanted, else YAML (12, 1e-6, [a, b])."""
+    textual = all(o in (str, types.NoneType) or typing.get_origin(o) is Literal for o in options)
+    if textual:
+        return None if text == "null" and types.NoneType in options else str(text)
+    return parse_yaml(text, path)
+
+
+def describe(option: Any) -> str:
+    names = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
+    if option is types.NoneType:
+        return "null"
+    if typing.get_origin(option) is Literal:
+        return "one of " + ", ".join(repr(v) for v in typing.get_args(option))
+    if typing.get_origin(option) is tuple:
+        return "a list of names"
+    return names.get(option, getattr(option, "__name__", str(option)))
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML in which 1e-6 is a number, yes/no/on/off are text, and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"{key!r} stands twice (line {line})")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_FLOAT = "tag:yaml.org,2002:float"
+StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+StrictLoader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|false)$"), list("tf"))
+StrictLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML under `StrictLoader`'s rules; ``where`` names the file or setting in an error."""
+    try:
+        return yaml.load(text, StrictLoader)
+    except yaml.YAMLError as error:
+        raise SimPOError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
