@@ -1,0 +1,107 @@
+"""The pairs of a source, what is left out of it and why, and the split into two parts.
+
+A row that breaks a rule is quarantined with its place and the reason: never trained on, never
+silently dropped.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import NamedTuple
+
+from ..errors import SimPOError
+from .records import Pair, Refused, parse_pair
+from .sources import read_rows
+
+
+class Quarantined(NamedTuple):
+    """A row that is not used, where it is, and why. ``reason`` is one of few, to be counted."""
+
+    source: str
+    reason: str
+    detail: str = ""
+
+    @property
+    def place(self) -> str:
+        return self.source + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass
+class PairSet:
+    """The usable pairs of a source, and the rows that are not."""
+
+    pairs: list[Pair]
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+
+def check_share(
+    usable: int, left_out: Sequence[Quarantined], max_quarantined: float, name: str
+) -> None:
+    """Refuse a source without a usable record, or with too many unusable ones.
+
+    Raises:
+        SimPOError: with the reasons, counted, and the first example of each.
+    """
+    total = usable + len(left_out)
+    if total == 0:
+        raise SimPOError(f"{name} is empty; it must hold at least one preference pair")
+    if usable and len(left_out) / total <= max_quarantined:
+        return
+    first = {q.reason: q for q in reversed(left_out)}
+    summary = "; ".join(
+        f"{count} × {reason}, e.g. {first[reason].place}"
+        for reason, count in count_reasons(left_out).items()
+    )
+    rule = f"more than data.max_quarantined={max_quarantined:g} allows" if usable else "all of them"
+    raise SimPOError(f"{name}: {len(left_out)} of {total} records are unusable, {rule}: {summary}")
+
+
+def count_reasons(left_out: Iterable[Quarantined]) -> dict[str, int]:
+    """How often each reason stands, the most frequent first."""
+    return dict(Counter(q.reason for q in left_out).most_common())
+
+
+def load_pairs(
+    name: str,
+    split: str | None = None,
+    subset: str | None = None,
+    *,
+    implicit_string_prompts: bool = False,
+) -> PairSet:
+    """All preference pairs of a file, folder or Hugging Face data set.
+
+    Args:
+        name, split, subset: see `sources.read_rows`.
+        implicit_string_prompts: accept {chosen, rejected} strings without a prompt; what they begin
+            with, up to the last white space, becomes the prompt.
+
+    Raises:
+        SimPOError: the source cannot be read. Rows that cannot be used raise nothing: they are in
+            the result's ``quarantined``.
+    """
+    found = PairSet([])
+    for row in read_rows(name, split, subset):
+        try:
+            found.pairs.append(parse_pair(row, implicit_string_prompts))
+        except Refused as refusal:
+            found.quarantined.append(Quarantined(row.source, *refusal.args))
+    return found
+
+
+def split_pairs(pairs: Iterable[Pair], fraction: float, seed: int) -> tuple[list, list]:
+    """Hold out the given share of prompts: (training pairs, held-out pairs).
+
+    Pairs with the same prompt stay on one side, and a pair's side depends on its prompt and the
+    seed alone, not on its place in the file. At least one prompt is held out if there are two.
+    """
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        text = json.dumps([seed, pair.prompt], sort_keys=True, ensure_ascii=True)
+        groups.setdefault(sha256(text.encode()).hexdigest(), []).append(pair)
+    held = min(max(1, round(fraction * len(groups))), len(groups) - 1) if fraction > 0 else 0
+    order = sorted(groups)
+    valid = sorted((p for key in order[:held] for p in groups[key]), key=lambda p: p.index)
+    train = sorted((p for key in order[held:] for p in groups[key]), key=lambda p: p.index)
+    return train, valid

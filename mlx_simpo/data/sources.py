@@ -1,0 +1,167 @@
+"""Rows with their place of origin, from JSON Lines, Parquet, folders of them and the Hub.
+
+JSON Lines is read here line by line rather than by `datasets`, whose reader forces one schema on
+the file, fills what is missing with nulls and forgets line numbers: a row that breaks the rules
+could then neither be told from a good one nor be found again. Parquet and Hub data sets, which have
+a schema, are read by `datasets`.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import SimPOError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+# Names by which folders tell their splits apart (mlx-lm's and the Hub's conventions).
+_SPLIT_WORDS = re.compile(r"(?:^|[-_.])(train|valid|validation|val|dev|test|eval)(?=[-_.]|$)")
+
+
+class Row(NamedTuple):
+    """One record as it stands in its source.
+
+    number: its place in the source, from 0, counting unusable rows too. source: "file:line", or
+    "data set[split]:row", both counted from 1. value: what was read; problem: why nothing was.
+    """
+
+    number: int
+    source: str
+    value: Any
+    problem: str | None = None
+
+
+def read_rows(name: str, split: str | None = None, subset: str | None = None) -> Iterator[Row]:
+    """The rows of a file, a folder of files, or a Hugging Face data set.
+
+    Args:
+        name: a path, or a Hub id ("owner/name") if no such path exists.
+        split: of a folder, the files whose path has this word as a part ("train" takes
+            train.jsonl, train-00000-of-00002.parquet and train/a.jsonl); of a data set, its split.
+        subset: configuration name of a Hub data set.
+
+    Raises:
+        SimPOError: nothing is there, it cannot be read, or the split is not told.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        if not looks_like_hub_id(name):
+            raise SimPOError(f"no such file, folder or data set: {name!r}")
+        return hub_rows(name, split, subset)
+    if subset is not None:
+        raise SimPOError(
+            f"data.subset is {subset!r}, but {name} is local; only Hub data has subsets"
+        )
+    if path.is_dir():
+        return number_rows(row for file in folder_files(path, split) for row in file_rows(file))
+    if split is not None:
+        raise SimPOError(f"a split ({split!r}) is asked for, but {name} is a file; leave it out")
+    return number_rows(file_rows(path))
+
+
+def looks_like_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.endswith(SUFFIXES)
+
+
+def number_rows(rows: Iterator[Row]) -> Iterator[Row]:
+    for number, row in enumerate(rows):
+        yield row._replace(number=number)
+
+
+def folder_files(folder: Path, split: str | None) -> list[Path]:
+    """The data files under ``folder`` in name order, of one split."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name.endswith(SUFFIXES)]
+    if not files:
+        raise SimPOError(
+            f"{folder} holds no data; it must hold files ending in {', '.join(SUFFIXES)}"
+        )
+    if split is not None:
+        pattern = re.compile(rf"(?:^|[-_./]){re.escape(split)}(?=[-_./]|$)")
+        chosen = [f for f in files if pattern.search(f.relative_to(folder).as_posix())]
+        if not chosen:
+            names = ", ".join(f.relative_to(folder).as_posix() for f in files[:5])
+            raise SimPOError(f"{folder} has no files of the split {split!r}; it has {names}")
+        return chosen
+    words = {w for f in files for w in _SPLIT_WORDS.findall(f.relative_to(folder).as_posix())}
+    if len(words) > 1:
+        raise SimPOError(
+            f"{folder} holds several splits ({', '.join(sorted(words))}); name one, e.g. "
+            f"data.train_split={sorted(words)[0]}"
+        )
+    return files
+
+
+def file_rows(path: Path) -> Iterator[Row]:
+    """The rows of one file."""
+    if path.name.endswith(".parquet"):
+        return parquet_rows(path)
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return jsonl_rows(path)
+    raise SimPOError(f"{path} is of no known kind; it must end in {', '.join(SUFFIXES)}")
+
+
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    open_file = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with open_file(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    yield Row(0, f"{path}:{number}", without_nulls(json.loads(text)))
+                except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+                    yield Row(0, f"{path}:{number}", None, f"no valid JSON: {error}")
+    except (OSError, EOFError) as error:  # EOFError: a gzip file that was cut short
+        raise SimPOError(f"cannot read {path}: {error}") from None
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        data = Dataset.from_parquet(str(path), keep_in_memory=True)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = error.__cause__ or error
+        raise SimPOError(f"cannot read {path} as Parquet: {first_line(reason)}") from None
+    for number, value in enumerate(data, start=1):
+        yield Row(0, f"{path}:{number}", without_nulls(value))
+
+
+def hub_rows(name: str, split: str | None, subset: str | None) -> Iterator[Row]:
+    """The rows of a data set on the Hugging Face Hub (or of a folder in the Hub's layout)."""
+    from datasets import get_dataset_split_names, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if split is None:
+            splits = get_dataset_split_names(name, subset)
+            if len(splits) != 1:
+                raise SimPOError(
+                    f"{name} has the splits {', '.join(map(str, splits))}; name one with "
+                    "data.train_split or data.valid_split"
+                )
+            split = str(splits[0])
+        data = load_dataset(name, subset, split=split)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise SimPOError(f"cannot load the data set {name!r}: {first_line(error)}") from None
+    for index, value in enumerate(data):
+        yield Row(index, f"{name}[{split}]:{index + 1}", without_nulls(value))
+
+
+def without_nulls(value: Any) -> Any:
+    """``value`` without nulls, which a table puts where a row has no such key.
+
+    Message content is kept even when null, because a null answer is a defect to report.
+    """
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None or k == "content"}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"
