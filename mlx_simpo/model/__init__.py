@@ -1,0 +1,1 @@
+"""The model: loading it, attaching LoRA, saving and loading adapters."""

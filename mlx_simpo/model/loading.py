@@ -1,0 +1,125 @@
+"""A model and its tokenizer from a local folder or the Hugging Face Hub, by mlx_lm's loader."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import load as mlx_lm_load
+from mlx_lm.utils import load_config, load_tokenizer
+
+from ..errors import SimPOError
+from .adapters import flat_arrays
+from .rope import repaired_rope
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+class Loaded(NamedTuple):
+    """A model ready to run. config: its config.json, repaired; dtype: of its weights."""
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict
+    dtype: str
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """The local folder of a model; fetched from the Hub if ``name`` is no folder.
+
+    Raises:
+        SimPOError: nothing by that name, no network, or no language model in there.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise SimPOError(
+                f"revision is {revision!r}, but {name} is a local folder; leave it out"
+            )
+        if not (path / "config.json").is_file():
+            raise SimPOError(f"{name} holds no config.json; it must be the folder of a model")
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SimPOError(f"model is {name!r}; there is no such folder")
+    from huggingface_hub import snapshot_download
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS)
+        )
+    except (OSError, ValueError) as error:
+        raise SimPOError(
+            f"model is {name!r}; it is no local folder and could not be fetched from the Hugging "
+            f"Face Hub: {' '.join(str(error).split())}"
+        ) from None
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a model with its tokenizer; the weights are read from disk when first used.
+
+    Args:
+        name: local folder or Hub id.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16": of everything that is not
+            packed into quantized codes; of those, the scales.
+
+    Raises:
+        SimPOError: no such model, or one that mlx_lm cannot load as a language model.
+    """
+    folder = model_folder(name, revision)
+    try:
+        repaired = repaired_rope(load_config(folder))
+        model, tokenizer, config = mlx_lm_load(  # type: ignore[misc]
+            str(folder),
+            lazy=True,
+            return_config=True,
+            model_config=repaired,
+            tokenizer_config={"trust_remote_code": True} if trust_remote_code else None,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise SimPOError(
+            f"{name} cannot be loaded as a language model: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from None
+    if not hasattr(model, "layers"):
+        raise SimPOError(f"{name} is a {config.get('model_type')} model without transformer blocks")
+    if dtype != "auto":
+        model.set_dtype(DTYPES[dtype])
+    return Loaded(model, tokenizer, config, dtype_of(model))
+
+
+def load_only_tokenizer(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> Any:
+    """The tokenizer that `load_model` would return, without the weights.
+
+    Raises:
+        SimPOError: no such model, or no tokenizer in its folder.
+    """
+    folder = model_folder(name, revision)
+    try:
+        return load_tokenizer(
+            folder,
+            {"trust_remote_code": True} if trust_remote_code else None,
+            eos_token_ids=load_config(folder).get("eos_token_id"),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SimPOError(
+            f"{name} has no tokenizer that can be loaded: {' '.join(str(error).split())[:300]}"
+        ) from None
+
+
+def dtype_of(model: nn.Module) -> str:
+    """The dtype the model computes in: that of its first norm, bias or weight that is a float."""
+    for value in flat_arrays(model.parameters()).values():
+        if mx.issubdtype(value.dtype, mx.floating):
+            return str(value.dtype).rpartition(".")[2]
+    raise SimPOError("the model has no floating-point weights")
