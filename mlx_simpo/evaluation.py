@@ -1,0 +1,111 @@
+"""How well a model tells preferred from rejected answers, pair by pair and with an error bar."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .config import ObjectiveConfig
+from .data.batching import length_sorted, stack
+from .data.encode import EncodedPair
+from .logps import average_logps
+from .objectives import simpo_loss
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on N pairs.
+
+    metrics: the means, under the names of `objectives.simpo_loss`, and chosen_tokens and
+    rejected_tokens, the mean numbers of scored tokens. accuracy_interval: 95 % bootstrap interval
+    of rewards/accuracies. chosen_logps, rejected_logps, margins: [N] float32, in input order;
+    a margin is the difference of the rewards, beta · (chosen − rejected average log-probability).
+    """
+
+    pairs: tuple[EncodedPair, ...]
+    metrics: dict[str, float]
+    accuracy_interval: tuple[float, float]
+    chosen_logps: np.ndarray
+    rejected_logps: np.ndarray
+    margins: np.ndarray
+
+    def as_dict(self) -> dict[str, Any]:
+        """pairs, the metrics and rewards/accuracies_interval, ready for JSON."""
+        interval = [round(bound, 4) for bound in self.accuracy_interval]
+        return {
+            "pairs": len(self.pairs),
+            **self.metrics,
+            "rewards/accuracies_interval": interval,
+        }
+
+    def per_pair(self) -> list[dict[str, Any]]:
+        """One record a pair, in input order; ``index`` is the row's number in the data, from 0."""
+        columns = (self.chosen_logps, self.rejected_logps, self.margins)
+        values = zip(self.pairs, *(column.tolist() for column in columns), strict=True)
+        return [
+            {
+                "index": pair.index,
+                "chosen_logp": chosen,
+                "rejected_logp": rejected,
+                "chosen_tokens": pair.chosen.scored,
+                "rejected_tokens": pair.rejected.scored,
+                "margin": margin,
+            }
+            for pair, chosen, rejected, margin in values
+        ]
+
+
+def evaluate_pairs(
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    objective: ObjectiveConfig,
+    batch_size: int = 4,
+    advance: Callable[[int], None] = lambda pairs: None,
+) -> Evaluation:
+    """Loss, rewards and log-probabilities of ``pairs``, dropout off.
+
+    Pairs are run from short to long in batches of ``batch_size``; the result does not depend on it.
+    ``advance`` is called with the number of pairs done after each batch.
+    """
+    was_training = model.training
+    model.eval()
+    chosen, rejected = np.zeros(len(pairs), np.float32), np.zeros(len(pairs), np.float32)
+    place = {id(pair): i for i, pair in enumerate(pairs)}
+    for part in length_sorted(pairs, batch_size):
+        batch = stack(part)
+        logps = np.array(average_logps(model, batch.tokens, batch.start, batch.end))
+        rows = [place[id(pair)] for pair in part]
+        chosen[rows], rejected[rows] = logps[: len(part)], logps[len(part) :]
+        advance(len(part))
+    model.train(was_training)
+    counts = {side: [getattr(p, side).scored for p in pairs] for side in ("chosen", "rejected")}
+    _, found = simpo_loss(
+        mx.array(chosen), mx.array(rejected), mx.array(counts["chosen"]), **asdict(objective)
+    )
+    metrics = {name: float(np.array(values).mean()) for name, values in found.items()}
+    metrics |= {f"{side}_tokens": float(np.mean(n)) for side, n in counts.items()}
+    return Evaluation(
+        pairs=tuple(pairs),
+        metrics=metrics,
+        accuracy_interval=bootstrap_interval(np.array(found["rewards/accuracies"])),
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        margins=np.array(found["rewards/margins"]),
+    )
+
+
+def bootstrap_interval(
+    values: np.ndarray, samples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of ``values`` [N], resampled with replacement.
+
+    Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979; the seed makes it repeatable.
+    """
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(samples)]
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
