@@ -1,0 +1,17 @@
+"""``mlx-simpo`` and ``python -m mlx_simpo``."""
+
+import sys
+
+from .blas import restart_with_openblas
+
+
+def main() -> None:
+    """Run the command line; on a Linux CPU with OpenBLAS loaded before MLX is."""
+    restart_with_openblas()
+    from .cli import run_command
+
+    sys.exit(run_command(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

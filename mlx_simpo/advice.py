@@ -1,0 +1,55 @@
+"""What a user should be told: what looks wrong and is not, and what is wrong and does not look it.
+
+Each function returns a sentence, or None where there is nothing to say.
+"""
+
+import math
+
+import mlx.core as mx
+
+from .config import DataConfig, ObjectiveConfig
+from .data.encode import EncodedPair
+from .evaluation import Evaluation
+
+
+def starting_loss(objective: ObjectiveConfig) -> str | None:
+    """Users of DPO expect a first loss of ln 2; SimPO's target margin puts it higher."""
+    if objective.loss_type != "sigmoid" or not objective.gamma_beta_ratio:
+        return None
+    gamma = objective.beta * objective.gamma_beta_ratio
+    return (
+        f"a model without a preference has a loss of {math.log1p(math.exp(gamma)):.2f} here, not "
+        f"0.69: the target margin is gamma = beta × gamma_beta_ratio = {gamma:g}"
+    )
+
+
+def truncation(pairs: list[EncodedPair], data: DataConfig) -> str | None:
+    """What data.max_length cost."""
+    prompts = sum(pair.cut_prompt > 0 for pair in pairs)
+    answers = sum(pair.cut_answers > 0 for pair in pairs)
+    if not prompts and not answers:
+        return None
+    lost = sum(pair.cut_prompt + pair.cut_answers for pair in pairs)
+    return (
+        f"longer than data.max_length={data.max_length}: prompts of {prompts} pairs cut on the "
+        f"left, answers of {answers} pairs on the right, {lost} tokens in all"
+    )
+
+
+def slow_dtype(dtype: str) -> str | None:
+    """On a CPU only float32 products are fast."""
+    if mx.default_device() != mx.Device(mx.cpu) or dtype == "float32":
+        return None
+    return f"the model computes in {dtype}, which is slow on a CPU; dtype=float32 is much faster"
+
+
+def collapse(before: Evaluation, after: Evaluation) -> str | None:
+    """The chosen answers' likelihood falls a little in every SimPO run; a fall of more than a nat a
+    token is how a run that degenerates into repetition looks."""
+    fall = before.metrics["logps/chosen"] - after.metrics["logps/chosen"]
+    if fall <= 1.0:
+        return None
+    return (
+        f"the chosen answers have become {fall:.1f} nats a token less likely; read some answers of "
+        "the model, and lower train.learning_rate if they repeat themselves"
+    )

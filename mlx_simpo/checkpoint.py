@@ -1,0 +1,62 @@
+"""A run's folder: the adapter, and the record of how it came about.
+
+config.yaml           the resolved configuration
+metrics.jsonl         a line a training step or evaluation
+quarantined.jsonl     records that were left out, and why (if any)
+adapters.safetensors, adapter_config.json      the trained adapter, in mlx-lm's format
+chat_template.jinja   the template it was trained with (if any)
+best/                 the adapter with the lowest evaluation loss (with train.eval_every)
+summary.json          what the run came to
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .data.pairs import Quarantined
+from .errors import SimPOError
+
+
+def check_output_free(output: str) -> None:
+    """Refuse an output folder that holds something already, before any work is done.
+
+    Raises:
+        SimPOError: the folder exists and is not empty, or is a file.
+    """
+    path = Path(output).expanduser()
+    if path.is_file():
+        raise SimPOError(f"output is {output!r}, which is a file; it must be a new folder")
+    if path.is_dir() and any(path.iterdir()):
+        what = "holds a run already" if (path / "config.yaml").exists() else "is not empty"
+        raise SimPOError(f"output is {output!r}, which {what}; name a new folder, or remove it")
+
+
+class RunFolder:
+    """The record of one run; made when the run is known to be sound."""
+
+    def __init__(self, output: str, config_yaml: str, quarantined: Iterable[Quarantined]) -> None:
+        self.path = Path(output).expanduser()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        except OSError as error:
+            raise SimPOError(f"output is {output!r}; it cannot be written: {error}") from None
+        lines = [json.dumps(q._asdict(), ensure_ascii=False) + "\n" for q in quarantined]
+        if lines:
+            (self.path / "quarantined.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        (self.path / "summary.json").write_text(text, encoding="utf-8")
+
+    def discard_if_empty(self) -> None:
+        """Take the folder away again if it holds no adapter: nothing half-written stays."""
+        if not any(self.path.rglob("adapters.safetensors")):
+            shutil.rmtree(self.path)

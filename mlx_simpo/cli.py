@@ -1,0 +1,231 @@
+"""The command line: ``mlx-simpo train | evaluate | generate | data inspect``.
+
+Results go to stdout, everything else to stderr. Settings are given as ``section.name=value``, the
+same names as in the YAML files.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .config import SimPOConfig, load_config
+from .errors import SimPOError
+from .report import evaluation_table
+from .strict import all_settings, is_required, nearest_name
+
+SETTINGS_HELP = "settings, name=value: objective.beta=10 lora.rank=16 (train --help lists them)"
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command and return the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    try:
+        options, rest = build_parser().parse_known_args(arguments)
+        options.settings = settings_only(rest)
+        options.run(options)
+    except SimPOError as error:
+        sys.stderr.write(f"mlx-simpo: error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("mlx-simpo: interrupted\n")
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx-simpo", description="SimPO LoRA fine-tuning of language models on MLX."
+    )
+    parser.add_argument("--version", action="version", version=f"mlx-simpo {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = add_command(commands, "train", run_train, "train an adapter", "[CONFIG.yaml]")
+    train.formatter_class = argparse.RawDescriptionHelpFormatter
+    train.epilog = settings_list()
+
+    evaluate = add_command(commands, "evaluate", run_evaluate, "measure a model on pairs")
+    add_model_options(evaluate)
+    evaluate.add_argument("--data", required=True, help="file, folder or Hub data set of pairs")
+    evaluate.add_argument("--split", help="split of a folder or Hub data set")
+    evaluate.add_argument("--per-pair", metavar="FILE", help="write a JSON line a pair to FILE")
+
+    generate = add_command(commands, "generate", run_generate, "answer a prompt")
+    add_model_options(generate)
+    generate.add_argument("--prompt", required=True, help="what the user says")
+    generate.add_argument("--max-tokens", type=int, default=200, help="default 200")
+
+    data = commands.add_parser("data", help="look at data", description="Look at data.")
+    actions = data.add_subparsers(metavar="ACTION", required=True)
+    inspect = add_command(actions, "inspect", run_inspect, "show what would be trained, and how")
+    inspect.add_argument("data", help="file, folder or Hub data set of pairs")
+    inspect.add_argument("--model", required=True, help="Hub id or folder; its tokenizer is used")
+    inspect.add_argument("--split", help="split of a folder or Hub data set")
+    inspect.add_argument("--pair", type=int, default=0, help="which pair to show, from 0")
+    return parser
+
+
+def add_command(
+    commands: Any, name: str, run: Any, summary: str, extra: str = ""
+) -> argparse.ArgumentParser:
+    about = f"{summary.capitalize()}. After the options come {SETTINGS_HELP}."
+    parser = commands.add_parser(name, help=summary, description=about)
+    parser.usage = f"%(prog)s [options] {extra} [name=value ...]".replace("  ", " ")
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser
+
+
+def settings_only(rest: Sequence[str]) -> list[str]:
+    """The arguments that argparse left over, if they are settings or files."""
+    for argument in rest:
+        if argument.startswith("-"):
+            name = argument.lstrip("-").partition("=")[0].replace("-", "_")
+            hint = nearest_name(name, SimPOConfig)
+            raise SimPOError(f"unknown option {argument!r}; settings are given as name=value{hint}")
+    return list(rest)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="Hub id or folder; default: the model of the adapter's run")
+    parser.add_argument("--adapter", metavar="FOLDER", help="adapter, compared with the bare model")
+
+
+def settings_list() -> str:
+    """Every setting with its default and meaning, for train --help."""
+    lines = ["settings, for the YAML file and as name=value:"]
+    for name, item, _ in all_settings(SimPOConfig):
+        default = "required" if is_required(item) else f"default {yaml_text(item.default)}"
+        lines.append(f"  {name}\n      {item.metadata['help']} ({default})")
+    return "\n".join(lines).replace("%", "%%")
+
+
+def yaml_text(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value
+
+
+def run_train(options: argparse.Namespace) -> None:
+    from .run import train
+
+    files = [argument for argument in options.settings if "=" not in argument]
+    if len(files) > 1:
+        raise SimPOError(f"one configuration file at most, not {' and '.join(files)}")
+    settings = [argument for argument in options.settings if "=" in argument]
+    result = train(load_config(files[0] if files else None, settings))
+    if options.json:
+        print_json(result.as_dict())
+    else:
+        sys.stdout.write(f"{result.adapter}\n")
+
+
+def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
+    """The configuration of the adapter's own run if it has one, with what the command line says."""
+    own = Path(options.adapter).expanduser() / "config.yaml" if options.adapter else None
+    given = [f"model={options.model}"] if options.model else []
+    if own is not None and own.is_file():
+        given = [*given, "data.valid=null", "data.valid_split=null"]
+    elif not given:
+        raise SimPOError(
+            "--model is missing; the adapter's folder does not say which it belongs to"
+        )
+    config_file = own if own is not None and own.is_file() else None
+    return load_config(config_file, [*given, *settings, *options.settings])
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    from .run import evaluate
+
+    settings = [f"data.valid={options.data}"]
+    settings += [f"data.valid_split={options.split}"] if options.split else []
+    results = evaluate(adapter_config(options, *settings), options.adapter)
+    result = results.get("adapter", results["base"])
+    if options.per_pair:
+        lines = "".join(json.dumps(record) + "\n" for record in result.per_pair())
+        write_text(options.per_pair, lines)
+    if options.json:
+        base = {"base": results["base"].as_dict()} if "adapter" in results else {}
+        print_json({"adapter": options.adapter, **result.as_dict(), **base})
+    else:
+        Console(highlight=False).print(evaluation_table(results))
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    from .run import generate
+
+    answers = generate(
+        adapter_config(options), options.prompt, options.adapter, max_tokens=options.max_tokens
+    )
+    if options.json:
+        print_json({"prompt": options.prompt, **answers})
+        return
+    for name, text in answers.items():
+        sys.stdout.write(f"{name}: {text}\n" if len(answers) > 1 else f"{text}\n")
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    from .data.inspection import marked
+    from .run import inspect
+
+    config = load_config(None, [f"model={options.model}", *options.settings])
+    found = inspect(config, options.data, options.split)
+    if not 0 <= options.pair < len(found.pairs):
+        raise SimPOError(f"--pair is {options.pair}; it must be 0 to {len(found.pairs) - 1}")
+    pair = found.pairs[options.pair]
+    if options.json:
+        print_json(found.summary)
+        return
+    console = Console(highlight=False)
+    console.print(counts_table(found.summary))
+    console.print(lengths_table(found.summary))
+    for name, style in (("chosen", "green"), ("rejected", "red")):
+        side = getattr(pair, name)
+        console.print(
+            f"\n[bold]{name}[/bold] of {pair.source}: {side.scored} scored tokens, between ⟦ and ⟧"
+        )
+        console.print(marked(side, found.encoder.tokenizer, style))
+
+
+def counts_table(summary: dict[str, Any]) -> Table:
+    table = Table(show_header=False, title="what will be trained on", title_justify="left")
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_row(str(summary["records"]), "records")
+    table.add_row(str(summary["pairs"]), "pairs that can be used")
+    for reason, count in summary["left_out"].items():
+        first = next(q for q in summary["left_out_records"] if q["reason"] == reason)
+        table.add_row(str(count), f"left out: {reason}, e.g. {first['source']}")
+    table.add_row(str(summary["prompts_cut"]), "prompts cut on the left")
+    table.add_row(str(summary["answers_cut"]), "pairs with an answer cut on the right")
+    table.add_row(str(summary["tokens_cut"]), "tokens cut in all")
+    table.add_row(
+        str(summary["boundary_moved"]), "pairs in which a token crosses prompt and answer"
+    )
+    table.add_row(f"{summary['scored_tokens']:,}", f"scored tokens of {summary['tokens']:,}")
+    return table
+
+
+def lengths_table(summary: dict[str, Any]) -> Table:
+    table = Table(title="tokens", title_justify="left")
+    table.add_column("")
+    rows = summary["lengths"]
+    for label in next(iter(rows.values())):
+        table.add_column(label, justify="right")
+    for name, values in rows.items():
+        table.add_row(name, *(str(v) for v in values.values()))
+    return table
+
+
+def write_text(path: str, text: str) -> None:
+    try:
+        Path(path).expanduser().write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SimPOError(f"cannot write {path}: {error}") from None
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

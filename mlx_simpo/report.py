@@ -1,0 +1,126 @@
+"""What a person sees: notes, progress bars and tables, all on stderr."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from .evaluation import Evaluation
+
+# Rows of an evaluation's table, in reading order.
+EVALUATION_ROWS = (
+    "loss",
+    "sft_loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "chosen_tokens",
+    "rejected_tokens",
+)
+
+
+class Report:
+    """Writes to ``console``, by default stderr, so that stdout holds results alone."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._live: Progress | None = None
+
+    def note(self, text: str | None) -> None:
+        if text is not None:
+            self.console.print(escape(text), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+
+    def advise(self, text: str | None) -> None:
+        """A warning, where there is one to give (see `advice`)."""
+        if text is not None:
+            self.warn(text)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        """A bar; the context's value is called with the steps done (default 1) and a note.
+
+        A bar within a bar stands below it and goes when it is done.
+        """
+        if self._live is not None:
+            yield from self._bar(self._live, title, total, keep=False)
+            return
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console) as self._live:
+            try:
+                yield from self._bar(self._live, title, total, keep=True)
+            finally:
+                self._live = None
+
+    def _bar(
+        self, live: Progress, title: str, total: int, *, keep: bool
+    ) -> Iterator[Callable[..., None]]:
+        task = live.add_task(title, total=total, note="")
+
+        def advance(done: int = 1, note: str = "") -> None:
+            live.update(task, advance=done)
+            if note:
+                live.update(task, note=note)
+
+        yield advance
+        if not keep:
+            live.remove_task(task)
+
+    def evaluations(self, columns: Mapping[str, Evaluation], title: str = "") -> None:
+        """Evaluations of the same pairs side by side."""
+        self.console.print(evaluation_table(columns, title))
+
+
+def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Table:
+    pairs = len(next(iter(columns.values())).pairs)
+    table = Table(title=title or f"{pairs} pairs", title_justify="left")
+    table.add_column("metric")
+    for name in columns:
+        table.add_column(name, justify="right")
+    evaluations = list(columns.values())
+    for row in EVALUATION_ROWS:
+        if row in evaluations[0].metrics:
+            table.add_row(row, *(format_metric(e, row) for e in evaluations))
+        if row == "rewards/accuracies":
+            intervals = (e.accuracy_interval for e in evaluations)
+            cells = (f"{low:.1%} to {high:.1%}" for low, high in intervals)
+            table.add_row("  95 % interval", *cells)
+    return table
+
+
+def format_metric(evaluation: Evaluation, name: str) -> str:
+    value = evaluation.metrics[name]
+    if name == "rewards/accuracies":
+        return f"{value:.1%}"
+    return f"{value:.1f}" if name.endswith("_tokens") else f"{value:.4f}"
+
+
+def step_note(metrics: Mapping[str, Any]) -> str:
+    """The few numbers beside the training bar."""
+    return (
+        f"loss {metrics['loss']:.3f}  accuracy {metrics['rewards/accuracies']:.0%}  "
+        f"margin {metrics['rewards/margins']:+.2f}"
+    )

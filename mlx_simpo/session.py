@@ -1,0 +1,144 @@
+"""A run made ready: data read and tokenized, model loaded, LoRA attached."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+from . import advice
+from .config import SimPOConfig
+from .data.encode import EncodedPair, Encoder, encode_pairs
+from .data.pairs import PairSet, Quarantined, check_share, load_pairs, split_pairs
+from .errors import SimPOError
+from .evaluation import Evaluation, evaluate_pairs
+from .model.adapters import save_adapter
+from .model.loading import Loaded, load_model, load_only_tokenizer
+from .model.lora import attach_lora
+from .report import Report
+from .trainer import StepMetrics, train_steps
+
+
+@dataclass
+class Session:
+    """A run that is ready to train: model with LoRA attached, pairs as tokens.
+
+    >>> session = prepare(config)
+    >>> for step in session.steps():
+    ...     print(step.step, step.metrics["loss"])
+    ...     if step.step % 100 == 0:
+    ...         session.save(f"adapter-{step.step}")
+    """
+
+    config: SimPOConfig
+    model: nn.Module
+    tokenizer: Any
+    encoder: Encoder
+    adapter: dict[str, Any]
+    train: list[EncodedPair]
+    valid: list[EncodedPair]
+    left_out: list[Quarantined]
+    report: Report
+
+    def steps(self) -> Iterator[StepMetrics]:
+        """Train; see `trainer.train_steps`."""
+        return train_steps(self.model, self.train, self.config)
+
+    def evaluate(self, title: str = "Evaluating") -> Evaluation:
+        """Evaluate the model as it is now on the validation pairs.
+
+        Raises:
+            SimPOError: there are none.
+        """
+        if not self.valid:
+            raise SimPOError("there are no validation pairs; give data.valid or a valid_fraction")
+        return evaluate_with_bar(self.model, self.valid, self.config, self.report, title)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the adapter as it is now, with the configuration and template it belongs to."""
+        path = save_adapter(folder, self.model, {"model": self.config.model, **self.adapter})
+        (path / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        if self.encoder.renderer.text is not None:
+            (path / "chat_template.jinja").write_text(self.encoder.renderer.text, encoding="utf-8")
+        return path
+
+
+def prepare(config: SimPOConfig, report: Report | None = None) -> Session:
+    """Everything up to the first step; what is wrong with the input shows up here.
+
+    Raises:
+        SimPOError: unreadable or unusable data, model or settings.
+    """
+    report = report or Report()
+    data = config.data
+    if data.train is None:
+        raise SimPOError("data.train is missing; name a file, folder or Hugging Face data set")
+    training = read_pairs(config, data.train, data.train_split)
+    if data.valid is not None:
+        validation = read_pairs(config, data.valid, data.valid_split)
+    else:
+        kept, held_out = split_pairs(training.pairs, data.valid_fraction, config.seed)
+        training, validation = PairSet(kept, training.quarantined), PairSet(held_out)
+    encoder = make_encoder(config, report)
+    train = encode(encoder, training, data.train, report)
+    valid = encode(encoder, validation, data.valid, report) if data.valid else []
+    if data.valid is None and validation.pairs:
+        valid = encode(encoder, validation, f"the share held out of {data.train}", report)
+    model, tokenizer, _, dtype = read_model(config)
+    report.advise(advice.slow_dtype(dtype))
+    adapter = attach_lora(model, config.lora, config.seed)
+    maybe_set_recommended_wired_limit()
+    left_out = training.quarantined + validation.quarantined
+    return Session(config, model, tokenizer, encoder, adapter, train, valid, left_out, report)
+
+
+def read_pairs(config: SimPOConfig, name: str, split: str | None) -> PairSet:
+    """The pairs of one source; SimPOError if too many of its records are unusable."""
+    data = config.data
+    found = load_pairs(
+        name, split, data.subset, implicit_string_prompts=data.implicit_string_prompts
+    )
+    check_share(len(found.pairs), found.quarantined, data.max_quarantined, name)
+    return found
+
+
+def make_encoder(config: SimPOConfig, report: Report) -> Encoder:
+    tokenizer = load_only_tokenizer(
+        config.model, config.revision, trust_remote_code=config.trust_remote_code
+    )
+    encoder = Encoder(tokenizer, config.data)
+    report.note(f"chat template: {encoder.renderer.origin}")
+    return encoder
+
+
+def encode(encoder: Encoder, found: PairSet, name: str, report: Report) -> list[EncodedPair]:
+    """A source's pairs as tokens; what is refused on the way joins ``found.quarantined``."""
+    with report.progress("Tokenizing", len(found.pairs)) as advance:
+        encoded, refused = encode_pairs(encoder, found.pairs, advance)
+    found.quarantined += refused
+    check_share(len(encoded), found.quarantined, encoder.config.max_quarantined, name)
+    if found.quarantined:
+        first = found.quarantined[0]
+        report.warn(
+            f"{name}: {len(found.quarantined)} records left out, e.g. {first.reason}: {first.place}"
+        )
+    report.note(advice.truncation(encoded, encoder.config))
+    return encoded
+
+
+def read_model(config: SimPOConfig) -> Loaded:
+    return load_model(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def evaluate_with_bar(
+    model: nn.Module, pairs: list[EncodedPair], config: SimPOConfig, report: Report, title: str
+) -> Evaluation:
+    with report.progress(title, len(pairs)) as advance:
+        return evaluate_pairs(model, pairs, config.objective, config.train.batch_size, advance)
