@@ -85,7 +85,7 @@ def evaluate_pairs(
     _, found = simpo_loss(
         mx.array(chosen), mx.array(rejected), mx.array(counts["chosen"]), **asdict(objective)
     )
-    metrics = {name: float(np.array(values).mean()) for name, values in found.items()}
+    metrics = {name: float(np.array(v).mean(dtype=np.float64)) for name, v in found.items()}
     metrics |= {f"{side}_tokens": float(np.mean(n)) for side, n in counts.items()}
     return Evaluation(
         pairs=tuple(pairs),

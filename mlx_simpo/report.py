@@ -1,5 +1,6 @@
 """What a person sees: notes, progress bars and tables, all on stderr."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,9 @@ EVALUATION_ROWS = (
 )
 
 
+SECONDS_BETWEEN_LINES = 5.0
+
+
 class Report:
     """Writes to ``console``, by default stderr, so that stdout holds results alone."""
 
@@ -56,8 +60,12 @@ class Report:
     def progress(self, title: str, total: int) -> Iterator[Callable[..., None]]:
         """A bar; the context's value is called with the steps done (default 1) and a note.
 
-        A bar within a bar stands below it and goes when it is done.
+        A bar within a bar stands below it and goes when it is done. Where stderr is no terminal
+        (a log file) a line is written every few seconds instead.
         """
+        if not self.console.is_terminal:
+            yield from self._lines(title, total)
+            return
         if self._live is not None:
             yield from self._bar(self._live, title, total, keep=False)
             return
@@ -74,6 +82,18 @@ class Report:
                 yield from self._bar(self._live, title, total, keep=True)
             finally:
                 self._live = None
+
+    def _lines(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        done, written = 0, time.monotonic()
+
+        def advance(more: int = 1, note: str = "") -> None:
+            nonlocal done, written
+            done += more
+            if time.monotonic() - written >= SECONDS_BETWEEN_LINES:
+                self.note(f"{title} {done}/{total}" + (f": {note}" if note else ""))
+                written = time.monotonic()
+
+        yield advance
 
     def _bar(
         self, live: Progress, title: str, total: int, *, keep: bool

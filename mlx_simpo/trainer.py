@@ -157,7 +157,7 @@ def train_steps(
         refuse_not_finite(number, metrics["loss"], float(norm), flat)
         optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), optimizer.state)
-        means = {name: float(values.mean()) for name, values in metrics.items()}
+        means = {name: float(v.mean(dtype=np.float64)) for name, v in metrics.items()}
         means |= {
             "learning_rate": float(optimizer.learning_rate),
             "grad_norm": float(norm),

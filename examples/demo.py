@@ -1,0 +1,60 @@
+"""The demo: SimPO on a real model in two minutes, from example pairs to an adapter.
+
+    make demo        (or: python examples/demo.py [name=value …])
+
+Shows the Python API: make a configuration, train, ask the model before and after.
+"""
+
+import platform
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from smollm2 import smollm2
+
+from mlx_simpo import SimPOError, generate, load_config, train
+from mlx_simpo.blas import is_loaded
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTION = "Tell me something nice about rain."
+
+
+def main() -> None:
+    """Train on the example pairs and print one answer before and after."""
+    console = Console(highlight=False)
+    console.print("[bold]1. The model[/bold]: SmolLM2-135M-Instruct, from its PyPI wheel")
+    model = smollm2("float32")
+    console.print(f"   {model}\n")
+
+    console.print("[bold]2. Training[/bold] with SimPO: brief answers are preferred to rambling")
+    console.print("   settings: configs/demo.yaml, pairs: examples/train.jsonl")
+    settings = [f"model={model}", *sys.argv[1:]]
+    config = load_config(ROOT / "configs" / "demo.yaml", settings)
+    shutil.rmtree(config.output, ignore_errors=True)  # of an earlier demo
+    result = train(config)
+
+    console.print(f"\n[bold]3. One question[/bold], before and after: {QUESTION}")
+    answers = generate(config, QUESTION, result.adapter, max_tokens=120)
+    console.print(Panel(answers["base"], title="before", title_align="left", style="red"))
+    console.print(Panel(answers["adapter"], title="after", title_align="left", style="green"))
+
+    console.print(f"[bold]The adapter[/bold] lies in {result.adapter}. Ask it yourself:\n")
+    python = Path(sys.executable).parent
+    if platform.system() == "Linux" and is_loaded():
+        python = f"env $({python}/python -m mlx_simpo.blas) {python}"
+    prompt = shlex.quote("How does a rainbow form?")
+    console.print(
+        f"  {python}/mlx_lm.generate --model {model} \\\n"
+        f"    --adapter-path {result.adapter} --prompt {prompt}\n",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SimPOError as error:
+        sys.exit(f"demo: {error}")

@@ -1,0 +1,181 @@
+"""LoRA on every kind of base: which layers, which scale, which weights train, what is refused."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from tiny import tiny_model
+
+from mlx_simpo import LoRAConfig, SimPOError
+from mlx_simpo.model.adapters import save_adapter
+from mlx_simpo.model.lora import attach_lora
+
+TOKENS = mx.random.randint(0, 500, (1, 16), key=mx.random.key(3))
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def trained(model: nn.Module) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def quantized(bits: int = 4) -> nn.Module:
+    model = tiny_model(hidden_size=64, head_dim=16, intermediate_size=64)
+    nn.quantize(model, group_size=32, bits=bits)
+    return model
+
+
+def test_all_linear_means_every_linear_layer_of_every_block() -> None:
+    model = tiny_model()
+    adapter = attach_lora(model, LoRAConfig(rank=4), seed=0)
+    names = {n.rpartition(".")[0].rpartition(".")[2] for n in trained(model)}
+    assert names == set(LINEAR)
+    assert len(trained(model)) == 2 * 2 * len(LINEAR)  # a and b, two blocks
+    assert adapter == {
+        "fine_tune_type": "lora",
+        "num_layers": -1,
+        "lora_parameters": {
+            "rank": 4,
+            "scale": 2.0,
+            "dropout": 0.0,
+            "keys": sorted(
+                f"{'mlp' if n.endswith(('up_proj', 'gate_proj', 'down_proj')) else 'self_attn'}.{n}"
+                for n in LINEAR
+            ),
+        },
+    }
+
+
+@pytest.mark.parametrize("target", ["q_proj", "self_attn.q_proj"])
+def test_targets_by_name_or_path_in_the_last_blocks(target: str) -> None:
+    model = tiny_model()
+    attach_lora(model, LoRAConfig(rank=4, target_modules=(target,), num_layers=1), seed=0)
+    assert set(trained(model)) == {f"model.layers.1.self_attn.q_proj.lora_{side}" for side in "ab"}
+
+
+def test_experts_are_adapted_too() -> None:
+    model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    attach_lora(model, LoRAConfig(rank=4), seed=0)
+    shapes = {n: p.shape for n, p in trained(model).items() if "switch_mlp.up_proj" in n}
+    assert set(shapes.values()) == {(4, 4, 32), (4, 48, 4)}
+
+
+@pytest.mark.parametrize("base", [tiny_model, quantized])
+@pytest.mark.parametrize("dora", [False, True])
+def test_fresh_lora_changes_nothing_and_trains(base, dora: bool) -> None:  # type: ignore[no-untyped-def]
+    model = base()
+    expected = np.array(model(TOKENS))
+    attach_lora(model, LoRAConfig(rank=4, dora=dora), seed=0)
+    np.testing.assert_allclose(np.array(model(TOKENS)), expected, atol=2e-4)
+    _, gradients = nn.value_and_grad(model, lambda: model(TOKENS).square().mean())()
+    found = dict(tree_flatten(gradients))
+    assert set(found) == set(trained(model))
+    assert all(mx.abs(found[n]).max() > 0 for n in found if n.endswith(("lora_b", ".m")))
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_weights_are_float32_on_a_half_precision_base(dtype: mx.Dtype) -> None:
+    model = tiny_model()
+    model.set_dtype(dtype)
+    attach_lora(model, LoRAConfig(rank=4, dora=True), seed=0)
+    assert {p.dtype for p in trained(model).values()} == {mx.float32}
+    assert model(TOKENS).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"rank": 8}, 2.0),
+        ({"rank": 8, "lora_alpha": 4.0}, 0.5),
+        ({"rank": 16, "lora_alpha": 16.0, "rslora": True}, 4.0),
+        ({"rank": 8, "scale": 20.0}, 20.0),
+    ],
+)
+def test_scale_multiplies_the_update(settings: dict, scale: float) -> None:
+    model = tiny_model()
+    attach_lora(model, LoRAConfig(target_modules=("q_proj",), **settings), seed=0)
+    layer = model.layers[0].self_attn.q_proj
+    layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(5))
+    x = mx.random.normal((3, 32), key=mx.random.key(6))
+    update = np.array(layer(x) - layer.linear(x), np.float64)
+    a, b = (np.array(p, np.float64) for p in (layer.lora_a, layer.lora_b))
+    np.testing.assert_allclose(
+        update, scale * np.array(x, np.float64) @ a @ b, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_initial_weights_follow_the_seed_and_the_published_range() -> None:
+    models = [tiny_model() for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        attach_lora(model, LoRAConfig(rank=8), seed=seed)
+    first, same, other = map(trained, models)
+    for name, value in first.items():
+        assert (value == same[name]).all()
+        if name.endswith("lora_a"):
+            assert (value != other[name]).any()
+            bound = value.shape[0] ** -0.5
+            assert 0.8 * bound < mx.abs(value).max().item() <= bound
+        else:
+            assert (value == 0).all()
+
+
+def test_starts_from_an_existing_adapter(tmp_path: Path) -> None:
+    model, config = tiny_model(), LoRAConfig(rank=4)
+    adapter = attach_lora(model, config, seed=0)
+    model.update(tree_map(lambda p: (p + 0.1).astype(mx.bfloat16), model.trainable_parameters()))
+    save_adapter(tmp_path, model, adapter)
+    again = tiny_model()
+    attach_lora(again, LoRAConfig(rank=4, init_from=str(tmp_path)), seed=9)
+    for name, value in trained(model).items():
+        assert (trained(again)[name] == value).all()
+        assert trained(again)[name].dtype == mx.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"rank": 8}, ["rank is 4 there and 8 here"]),
+        ({"rank": 4, "scale": 1.0}, ["scale is 2.0 there and 1.0 here"]),
+        ({"rank": 8, "dora": True}, ["fine_tune_type", "rank"]),
+        ({"rank": 4, "num_layers": 1}, ["num_layers is -1 there and 1 here"]),
+        ({"rank": 4, "target_modules": ("q_proj",)}, ["keys"]),
+    ],
+)
+def test_an_adapter_with_other_settings_is_refused(
+    settings: dict, named: list[str], tmp_path: Path
+) -> None:
+    model = tiny_model()
+    save_adapter(tmp_path, model, attach_lora(model, LoRAConfig(rank=4), seed=0))
+    with pytest.raises(SimPOError) as error:
+        attach_lora(tiny_model(), LoRAConfig(init_from=str(tmp_path), **settings), seed=0)
+    assert all(name in str(error.value) for name in named)
+
+
+def test_an_incomplete_adapter_is_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    save_adapter(tmp_path, model, attach_lora(model, LoRAConfig(rank=4), seed=0))
+    weights = mx.load(str(tmp_path / "adapters.safetensors"))
+    weights.pop(sorted(weights)[0])
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+    with pytest.raises(SimPOError, match="1 missing"):
+        attach_lora(tiny_model(), LoRAConfig(rank=4, init_from=str(tmp_path)), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        (tiny_model, {"target_modules": ("wq",)}, "'wq'.*they have.*q_proj"),
+        (tiny_model, {"num_layers": 3}, "num_layers is 3; the model has 2"),
+        (lambda: quantized(3), {"dora": True}, "3 bits"),
+        (
+            lambda: tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2),
+            {"dora": True},
+            "mixture-of-experts",
+        ),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused(model, settings: dict, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(SimPOError, match=message):
+        attach_lora(model(), LoRAConfig(rank=4, **settings), seed=0)

@@ -1,0 +1,53 @@
+"""Rotary settings as transformers 5 writes them end up where mlx-lm reads them. (Logits against
+transformers itself, for each architecture: tests/parity/test_architectures.py.)"""
+
+import pytest
+
+from mlx_simpo.model.rope import repaired_rope
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ({}, {}),
+        ({"rope_theta": 5e5}, {}),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
+        # What is there at the top level wins: the checkpoint says it twice.
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, {}),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 5e5}}, {"rope_theta": 5e5}),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+            {
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+        (
+            {"text_config": {"hidden_size": 8, "rope_parameters": {"rope_theta": 7.0}}},
+            {
+                "text_config": {
+                    "hidden_size": 8,
+                    "rope_parameters": {"rope_theta": 7.0},
+                    "rope_theta": 7.0,
+                }
+            },
+        ),
+    ],
+)
+def test_changes(config: dict, changes: dict) -> None:
+    assert repaired_rope(config) == changes
+    assert repaired_rope(config | changes) == {}  # nothing left to repair

@@ -1,0 +1,83 @@
+"""The whole path on real pairs: from records to tokens, scored positions, average
+log-probabilities and loss, against transformers and torch by the independent oracle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from parity import oracle
+
+from mlx_simpo import DataConfig, ObjectiveConfig, evaluate_pairs, load_pairs
+from mlx_simpo.data.encode import Encoder, encode_pairs
+from mlx_simpo.model.loading import Loaded
+
+LENGTHS = [(1024, 512), (96, 48)]  # as people train, and so short that most pairs are cut
+
+
+def oracle_rows(
+    tokenizer: Any, records: list[dict], compat: str | None, max_length: int, max_prompt: int
+) -> list[tuple[int, oracle.Scored]]:
+    encode = oracle.scored_official if compat else oracle.scored_default
+    rows = [(i, encode(tokenizer, r, max_length, max_prompt)) for i, r in enumerate(records)]
+    return [(i, row) for i, row in rows if row is not None and row.chosen != row.rejected]
+
+
+@pytest.mark.parametrize("compat", [None, "official"])
+@pytest.mark.parametrize(("max_length", "max_prompt"), LENGTHS)
+def test_tokens_and_scored_positions(
+    pairs_path: Path,
+    records: list[dict],
+    hf_tokenizer: Any,
+    mlx_model: Loaded,
+    compat: str | None,
+    max_length: int,
+    max_prompt: int,
+) -> None:
+    settings = DataConfig(
+        max_length=max_length,
+        max_prompt_length=max_prompt,
+        compat=compat,  # type: ignore[arg-type]
+    )
+    encoder = Encoder(mlx_model.tokenizer, settings)
+    found, refused = encode_pairs(encoder, load_pairs(str(pairs_path)).pairs)
+    expected = oracle_rows(hf_tokenizer, records, compat, max_length, max_prompt)
+    assert [pair.index for pair in found] == [i for i, _ in expected]
+    assert len(found) + len(refused) == len(records)
+    for pair, (_, row) in zip(found, expected, strict=True):
+        assert pair.chosen.tokens.tolist() == row.chosen
+        assert pair.rejected.tokens.tolist() == row.rejected
+        assert (pair.chosen.start, pair.rejected.start) == (row.chosen_start, row.rejected_start)
+
+
+@pytest.mark.parametrize("compat", [None, "official"])
+def test_log_probabilities_and_loss(
+    pairs_path: Path,
+    records: list[dict],
+    hf_tokenizer: Any,
+    hf_model: Any,
+    mlx_model: Loaded,
+    compat: str | None,
+    record_property: Any,
+) -> None:
+    """Average log-probabilities within 1e-4, the loss within 1e-5."""
+    encoder = Encoder(mlx_model.tokenizer, DataConfig(compat=compat))  # type: ignore[arg-type]
+    pairs, _ = encode_pairs(encoder, load_pairs(str(pairs_path)).pairs)
+    objective = ObjectiveConfig(beta=2.5, gamma_beta_ratio=0.55)
+    ours = evaluate_pairs(mlx_model.model, pairs, objective)
+
+    rows = [row for _, row in oracle_rows(hf_tokenizer, records, compat, 1024, 512)]
+    with torch.no_grad():
+        chosen = oracle.average_logps(hf_model, [(r.chosen, r.chosen_start) for r in rows], 2)
+        rejected = oracle.average_logps(hf_model, [(r.rejected, r.rejected_start) for r in rows], 2)
+        loss = oracle.simpo_loss(chosen, rejected, 2.5, 0.55).item()
+    errors = {
+        "chosen": float(np.abs(ours.chosen_logps - chosen.numpy()).max()),
+        "rejected": float(np.abs(ours.rejected_logps - rejected.numpy()).max()),
+        "loss": abs(ours.metrics["loss"] - loss),
+    }
+    print(json.dumps({"data": pairs_path.stem, "compat": compat, "pairs": len(rows), **errors}))
+    assert max(errors["chosen"], errors["rejected"]) <= 1e-4
+    assert errors["loss"] <= 1e-5
