@@ -45,7 +45,8 @@ def average_logps(model: Any, tokens: mx.array, start: mx.array, end: mx.array) 
     logits = model(tokens[:, :-1]).astype(mx.float32)
     targets = tokens[:, 1:]
     logps = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-    logps = logps - logsumexp(logits)
+    total: mx.array = logsumexp(logits)  # type: ignore[assignment]  (mlx types it as object)
+    logps = logps - total
     # The logits at position t are for token t + 1.
     position = mx.arange(1, tokens.shape[1])
     scored = (position >= start[:, None]) & (position < end[:, None])
