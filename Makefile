@@ -1,0 +1,85 @@
+# make demo    train and try a real model in a few minutes
+# make test    install what the tests need and run them
+# make check   formatting, lint, types
+# make parity  compare with transformers, PEFT, TRL and Liger (installs torch)
+# make model   fetch SmolLM2-135M-Instruct and print its folder
+# make clean   remove the environments
+#
+# Needs Python 3.11 or newer and make. PYTHON=… chooses the interpreter.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	command -v $$p >/dev/null 2>&1 && \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+PARITY_VENV := .venv-parity
+BIN := $(VENV)/bin
+PIP_FLAGS := --disable-pip-version-check
+# The environment in which MLX finds a fast BLAS on a Linux CPU; it says on stderr what it does.
+fast = env $$($(1)/python -m mlx_simpo.blas)
+
+.PHONY: help demo test check parity golden model clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+demo: $(VENV)/.installed
+	@$(call fast,$(BIN)) $(BIN)/python examples/demo.py
+
+test: $(VENV)/.test
+	@$(call fast,$(BIN)) $(BIN)/python -m pytest -q --ignore tests/parity
+
+check: $(VENV)/.dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+
+# Real pairs beside the examples: make parity PARITY_PAIRS=some.jsonl
+parity: $(PARITY_VENV)/.installed
+	@$(call fast,$(PARITY_VENV)/bin) $(PARITY_VENV)/bin/python -m pytest -q -s tests/parity
+
+# Records tests/golden/objective.json anew from TRL and Liger.
+golden: $(PARITY_VENV)/.installed
+	@cd tests && ../$(PARITY_VENV)/bin/python -m golden.make_objective
+
+model: $(VENV)/.installed
+	@$(BIN)/python examples/smollm2.py
+
+clean:
+	rm -rf $(VENV) $(PARITY_VENV)
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "mlx_simpo needs Python 3.11 or newer; none was found." \
+		"Install one, or say where it is: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version) …"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	@echo "Installing mlx_simpo and what it needs (about 250 MB, once) …"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e .
+	@$(call openblas,$(BIN))
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -q -e ".[test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -q -e ".[dev]"
+	@touch $@
+
+# torch first: where its plain name gives a CUDA build of gigabytes, the version asked for here is
+# the one to take, and everything after is content with it.
+$(PARITY_VENV)/.installed: $(VENV)/.created pyproject.toml
+	@echo "Making $(PARITY_VENV) with torch, transformers, PEFT, TRL and Liger …"
+	@$(BIN)/python -m venv $(PARITY_VENV)
+	@$(PARITY_VENV)/bin/python -m pip install $(PIP_FLAGS) -q torch==2.13.0
+	@$(PARITY_VENV)/bin/python -m pip install $(PIP_FLAGS) -q -e ".[test,parity]"
+	@$(PARITY_VENV)/bin/python -m pip install $(PIP_FLAGS) -q --no-deps liger-kernel==0.8.5
+	@$(call openblas,$(PARITY_VENV)/bin)
+	@touch $@
+
+# Without it everything works, slowly; mlx_simpo.blas says so.
+openblas = test "$$(uname -s)" != Linux || \
+	$(1)/python -m pip install $(PIP_FLAGS) -q -e ".[openblas]" || \
+	echo "cmeel-openblas could not be installed: matrix products will be slow here"
