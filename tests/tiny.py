@@ -120,6 +120,18 @@ def write_jsonl(path: Path, rows: list) -> Path:
     return path
 
 
+def system(content: Any) -> dict[str, Any]:
+    return {"role": "system", "content": content}
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
 def some_pairs(count: int = 12) -> list[dict[str, str]]:
     """String records of different lengths."""
     words = _TEXT[0].split()[:14]

@@ -106,7 +106,7 @@ def _common_prefix(*sequences: list[int]) -> int:
 
 
 def _cut_prompt(prompt: list[int], length: int, bos: int | None) -> list[int]:
-    """Keep the last ``length`` prompt tokens, a leading automatic BOS among them."""
+    """Keep the last ``length`` prompt tokens, a leading BOS (of the tokenizer or of the template) among them."""
     if length >= len(prompt):
         return prompt
     if bos is not None and prompt[0] == bos:
@@ -136,7 +136,8 @@ def scored_default(
     head, tails = chosen[:boundary], (chosen[boundary:], rejected[boundary:])
     excess = boundary + max(map(len, tails)) - max_length
     if excess > 0:
-        head = _cut_prompt(head, max(boundary - excess, max_prompt_length), bos)
+        keep = max(boundary - excess, max_prompt_length)
+        head = _cut_prompt(head, keep, tokenizer.bos_token_id)
         room = max(max_length - len(head), 0)
         tails = (tails[0][:room], tails[1][:room])
 
