@@ -17,6 +17,7 @@ from .errors import SimPOError
 from .evaluation import Evaluation
 from .generation import answer
 from .model.adapters import load_adapter
+from .model.loading import load_only_tokenizer
 from .report import Report, step_note
 from .session import (
     Session,
@@ -162,8 +163,9 @@ def evaluate(
     if config.data.valid is None:
         raise SimPOError("data.valid is missing; name the pairs to evaluate on")
     found = read_pairs(config, config.data.valid, config.data.valid_split)
-    pairs = encode(make_encoder(config, report), found, config.data.valid, report)
-    model = read_model(config).model
+    model, tokenizer, _, dtype = read_model(config)
+    report.advise(advice.slow_dtype(dtype))
+    pairs = encode(make_encoder(tokenizer, config, report), found, config.data.valid, report)
     results = {"base": evaluate_with_bar(model, pairs, config, report, "Base model")}
     if adapter is not None:
         load_adapter(model, adapter)
@@ -187,8 +189,8 @@ def generate(
     Raises:
         SimPOError: unusable model or adapter.
     """
-    encoder = make_encoder(config, report or Report())
     model, tokenizer, _, _ = read_model(config)
+    encoder = make_encoder(tokenizer, config, report or Report())
     answers = {"base": answer(model, tokenizer, encoder, prompt, max_tokens)}
     if adapter is not None:
         load_adapter(model, adapter)
@@ -215,6 +217,9 @@ def inspect(
     report = report or Report()
     lenient = replace(config, data=replace(config.data, max_quarantined=1.0))
     found = read_pairs(lenient, data, split)
-    encoder = make_encoder(lenient, report)
+    tokenizer = load_only_tokenizer(
+        config.model, config.revision, trust_remote_code=config.trust_remote_code
+    )
+    encoder = make_encoder(tokenizer, lenient, report)
     pairs = encode(encoder, found, data, report)
     return Inspection(pairs, encoder, summarize(pairs, found.quarantined, encoder))

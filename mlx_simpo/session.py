@@ -15,7 +15,7 @@ from .data.pairs import PairSet, Quarantined, check_share, load_pairs, split_pai
 from .errors import SimPOError
 from .evaluation import Evaluation, evaluate_pairs
 from .model.adapters import save_adapter
-from .model.loading import Loaded, load_model, load_only_tokenizer
+from .model.loading import Loaded, load_model
 from .model.lora import attach_lora
 from .report import Report
 from .trainer import StepMetrics, train_steps
@@ -81,12 +81,11 @@ def prepare(config: SimPOConfig, report: Report | None = None) -> Session:
     else:
         kept, held_out = split_pairs(training.pairs, data.valid_fraction, config.seed)
         training, validation = PairSet(kept, training.quarantined), PairSet(held_out)
-    encoder = make_encoder(config, report)
+    model, tokenizer, _, dtype = read_model(config)  # the weights are read when first used
+    encoder = make_encoder(tokenizer, config, report)
     train = encode(encoder, training, data.train, report)
-    valid = encode(encoder, validation, data.valid, report) if data.valid else []
-    if data.valid is None and validation.pairs:
-        valid = encode(encoder, validation, f"the share held out of {data.train}", report)
-    model, tokenizer, _, dtype = read_model(config)
+    held_out_name = data.valid or f"the share held out of {data.train}"
+    valid = encode(encoder, validation, held_out_name, report) if validation.pairs else []
     report.advise(advice.slow_dtype(dtype))
     adapter = attach_lora(model, config.lora, config.seed)
     maybe_set_recommended_wired_limit()
@@ -104,10 +103,7 @@ def read_pairs(config: SimPOConfig, name: str, split: str | None) -> PairSet:
     return found
 
 
-def make_encoder(config: SimPOConfig, report: Report) -> Encoder:
-    tokenizer = load_only_tokenizer(
-        config.model, config.revision, trust_remote_code=config.trust_remote_code
-    )
+def make_encoder(tokenizer: Any, config: SimPOConfig, report: Report) -> Encoder:
     encoder = Encoder(tokenizer, config.data)
     report.note(f"chat template: {encoder.renderer.origin}")
     return encoder

@@ -157,6 +157,7 @@ def train_steps(
         refuse_not_finite(number, metrics["loss"], float(norm), flat)
         optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), optimizer.state)
+        mx.clear_cache()  # the next step has other shapes; unused buffers would pile up
         means = {name: float(v.mean(dtype=np.float64)) for name, v in metrics.items()}
         means |= {
             "learning_rate": float(optimizer.learning_rate),

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub import snapshot_download
 from mlx_lm import load as mlx_lm_load
-from mlx_lm.utils import load_config, load_tokenizer
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 
 from ..errors import SimPOError
 from .adapters import flat_arrays
@@ -25,8 +26,11 @@ class Loaded(NamedTuple):
     dtype: str
 
 
-def model_folder(name: str, revision: str | None = None) -> Path:
+def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local folder of a model; fetched from the Hub if ``name`` is no folder.
+
+    Args:
+        weights: fetch the weights too, not only configuration and tokenizer.
 
     Raises:
         SimPOError: nothing by that name, no network, or no language model in there.
@@ -42,13 +46,9 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SimPOError(f"model is {name!r}; there is no such folder")
-    from huggingface_hub import snapshot_download
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
-
+    patterns = [p for p in DEFAULT_ALLOW_PATTERNS if weights or "safetensors" not in p]
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise SimPOError(
             f"model is {name!r}; it is no local folder and could not be fetched from the Hugging "
@@ -99,12 +99,12 @@ def load_model(
 def load_only_tokenizer(
     name: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> Any:
-    """The tokenizer that `load_model` would return, without the weights.
+    """The tokenizer that `load_model` would return, without fetching or reading the weights.
 
     Raises:
         SimPOError: no such model, or no tokenizer in its folder.
     """
-    folder = model_folder(name, revision)
+    folder = model_folder(name, revision, weights=False)
     try:
         return load_tokenizer(
             folder,
