@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
+from mlx_simpo import logps
 from mlx_simpo.data.batching import stack
 from mlx_simpo.data.encode import EncodedPair, Scored
 from mlx_simpo.logps import average_logps, logsumexp
@@ -81,6 +82,14 @@ def test_only_scored_tokens_count(seed: int) -> None:
     np.testing.assert_allclose(
         of_token_5, numpy_logps(logits, tokens.tolist()[:6], 5), atol=5e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("block", [1, 7, 32, 4096])
+def test_the_block_size_does_not_matter(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [random_pair(np.random.default_rng(3))]
+    expected = scored(pairs)
+    monkeypatch.setattr(logps, "BLOCK", block)
+    np.testing.assert_allclose(scored(pairs), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 255, 256, 257, 1000, 49152, 50257])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlx_simpo.model.loading import Loaded, load_model
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "valid.jsonl"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "train.jsonl"
 PAIRS = 32
 
 
