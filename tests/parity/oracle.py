@@ -106,7 +106,7 @@ def _common_prefix(*sequences: list[int]) -> int:
 
 
 def _cut_prompt(prompt: list[int], length: int, bos: int | None) -> list[int]:
-    """Keep the last ``length`` prompt tokens, a leading BOS (of the tokenizer or of the template) among them."""
+    """Keep the last ``length`` prompt tokens, a leading BOS among them, whoever wrote it."""
     if length >= len(prompt):
         return prompt
     if bos is not None and prompt[0] == bos:
