@@ -17,6 +17,7 @@ from typing import Any
 
 from .data.pairs import Quarantined
 from .errors import SimPOError
+from .paths import local_path
 
 
 def check_output_free(output: str) -> None:
@@ -25,7 +26,7 @@ def check_output_free(output: str) -> None:
     Raises:
         SimPOError: the folder exists and is not empty, or is a file.
     """
-    path = Path(output).expanduser()
+    path = local_path(output)
     if path.is_file():
         raise SimPOError(f"output is {output!r}, which is a file; it must be a new folder")
     if path.is_dir() and any(path.iterdir()):
@@ -37,7 +38,7 @@ class RunFolder:
     """The record of one run; made when the run is known to be sound."""
 
     def __init__(self, output: str, config_yaml: str, quarantined: Iterable[Quarantined]) -> None:
-        self.path = Path(output).expanduser()
+        self.path = local_path(output)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
@@ -45,7 +46,7 @@ class RunFolder:
             raise SimPOError(f"output is {output!r}; it cannot be written: {error}") from None
         lines = [json.dumps(q._asdict(), ensure_ascii=False) + "\n" for q in quarantined]
         if lines:
-            (self.path / "quarantined.jsonl").write_text("".join(lines), encoding="utf-8")
+            write_text(self.path / "quarantined.jsonl", "".join(lines))
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -54,9 +55,14 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        (self.path / "summary.json").write_text(text, encoding="utf-8")
+        write_text(self.path / "summary.json", text)
 
     def discard_if_empty(self) -> None:
         """Take the folder away again if it holds no adapter: nothing half-written stays."""
         if not any(self.path.rglob("adapters.safetensors")):
             shutil.rmtree(self.path)
+
+
+def write_text(path: Path, json_text: str) -> None:
+    """JSON as UTF-8; what is no text (half an emoji, a file name of other bytes) as \\u escapes."""
+    path.write_text(json_text, encoding="utf-8", errors="backslashreplace")

@@ -8,15 +8,16 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__
 from .config import SimPOConfig, load_config
 from .errors import SimPOError
+from .paths import local_path
 from .report import evaluation_table
 from .strict import all_settings, is_required, nearest_name
 
@@ -38,31 +39,46 @@ def run_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SimPOError(f"{message}; see `{self.prog} --help`")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx-simpo", description="SimPO LoRA fine-tuning of language models on MLX."
     )
     parser.add_argument("--version", action="version", version=f"mlx-simpo {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    train = add_command(commands, "train", run_train, "train an adapter", "[CONFIG.yaml]")
+    train = add_command(commands, "train", "[CONFIG.yaml]", run_train, "train an adapter")
     train.formatter_class = argparse.RawDescriptionHelpFormatter
     train.epilog = settings_list()
 
-    evaluate = add_command(commands, "evaluate", run_evaluate, "measure a model on pairs")
+    evaluate = add_command(
+        commands, "evaluate", "--data DATA", run_evaluate, "measure a model on pairs"
+    )
     add_model_options(evaluate)
     evaluate.add_argument("--data", required=True, help="file, folder or Hub data set of pairs")
     evaluate.add_argument("--split", help="split of a folder or Hub data set")
     evaluate.add_argument("--per-pair", metavar="FILE", help="write a JSON line a pair to FILE")
 
-    generate = add_command(commands, "generate", run_generate, "answer a prompt")
+    generate = add_command(commands, "generate", "--prompt TEXT", run_generate, "answer a prompt")
     add_model_options(generate)
-    generate.add_argument("--prompt", required=True, help="what the user says")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says")
     generate.add_argument("--max-tokens", type=int, default=200, help="default 200")
 
     data = commands.add_parser("data", help="look at data", description="Look at data.")
     actions = data.add_subparsers(metavar="ACTION", required=True)
-    inspect = add_command(actions, "inspect", run_inspect, "show what would be trained, and how")
+    inspect = add_command(
+        actions,
+        "inspect",
+        "DATA --model MODEL",
+        run_inspect,
+        "show what would be trained, and how",
+    )
     inspect.add_argument("data", help="file, folder or Hub data set of pairs")
     inspect.add_argument("--model", required=True, help="Hub id or folder; its tokenizer is used")
     inspect.add_argument("--split", help="split of a folder or Hub data set")
@@ -71,11 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_command(
-    commands: Any, name: str, run: Any, summary: str, extra: str = ""
+    commands: Any, name: str, needed: str, run: Any, summary: str
 ) -> argparse.ArgumentParser:
     about = f"{summary.capitalize()}. After the options come {SETTINGS_HELP}."
     parser = commands.add_parser(name, help=summary, description=about)
-    parser.usage = f"%(prog)s [options] {extra} [name=value ...]".replace("  ", " ")
+    parser.usage = f"%(prog)s [options] {needed} [name=value ...]"
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
@@ -125,16 +141,18 @@ def run_train(options: argparse.Namespace) -> None:
 
 def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
     """The configuration of the adapter's own run if it has one, with what the command line says."""
-    own = Path(options.adapter).expanduser() / "config.yaml" if options.adapter else None
     given = [f"model={options.model}"] if options.model else []
-    if own is not None and own.is_file():
-        given = [*given, "data.valid=null", "data.valid_split=null"]
-    elif not given:
+    folder = local_path(options.adapter) if options.adapter else None
+    own = folder / "config.yaml" if folder and (folder / "config.yaml").is_file() else None
+    if own is None and not given:
         raise SimPOError(
             "--model is missing; the adapter's folder does not say which it belongs to"
         )
-    config_file = own if own is not None and own.is_file() else None
-    return load_config(config_file, [*given, *settings, *options.settings])
+    if own is not None:
+        given += ["data.valid=null", "data.valid_split=null", "data.subset=null"]
+        template = own.with_name("chat_template.jinja")
+        given += [f"data.chat_template={template}"] if template.is_file() else []
+    return load_config(own, [*given, *settings, *options.settings])
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -151,7 +169,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         base = {"base": results["base"].as_dict()} if "adapter" in results else {}
         print_json({"adapter": options.adapter, **result.as_dict(), **base})
     else:
-        Console(highlight=False).print(evaluation_table(results))
+        plain_console().print(evaluation_table(results))
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -179,14 +197,13 @@ def run_inspect(options: argparse.Namespace) -> None:
     if options.json:
         print_json(found.summary)
         return
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(counts_table(found.summary))
     console.print(lengths_table(found.summary))
     for name, style in (("chosen", "green"), ("rejected", "red")):
         side = getattr(pair, name)
-        console.print(
-            f"\n[bold]{name}[/bold] of {pair.source}: {side.scored} scored tokens, between ⟦ and ⟧"
-        )
+        title = f" of {pair.source}: {side.scored} scored tokens, between ⟦ and ⟧"
+        console.print(Text.assemble("\n", (name, "bold"), title))
         console.print(marked(side, found.encoder.tokenizer, style))
 
 
@@ -220,9 +237,14 @@ def lengths_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def plain_console() -> Console:
+    """Standard output; what looks like markup or an emoji's name is neither."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
 def write_text(path: str, text: str) -> None:
     try:
-        Path(path).expanduser().write_text(text, encoding="utf-8")
+        local_path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise SimPOError(f"cannot write {path}: {error}") from None
 

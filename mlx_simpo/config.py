@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
-
 from .errors import SimPOError
 from .strict import (
     FRACTION,
@@ -23,11 +21,12 @@ from .strict import (
     Section,
     from_mapping,
     nearest_name,
-    parse_yaml,
     setting,
 )
+from .strict_yaml import dump_yaml, parse_yaml
 
 _AT_LEAST_TWO = Rule("2 or greater", lambda v: v >= 2)
+_SEED = Rule("0 or greater and less than 2**32", lambda v: 0 <= v < 2**32)
 _BELOW_HALF = Rule("at least 0 and less than 0.5", lambda v: 0 <= v < 0.5)
 
 
@@ -37,9 +36,13 @@ class DataConfig(Section):
 
     NAME: ClassVar[str] = "data"
 
-    train: str | None = setting(None, "file (.jsonl, .jsonl.gz, .parquet), folder or Hub data set")
+    train: str | None = setting(
+        None, "file (.jsonl, .jsonl.gz, .parquet), folder or Hub data set", NOT_EMPTY
+    )
     train_split: str | None = setting(None, "split of a folder or Hub data set to train on")
-    valid: str | None = setting(None, "pairs to evaluate on; without it, a share of train is held")
+    valid: str | None = setting(
+        None, "pairs to evaluate on; without it, a share of train is held", NOT_EMPTY
+    )
     valid_split: str | None = setting(None, "split of a folder or Hub data set to evaluate on")
     subset: str | None = setting(None, "configuration name of a Hub data set that has several")
     valid_fraction: float = setting(
@@ -134,7 +137,7 @@ class LoRAConfig(Section):
         "adapt this many blocks, counted from the last; -1: all",
         Rule("-1 (all) or 1 and greater", lambda v: v == -1 or v >= 1),
     )
-    init_from: str | None = setting(None, "folder of an mlx-lm adapter to start from")
+    init_from: str | None = setting(None, "folder of an mlx-lm adapter to start from", NOT_EMPTY)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,7 +213,7 @@ class SimPOConfig(Section):
     output: str = setting(
         "runs/simpo", "new folder for the adapter and the run's record", NOT_EMPTY
     )
-    seed: int = setting(42, "of initial weights, data order, dropout and split", NOT_NEGATIVE)
+    seed: int = setting(42, "of initial weights, data order, dropout and split", _SEED)
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     lora: LoRAConfig = LoRAConfig()
@@ -224,7 +227,7 @@ class SimPOConfig(Section):
                 return {k: plain(v) for k, v in value.items()}
             return list(value) if isinstance(value, tuple) else value
 
-        return yaml.safe_dump(plain(asdict(self)), sort_keys=False, allow_unicode=True)
+        return dump_yaml(plain(asdict(self)))
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> SimPOConfig:
@@ -239,7 +242,8 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SimPOError(f"cannot read the configuration {str(path)!r}: {error}") from None
-        given = parse_yaml(text, str(path)) or {}
+        given = parse_yaml(text, str(path))
+        given = {} if given is None else given
         if not isinstance(given, dict):
             raise SimPOError(f"{path} must hold settings (name: value), not {given!r}")
     for override in overrides:
@@ -255,7 +259,14 @@ def apply_override(given: dict, override: str) -> None:
         raise SimPOError(f"{override!r} is not a setting of the form name=value{hint}")
     *sections, name = key.split(".")
     for section in sections:
-        given = given.setdefault(section, {})
+        if given.get(section) is None:
+            given[section] = {}
+        given = given[section]
         if not isinstance(given, dict):
             raise SimPOError(f"unknown setting {key!r}{nearest_name(key, SimPOConfig)}")
+    group = given.get(name)
+    if group and isinstance(group, dict):
+        raise SimPOError(
+            f"{key} is {value!r}, but {key}.{next(iter(group))} is given as well; leave one out"
+        )
     given[name] = RawText(value)

@@ -11,6 +11,7 @@ import numpy as np
 from .config import ObjectiveConfig
 from .data.batching import length_sorted, stack
 from .data.encode import EncodedPair
+from .errors import SimPOError
 from .logps import average_logps
 from .objectives import simpo_loss
 
@@ -69,6 +70,9 @@ def evaluate_pairs(
 
     Pairs are run from short to long in batches of ``batch_size``; the result does not depend on it.
     ``advance`` is called with the number of pairs done after each batch.
+
+    Raises:
+        SimPOError: the log-probabilities of some pairs are not finite; they are named.
     """
     was_training = model.training
     model.eval()
@@ -81,6 +85,12 @@ def evaluate_pairs(
         chosen[rows], rejected[rows] = logps[: len(part)], logps[len(part) :]
         advance(len(part))
     model.train(was_training)
+    bad = [p.source for p, ok in zip(pairs, np.isfinite(chosen + rejected), strict=True) if not ok]
+    if bad:
+        raise SimPOError(
+            f"the log-probabilities of {len(bad)} of {len(pairs)} pairs are not finite numbers, at "
+            f"{', '.join(bad[:5])}; the model is broken, or overflows: try dtype=float32"
+        )
     counts = {side: [getattr(p, side).scored for p in pairs] for side in ("chosen", "rejected")}
     _, found = simpo_loss(
         mx.array(chosen), mx.array(rejected), mx.array(counts["chosen"]), **asdict(objective)

@@ -46,10 +46,10 @@ class Report:
 
     def note(self, text: str | None) -> None:
         if text is not None:
-            self.console.print(escape(text), soft_wrap=True)
+            self.console.print(plain(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+        self.console.print(f"[yellow]warning:[/yellow] {plain(text)}", soft_wrap=True)
 
     def advise(self, text: str | None) -> None:
         """A warning, where there is one to give (see `advice`)."""
@@ -112,6 +112,11 @@ class Report:
     def evaluations(self, columns: Mapping[str, Evaluation], title: str = "") -> None:
         """Evaluations of the same pairs side by side."""
         self.console.print(evaluation_table(columns, title))
+
+
+def plain(text: str) -> str:
+    """``text`` without markup; what no terminal can write (a file name of odd bytes) escaped."""
+    return escape(text.encode("utf-8", "backslashreplace").decode())
 
 
 def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Table:

@@ -130,6 +130,11 @@ def run_steps(session: Session, folder: RunFolder) -> TrainResult:
                 raise
             interrupted = True
             session.report.warn(f"interrupted; the adapter of step {last.step} is saved")
+        except SimPOError:
+            if last is not None:
+                session.save(folder.path)
+                session.report.warn(f"the adapter of step {last.step} is saved in {folder.path}")
+            raise
     assert last is not None
     session.save(folder.path)
     after = None if interrupted else evaluated(last.step, "After")

@@ -1,6 +1,6 @@
 """A run made ready: data read and tokenized, model loaded, LoRA attached."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from . import advice
 from .config import SimPOConfig
 from .data.encode import EncodedPair, Encoder, encode_pairs
 from .data.pairs import PairSet, Quarantined, check_share, load_pairs, split_pairs
+from .data.records import Pair
 from .errors import SimPOError
 from .evaluation import Evaluation, evaluate_pairs
 from .model.adapters import save_adapter
@@ -76,16 +77,16 @@ def prepare(config: SimPOConfig, report: Report | None = None) -> Session:
     if data.train is None:
         raise SimPOError("data.train is missing; name a file, folder or Hugging Face data set")
     training = read_pairs(config, data.train, data.train_split)
-    if data.valid is not None:
-        validation = read_pairs(config, data.valid, data.valid_split)
-    else:
-        kept, held_out = split_pairs(training.pairs, data.valid_fraction, config.seed)
-        training, validation = PairSet(kept, training.quarantined), PairSet(held_out)
+    validation = (
+        PairSet([]) if data.valid is None else read_pairs(config, data.valid, data.valid_split)
+    )
     model, tokenizer, _, dtype = read_model(config)  # the weights are read when first used
     encoder = make_encoder(tokenizer, config, report)
     train = encode(encoder, training, data.train, report)
-    held_out_name = data.valid or f"the share held out of {data.train}"
-    valid = encode(encoder, validation, held_out_name, report) if validation.pairs else []
+    if data.valid is not None:
+        valid = encode(encoder, validation, data.valid, report)
+    else:
+        train, valid = hold_out(train, training.pairs, config)
     report.advise(advice.slow_dtype(dtype))
     adapter = attach_lora(model, config.lora, config.seed)
     maybe_set_recommended_wired_limit()
@@ -101,6 +102,18 @@ def read_pairs(config: SimPOConfig, name: str, split: str | None) -> PairSet:
     )
     check_share(len(found.pairs), found.quarantined, data.max_quarantined, name)
     return found
+
+
+def hold_out(
+    encoded: list[EncodedPair], pairs: Sequence[Pair], config: SimPOConfig
+) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    """(training pairs, held-out pairs); see `data.pairs.split_pairs`."""
+    usable = {pair.index for pair in encoded}
+    found = [pair for pair in pairs if pair.index in usable]
+    _, held_out = split_pairs(found, config.data.valid_fraction, config.seed)
+    held = {pair.index for pair in held_out}
+    train = [pair for pair in encoded if pair.index not in held]
+    return train, [pair for pair in encoded if pair.index in held]
 
 
 def make_encoder(tokenizer: Any, config: SimPOConfig, report: Report) -> Encoder:

@@ -8,16 +8,14 @@ that declaration is the only place where a field's default, meaning and rule sta
 
 import difflib
 import math
-import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import yaml
-
 from .errors import SimPOError
+from .strict_yaml import parse_yaml
 
 
 class Rule(NamedTuple):
@@ -68,9 +66,11 @@ def from_mapping(cls: type[Section], given: Mapping[str, Any], root: type[Sectio
     for name, value in given.items():
         path = f"{cls.NAME}.{name}" if cls.NAME else str(name)
         if name not in known:
-            raise SimPOError(f"unknown setting {path!r}{nearest_name(path, root)}")
+            hint = nearest_section(path, root) if isinstance(value, Mapping) else ""
+            raise SimPOError(f"unknown setting {path!r}{hint or nearest_name(path, root)}")
         hint = hints[name]
         if is_dataclass(hint):
+            value = {} if value is None else value  # all of its lines are commented out
             if not isinstance(value, Mapping):
                 raise SimPOError(f"{path} is {value!r}; it must be a group of settings ({path}: …)")
             value = from_mapping(typing.cast(type[Section], hint), value, root)
@@ -123,11 +123,29 @@ def nearest_name(path: str, root: type[Section]) -> str:
     names = [name for name, _, _ in all_settings(root)]
     if leaf in ALIASES:
         return f"; did you mean {ALIASES[leaf]}?"
+    same_words = [name for name in names if words(name) == words(path)]  # lora_rank
     same_leaf = [name for name in names if name.rpartition(".")[2] == leaf]
     by_leaf = {name.rpartition(".")[2]: name for name in names}
     close = difflib.get_close_matches(leaf, by_leaf, n=1)
-    found = same_leaf or [by_leaf[c] for c in close] or difflib.get_close_matches(path, names, n=1)
+    found = (
+        same_words
+        or same_leaf
+        or [by_leaf[c] for c in close]
+        or difflib.get_close_matches(path, names, n=1)
+    )
     return f"; did you mean {found[0]!r}?" if found else "; `mlx-simpo train --help` lists them all"
+
+
+def nearest_section(name: str, root: type[Section]) -> str:
+    """A hint for a misspelt group of settings, or an empty string."""
+    hints = typing.get_type_hints(root)
+    sections = [item.name for item in fields(root) if is_dataclass(hints[item.name])]
+    close = difflib.get_close_matches(name.lower(), sections, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def words(name: str) -> list[str]:
+    return name.lower().replace("-", "_").replace(".", "_").split("_")
 
 
 def coerce(value: Any, hint: Any, path: str) -> Any:
@@ -159,9 +177,15 @@ def matches(value: Any, option: Any) -> bool:
     if typing.get_origin(option) is tuple:
         return isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
     if option is float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)
+        return type(value) in (int, float) and is_finite(value)
     return type(value) is option
+
+
+def is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
@@ -186,39 +210,3 @@ def describe(option: Any) -> str:
     if typing.get_origin(option) is tuple:
         return "a list of names"
     return names.get(option, getattr(option, "__name__", str(option)))
-
-
-class StrictLoader(yaml.SafeLoader):
-    """YAML in which 1e-6 is a number, yes/no/on/off are text, and a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"{key!r} stands twice (line {line})")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_BOOL = "tag:yaml.org,2002:bool"
-_FLOAT = "tag:yaml.org,2002:float"
-StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-StrictLoader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|false)$"), list("tf"))
-StrictLoader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
-    list("-+.0123456789"),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML under `StrictLoader`'s rules; ``where`` names the file or setting in an error."""
-    try:
-        return yaml.load(text, StrictLoader)
-    except yaml.YAMLError as error:
-        raise SimPOError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None

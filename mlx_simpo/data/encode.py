@@ -12,6 +12,7 @@ The rules (compat: official has its own, see `official`):
   max_prompt_length; then the answers lose tokens on the right.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,8 +23,8 @@ from ..config import DataConfig
 from ..errors import SimPOError
 from .official import official_tokens
 from .pairs import Quarantined
-from .records import Message, Pair, Refused
-from .render import Renderer, as_messages
+from .records import Message, Pair, Refused, as_messages
+from .render import Renderer
 
 
 class Scored(NamedTuple):
@@ -127,7 +128,12 @@ class Encoder:
         return self._with_bos(self._ids(text))
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:  # TypeError: of the Rust tokenizers
+            if text.isascii() or not re.search("[\ud800-\udfff]", text):
+                raise
+            raise Refused("no valid text", "half of a surrogate pair") from error
 
     def _texts(self, pair: Pair) -> tuple[list[int], list[int], list[int]]:
         """Tokens of (prompt with generation prompt, whole chosen, whole rejected)."""

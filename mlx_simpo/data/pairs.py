@@ -12,7 +12,7 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from ..errors import SimPOError
-from .records import Pair, Refused, parse_pair
+from .records import Pair, Refused, as_messages, parse_pair
 from .sources import read_rows
 
 
@@ -98,7 +98,8 @@ def split_pairs(pairs: Iterable[Pair], fraction: float, seed: int) -> tuple[list
     """
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
-        text = json.dumps([seed, pair.prompt], sort_keys=True, ensure_ascii=True)
+        asked = as_messages(pair.prompt, "user")  # text and one user turn are the same question
+        text = json.dumps([seed, asked], sort_keys=True, ensure_ascii=True, default=str)
         groups.setdefault(sha256(text.encode()).hexdigest(), []).append(pair)
     held = min(max(1, round(fraction * len(groups))), len(groups) - 1) if fraction > 0 else 0
     order = sorted(groups)

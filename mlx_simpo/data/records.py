@@ -47,9 +47,9 @@ def parse_pair(row: Row, implicit_string_prompts: bool = False) -> Pair:
         raise Refused("unreadable row", row.problem)
     if not isinstance(record, dict):
         raise Refused("not a record", f"a JSON {type(record).__name__}, not an object")
-    if "completion" in record and "label" in record:
-        raise Refused("unpaired record", "prompt, completion, label: for KTO only")
     missing = [key for key in ("chosen", "rejected") if record.get(key) is None]
+    if len(missing) == 2 and "completion" in record and "label" in record:
+        raise Refused("unpaired record", "prompt, completion, label: for KTO only")
     if missing:
         raise Refused("missing answer", f"no {' and no '.join(missing)}")
     prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
@@ -72,6 +72,9 @@ def parse_pair(row: Row, implicit_string_prompts: bool = False) -> Pair:
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if is_empty_answer(messages):
             raise Refused("empty answer", name)
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if (first := messages[0]["role"]) != "assistant":
+            raise Refused("conversations differ before the answer", f"{name} goes on with {first}")
     return Pair(before, chosen, rejected, row.number, row.source, parse_tools(record), whole)
 
 
@@ -111,13 +114,14 @@ def message_parts(
     prompt: Any, chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message], bool]:
     """(prompt, chosen, rejected, whole) of a record of message lists."""
-    if isinstance(prompt, list):
+    if isinstance(prompt, list) and prompt:
         check_messages("prompt", prompt)
         n = len(prompt)
-        if not (chosen[:n] == prompt and rejected[:n] == prompt and n):
+        if not (chosen[:n] == prompt and rejected[:n] == prompt):
             return prompt, chosen, rejected, False
         # The answers repeat the prompt: they are whole conversations.
         return prompt, chosen[n:], rejected[n:], True
+    prompt = None if prompt == [] else prompt
     if prompt is not None and not isinstance(prompt, str):
         raise Refused("strings and messages mixed", f"prompt is {kind(prompt)}")
     pairs = zip(chosen, rejected, strict=False)
@@ -134,6 +138,10 @@ def message_parts(
     return before, chosen[shared:], rejected[shared:], True
 
 
+def as_messages(part: str | list[Message], role: str) -> list[Message]:
+    return [{"role": role, "content": part}] if isinstance(part, str) else part
+
+
 def check_messages(name: str, messages: list) -> None:
     for number, message in enumerate(messages):
         where = f"{name}[{number}]"
@@ -143,8 +151,16 @@ def check_messages(name: str, messages: list) -> None:
             raise Refused("unknown role", f"{where} has role {message['role']!r}")
         if message.get("content") is None and not message.get("tool_calls"):
             raise Refused("null content", where)
-        if not isinstance(message.get("content", ""), str | list | None):
+        if not is_text(message.get("content")):
             raise Refused("content is no text", f"{where} is {kind(message['content'])}")
+
+
+def is_text(content: Any) -> bool:
+    """Whether `text_of` can tell the text of a message's content."""
+    if not isinstance(content, list):
+        return isinstance(content, str | None)
+    texts = (part.get("text") if isinstance(part, dict) else part for part in content)
+    return all(isinstance(text, str | None) for text in texts)
 
 
 def is_empty_answer(messages: list[Message]) -> bool:

@@ -1,12 +1,12 @@
 """Which chat template runs, and the text it makes of a conversation."""
 
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
 from ..errors import SimPOError
-from .records import Message, Pair, Refused
+from ..paths import local_path
+from .records import Message, Pair, Refused, as_messages
 
 
 class Renderer:
@@ -17,8 +17,8 @@ class Renderer:
         chat_template: "auto", "none", a template file, or the template's text.
 
     Attributes:
-        text: the template's Jinja text, or None where records are plain text (or where mlx-lm has
-            a renderer in Python for this model).
+        text: the template's Jinja text, or None where records are plain text (or where the
+            model has several templates, or a renderer in Python in mlx-lm).
         plain: records are scored as plain text.
         origin: which template runs and why, for the user to read.
     """
@@ -36,7 +36,10 @@ class Renderer:
             self.text, self.origin = read_template(chat_template)
             self._options = {"chat_template": self.text}
         elif has_own:
-            self.text, self.origin = own, "the tokenizer's own"
+            self.origin = "the tokenizer's own"
+            self.text = (
+                own if isinstance(own, str) else None
+            )  # several, by name: the tokenizer picks
         else:
             self.plain = True
             self.origin = "none, the tokenizer has none: plain text, prompt + answer + EOS"
@@ -76,17 +79,13 @@ class Renderer:
             raise Refused("the chat template refuses it", " ".join(str(error).split())) from None
 
 
-def as_messages(part: str | list[Message], role: str) -> list[Message]:
-    return [{"role": role, "content": part}] if isinstance(part, str) else part
-
-
 def read_template(given: str) -> tuple[str, str]:
     """(template text, where it came from) of a file's name or a template's own text."""
     if "{%" in given or "{{" in given:
         return given, "the text given in data.chat_template"
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8"), f"the file {given}"
-    except (OSError, UnicodeDecodeError) as error:
+        return local_path(given).read_text(encoding="utf-8"), f"the file {given}"
+    except (OSError, UnicodeDecodeError, SimPOError) as error:
         raise SimPOError(
             f"data.chat_template is {given!r}; it must be auto, none, a readable template file or "
             f"Jinja text ({error})"

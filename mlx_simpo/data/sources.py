@@ -2,22 +2,25 @@
 
 JSON Lines is read here line by line rather than by `datasets`, whose reader forces one schema on
 the file, fills what is missing with nulls and forgets line numbers: a row that breaks the rules
-could then neither be told from a good one nor be found again. Parquet and Hub data sets, which have
-a schema, are read by `datasets`.
+could then neither be told from a good one nor be found again. Parquet is read by pyarrow, on which
+`datasets` is built, and Hub data sets by `datasets` itself.
 """
 
+import codecs
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import SimPOError
+from ..paths import local_path
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 # Names by which folders tell their splits apart (mlx-lm's and the Hub's conventions).
-_SPLIT_WORDS = re.compile(r"(?:^|[-_.])(train|valid|validation|val|dev|test|eval)(?=[-_.]|$)")
+_SPLIT_WORDS = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|test|eval)(?=[-_./]|$)")
 
 
 class Row(NamedTuple):
@@ -45,7 +48,7 @@ def read_rows(name: str, split: str | None = None, subset: str | None = None) ->
     Raises:
         SimPOError: nothing is there, it cannot be read, or the split is not told.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if not path.exists():
         if not looks_like_hub_id(name):
             raise SimPOError(f"no such file, folder or data set: {name!r}")
@@ -62,7 +65,7 @@ def read_rows(name: str, split: str | None = None, subset: str | None = None) ->
 
 
 def looks_like_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.endswith(SUFFIXES)
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not name.endswith(SUFFIXES)
 
 
 def number_rows(rows: Iterator[Row]) -> Iterator[Row]:
@@ -86,9 +89,10 @@ def folder_files(folder: Path, split: str | None) -> list[Path]:
         return chosen
     words = {w for f in files for w in _SPLIT_WORDS.findall(f.relative_to(folder).as_posix())}
     if len(words) > 1:
+        example = "train" if "train" in words else min(words)
         raise SimPOError(
             f"{folder} holds several splits ({', '.join(sorted(words))}); name one, e.g. "
-            f"data.train_split={sorted(words)[0]}"
+            f"data.train_split={example}"
         )
     return files
 
@@ -107,28 +111,31 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
     try:
         with open_file(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not line.strip():
                     continue
                 try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    yield Row(0, f"{path}:{number}", without_nulls(json.loads(text)))
-                except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+                    value = without_nulls(json.loads(line.decode("utf-8")))
+                    yield Row(0, f"{path}:{number}", value)
+                except (ValueError, RecursionError) as error:
                     yield Row(0, f"{path}:{number}", None, f"no valid JSON: {error}")
-    except (OSError, EOFError) as error:  # EOFError: a gzip file that was cut short
+    except (OSError, EOFError, zlib.error) as error:  # EOFError: a gzip file that was cut short
         raise SimPOError(f"cannot read {path}: {error}") from None
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
-    from datasets import Dataset
-    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
+    number = 0
     try:
-        data = Dataset.from_parquet(str(path), keep_in_memory=True)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = error.__cause__ or error
-        raise SimPOError(f"cannot read {path} as Parquet: {first_line(reason)}") from None
-    for number, value in enumerate(data, start=1):
-        yield Row(0, f"{path}:{number}", without_nulls(value))
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(0, f"{path}:{number}", without_nulls(value))
+    except (OSError, ArrowException) as error:
+        raise SimPOError(f"cannot read {path} as Parquet: {first_line(error)}") from None
 
 
 def hub_rows(name: str, split: str | None, subset: str | None) -> Iterator[Row]:

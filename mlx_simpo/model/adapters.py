@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
 from ..errors import SimPOError
+from ..paths import local_path
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -29,7 +30,7 @@ def save_adapter(folder: str | Path, model: nn.Module, config: dict[str, Any]) -
     Each file is written under another name and then moved into place, so that a reader never meets
     half a file. Returns the folder.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = flat_arrays(model.trainable_parameters())
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
@@ -48,7 +49,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         SimPOError: no such folder or file, or an adapter of another library.
     """
-    path = Path(folder).expanduser() / CONFIG
+    path = local_path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -75,7 +76,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
     config = read_adapter_config(folder)
     model.freeze()
     try:
-        load_adapters(model, str(Path(folder).expanduser()))
+        load_adapters(model, str(local_path(folder)))
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise SimPOError(
             f"the adapter in {folder} does not fit this model: {' '.join(str(error).split())[:300]}"
@@ -97,7 +98,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 def check_complete(model: nn.Module, folder: str | Path) -> dict[str, mx.array]:
     """The file's weights, if names and shapes are the model's trainable ones; SimPOError if not."""
-    path = Path(folder).expanduser() / WEIGHTS
+    path = local_path(folder) / WEIGHTS
     try:
         weights = mx.load(str(path))
     except (OSError, RuntimeError) as error:

@@ -1,6 +1,5 @@
 """A model and its tokenizer from a local folder or the Hugging Face Hub, by mlx_lm's loader."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +10,20 @@ from mlx_lm import load as mlx_lm_load
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 
 from ..errors import SimPOError
+from ..paths import local_path
 from .adapters import flat_arrays
 from .rope import repaired_rope
 
+# What loaders raise at a config.json, tokenizer or weights that are not what they expect.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+)
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -35,7 +45,7 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = True
     Raises:
         SimPOError: nothing by that name, no network, or no language model in there.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.exists():
         if revision is not None:
             raise SimPOError(
@@ -84,7 +94,7 @@ def load_model(
             tokenizer_config={"trust_remote_code": True} if trust_remote_code else None,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except LOAD_ERRORS as error:
         raise SimPOError(
             f"{name} cannot be loaded as a language model: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -111,7 +121,7 @@ def load_only_tokenizer(
             {"trust_remote_code": True} if trust_remote_code else None,
             eos_token_ids=load_config(folder).get("eos_token_id"),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except LOAD_ERRORS as error:
         raise SimPOError(
             f"{name} has no tokenizer that can be loaded: {' '.join(str(error).split())[:300]}"
         ) from None
