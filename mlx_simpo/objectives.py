@@ -51,18 +51,9 @@ def simpo_loss(
         ValueError: an unknown loss_type, label smoothing with the hinge, an SFT term without
             chosen_tokens.
     """
-    if loss_type not in ("sigmoid", "hinge"):
-        raise ValueError(f"loss_type is {loss_type!r}; it must be 'sigmoid' or 'hinge'")
-    if loss_type == "hinge" and label_smoothing:
-        raise ValueError("label_smoothing has no meaning for the hinge loss; set it to 0")
     logps_margin = chosen_logps - rejected_logps
     z = beta * (logps_margin - gamma_beta_ratio)
-    if loss_type == "hinge":
-        losses = mx.maximum(0.0, 1.0 - z)
-    else:
-        # −log σ(z) = log(1 + e^−z) and −log σ(−z) = −log σ(z) + z.
-        losses = mx.logaddexp(0.0, -z) + label_smoothing * z
-
+    losses = preference_losses(z, loss_type, label_smoothing)
     pairs = losses.size if total_pairs is None else total_pairs
     metrics = {}
     if sft_weight:
@@ -82,3 +73,15 @@ def simpo_loss(
         "logps/rejected": rejected_logps,
     }
     return losses.sum() / pairs, metrics
+
+
+def preference_losses(z: mx.array, loss_type: str, label_smoothing: float) -> mx.array:
+    """Loss per pair [B] of the margins ``z`` [B], in logits; see `simpo_loss`."""
+    if loss_type not in ("sigmoid", "hinge"):
+        raise ValueError(f"loss_type is {loss_type!r}; it must be 'sigmoid' or 'hinge'")
+    if loss_type == "sigmoid":
+        # −log σ(z) = log(1 + e^−z) and −log σ(−z) = −log σ(z) + z.
+        return mx.logaddexp(0.0, -z) + label_smoothing * z
+    if label_smoothing:
+        raise ValueError("label_smoothing has no meaning for the hinge loss; set it to 0")
+    return mx.maximum(0.0, 1.0 - z)

@@ -12,7 +12,6 @@ The rules (compat: official has its own, see `official`):
   max_prompt_length; then the answers lose tokens on the right.
 """
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from ..errors import SimPOError
 from .official import official_tokens
 from .pairs import Quarantined
 from .records import Message, Pair, Refused, as_messages
-from .render import Renderer
+from .render import Renderer, token_ids
 
 
 class Scored(NamedTuple):
@@ -84,10 +83,15 @@ class Encoder:
         adds_bos = with_special[:1] == [tokenizer.bos_token_id] != self._ids("a")[:1]
         # The BOS to put in front where the text has none: only if the tokenizer does so by itself.
         self.bos = [tokenizer.bos_token_id] if adds_bos else []
-        if config.compat == "official" and (self.renderer.plain or tokenizer.bos_token_id is None):
-            lacking = "chat template" if self.renderer.plain else "BOS token"
+        needed = {
+            "chat template": not self.renderer.plain,
+            "BOS token": tokenizer.bos_token_id is not None,
+            "EOS token": self.eos is not None,
+        }
+        lacking = [name for name, is_there in needed.items() if not is_there]
+        if config.compat == "official" and lacking:
             raise SimPOError(
-                f"data.compat is 'official', but this tokenizer has no {lacking}, which the "
+                f"data.compat is 'official', but this tokenizer has no {lacking[0]}, which the "
                 "official code needs; leave data.compat out"
             )
 
@@ -128,12 +132,7 @@ class Encoder:
         return self._with_bos(self._ids(text))
 
     def _ids(self, text: str) -> list[int]:
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError) as error:  # TypeError: of the Rust tokenizers
-            if text.isascii() or not re.search("[\ud800-\udfff]", text):
-                raise
-            raise Refused("no valid text", "half of a surrogate pair") from error
+        return token_ids(self.tokenizer, text)
 
     def _texts(self, pair: Pair) -> tuple[list[int], list[int], list[int]]:
         """Tokens of (prompt with generation prompt, whole chosen, whole rejected)."""
@@ -147,7 +146,8 @@ class Encoder:
         return self.prompt_tokens(before, pair.tools), chosen, rejected
 
     def _with_bos(self, tokens: list[int]) -> list[int]:
-        return tokens if tokens[:1] == self.bos else self.bos + tokens
+        first = next((i for i, t in enumerate(tokens) if not self._is_space(t)), 0)
+        return tokens if tokens[first : first + 1] == self.bos else self.bos + tokens
 
     def _with_eos(self, tokens: list[int]) -> list[int]:
         return tokens if self.eos is None or tokens[-1:] == [self.eos] else [*tokens, self.eos]

@@ -46,7 +46,8 @@ def marked(sequence: Scored, tokenizer: Any, style: str) -> Text:
 
     What is only read is dim; each scored token is underlined in turns and ends in a bar.
     """
-    text = Text(show(tokenizer, sequence.tokens[: sequence.start].tolist()), style="dim")
+    text = Text()
+    text.append(show(tokenizer, sequence.tokens[: sequence.start].tolist()), style="dim")
     text.append("⟦", style="bold")
     for number, token in enumerate(sequence.tokens[sequence.start :].tolist()):
         text.append(show(tokenizer, [token]), style=f"{style} underline" if number % 2 else style)

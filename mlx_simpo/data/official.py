@@ -17,7 +17,7 @@ recipe's file in configs/ gives that template as ``chat_template``.
 from typing import Any, NamedTuple
 
 from .records import Message, Pair, Refused
-from .render import Renderer
+from .render import Renderer, token_ids
 
 
 class OfficialTokens(NamedTuple):
@@ -42,7 +42,7 @@ def official_tokens(
     differing = sum(a != b for a, b in zip(first, second, strict=False))
     if differing > 1 or abs(len(first) - len(second)) > 1:
         raise Refused("official check fails", "prompts differ by more than their last token")
-    moved = len(ids(tokenizer, prompt)) - min(len(first), len(second))
+    moved = len(token_ids(tokenizer, prompt)) - min(len(first), len(second))
 
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     sides = [(p if p[:1] == bos else bos + p, a if a[-1:] == eos else a + eos) for p, a in sides]
@@ -81,12 +81,8 @@ def split_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], l
 
     Where the prompt's own tokens are no prefix of the whole, the boundary goes one token back.
     """
-    before, whole = ids(tokenizer, prompt), ids(tokenizer, prompt + answer)
+    before, whole = token_ids(tokenizer, prompt), token_ids(tokenizer, prompt + answer)
     if len(whole) < len(before):
         raise Refused("official check fails", "prompt and answer have fewer tokens than the prompt")
     start = len(before) if whole[: len(before)] == before else len(before) - 1
     return whole[:start], whole[start:]
-
-
-def ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)

@@ -8,6 +8,17 @@ from ..errors import SimPOError
 from ..paths import local_path
 from .records import Message, Pair, Refused, as_messages
 
+# A template's expressions run on a record's content: they raise what Python's operators raise.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+)
+
 
 class Renderer:
     """Turns conversations into text with the template that ``data.chat_template`` asks for.
@@ -75,7 +86,7 @@ class Renderer:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation, **options
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except TEMPLATE_ERRORS as error:
             raise Refused("the chat template refuses it", " ".join(str(error).split())) from None
 
 
@@ -85,8 +96,21 @@ def read_template(given: str) -> tuple[str, str]:
         return given, "the text given in data.chat_template"
     try:
         return local_path(given).read_text(encoding="utf-8"), f"the file {given}"
-    except (OSError, UnicodeDecodeError, SimPOError) as error:
+    except (OSError, ValueError, SimPOError) as error:
         raise SimPOError(
             f"data.chat_template is {given!r}; it must be auto, none, a readable template file or "
             f"Jinja text ({error})"
         ) from None
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of ``text``, no special ones added.
+
+    Raises:
+        Refused: it is no valid text (JSON can hold half of a surrogate pair).
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused("no valid text", error.reason) from None
+    return tokenizer.encode(text, add_special_tokens=False)

@@ -1,0 +1,199 @@
+"""Which template runs, where it comes from, and what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import BARE, CHATML, INST, assistant, system, tiny_tokenizer, user
+
+from mlx_simpo import SimPOError
+from mlx_simpo.data.records import Pair, Refused
+from mlx_simpo.data.render import Renderer
+
+Q, A, B = user("q"), assistant("a"), assistant("b")
+CONVERSATION = Pair([Q], [A], [B], 3, "pairs.jsonl:4")
+STRINGS = Pair("q", "a", "b")
+TOOLS = [{"type": "function", "function": {"name": "sky", "parameters": {}}}]
+DEFAULT_SYSTEM = "<|im_start|>system\nBe kind.<|im_end|>\n"
+
+
+def renderer(chat_template: str = "auto", own: str | None = CHATML, **options: Any) -> Renderer:
+    return Renderer(tiny_tokenizer(own, **options), chat_template)
+
+
+def refusal(chat_template: str, messages: list[dict]) -> tuple[str, ...]:
+    with pytest.raises(Refused) as caught:
+        renderer(chat_template).render(messages)
+    return caught.value.args
+
+
+def test_the_tokenizers_own_template() -> None:
+    found = renderer()
+    assert (found.text, found.plain, found.origin) == (CHATML, False, "the tokenizer's own")
+
+
+@pytest.mark.parametrize(
+    ("own", "chat_template", "why"),
+    [(None, "auto", "the tokenizer has none"), (CHATML, "none", "as asked for")],
+)
+def test_plain_text_without_a_template_or_on_demand(
+    own: str | None, chat_template: str, why: str
+) -> None:
+    found = renderer(chat_template, own)
+    assert (found.text, found.plain) == (None, True)
+    assert why in found.origin
+
+
+@pytest.mark.parametrize("own", [CHATML, None])
+def test_a_template_file(tmp_path: Path, own: str | None) -> None:
+    file = tmp_path / "bare.jinja"
+    file.write_text(BARE.replace("assistant", "ångström"), encoding="utf-8")
+    found = renderer(str(file), own)
+    assert (found.plain, found.origin) == (False, f"the file {file}")
+    assert found.render([Q], generation=True) == "user: q\nångström: "
+
+
+def test_a_template_file_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "bare.jinja").write_text(BARE)
+    assert renderer("~/bare.jinja").text == BARE
+
+
+@pytest.mark.parametrize("text", [BARE, "{{ messages[0].content }}"])
+@pytest.mark.parametrize("own", [CHATML, None])
+def test_the_text_of_a_template(text: str, own: str | None) -> None:
+    found = renderer(text, own)
+    assert (found.text, found.plain) == (text, False)
+    assert found.render([Q, A]).startswith(("user: q\nassistant: a", "q"))
+
+
+def test_an_unreadable_template_file(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.jinja"
+    latin.write_bytes(b"\xe9{{ messages }}")
+    for given_path in (tmp_path / "no.jinja", tmp_path, latin):
+        with pytest.raises(SimPOError, match=r"data\.chat_template is .*readable") as caught:
+            renderer(str(given_path))
+        assert str(given_path) in str(caught.value)
+
+
+def test_a_template_file_of_an_unknown_user() -> None:
+    with pytest.raises(SimPOError, match=r"data\.chat_template"):
+        renderer("~no-such-user-here/a.jinja")
+
+
+def test_an_impossible_name_of_a_template_file() -> None:
+    with pytest.raises(SimPOError, match=r"data\.chat_template"):
+        renderer("a\0b.jinja")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (CHATML, [Q], f"{DEFAULT_SYSTEM}<|im_start|>user\nq<|im_end|>\n"),
+        (
+            CHATML,
+            [system("s"), Q, A],
+            "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
+            "<|im_start|>assistant\na<|im_end|>\n",
+        ),
+        (INST, [Q, A, user("r"), B], "<s>[INST] q [/INST] a</s>[INST] r [/INST] b</s>"),
+        (BARE, [Q, A, Q], "user: q\nassistant: a\nuser: q\n"),
+    ],
+)
+def test_a_conversation_as_text(template: str, messages: list[dict], expected: str) -> None:
+    assert renderer(own=template, bos="<s>").render(messages) == expected
+    assert renderer(template, own=None, bos="<s>").render(messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "header"),
+    [(CHATML, "<|im_start|>assistant\n"), (BARE, "assistant: "), (INST, "")],
+)
+def test_the_generation_prompt_is_only_added(template: str, header: str) -> None:
+    found = renderer(own=template, bos="<s>")
+    assert found.render([Q], generation=True) == found.render([Q]) + header
+
+
+@given(st.lists(st.text(st.sampled_from("ab {}%#\n<é"), max_size=6), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=40)
+def test_contents_are_never_taken_for_jinja(contents: list[str]) -> None:
+    messages = [(user, assistant)[i % 2](text) for i, text in enumerate(contents)]
+    turns = [f"{m['role']}: {m['content']}\n" for m in messages]
+    assert renderer(BARE).render(messages) == "".join(turns)
+
+
+def test_tools_reach_the_template() -> None:
+    found = renderer("{{ tools[0].function.name if tools else 'no tools' }}")
+    assert found.render([Q], TOOLS) == "sky"
+    assert found.render([Q]) == "no tools"
+
+
+def test_rendering_leaves_the_pair_as_it_is() -> None:
+    prompt = [system("s"), Q]
+    pair = Pair(prompt, [A], [B])
+    found = renderer()
+    before, chosen, _ = found.conversation(pair)
+    found.render(before + chosen, generation=True)
+    assert pair == Pair([system("s"), Q], [A], [B])
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "detail"),
+    [
+        (INST, [system("s"), Q, A], "only user and assistant turns"),
+        ("{{ raise_exception('first\nsecond') }}", [Q], "first second"),
+        ("{{ messages[3].content.text }}", [Q], "no element 3"),
+        ("{{ messages[0].content + 1 }}", [Q], "str"),
+        ("{% for", [Q], "end of template"),
+    ],
+    ids=["raise_exception", "one line", "undefined", "type", "syntax"],
+)
+def test_what_a_template_refuses(template: str, messages: list[dict], detail: str) -> None:
+    reason, found = refusal(template, messages)
+    assert reason == "the chat template refuses it"
+    assert detail in found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for k, v in tools|dictsort %}{% endfor %}", "{{ 1 // (messages|length - 1) }}"],
+)
+def test_whatever_fails_in_a_template_refuses_the_record(template: str) -> None:
+    with pytest.raises(Refused):
+        renderer(template).render([Q], TOOLS)
+
+
+def test_strings_become_one_user_and_one_assistant_turn() -> None:
+    assert renderer().conversation(STRINGS) == ([Q], [A], [B])
+
+
+def test_messages_stay_as_they_are() -> None:
+    pair = Pair([system("s"), Q, A, Q], [A], [B, Q, A])
+    assert renderer().conversation(pair) == (pair.prompt, pair.chosen, pair.rejected)
+
+
+@pytest.mark.parametrize(
+    ("own", "chat_template"), [(None, "auto"), (CHATML, "none"), (None, "none")]
+)
+def test_a_conversation_without_a_template_is_the_users_to_mend(
+    own: str | None, chat_template: str
+) -> None:
+    found = renderer(chat_template, own)
+    with pytest.raises(SimPOError, match=r"pairs\.jsonl:4 .*data\.chat_template") as caught:
+        found.conversation(CONVERSATION)
+    assert not isinstance(caught.value, Refused)
+    assert found.conversation(STRINGS) == ([Q], [A], [B])
+
+
+def test_several_named_templates() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.chat_template = {"default": CHATML, "tool_use": BARE}
+    found = Renderer(tokenizer)
+    assert found.text is None  # there is no one text to save
+    assert found.render([Q]) == f"{DEFAULT_SYSTEM}<|im_start|>user\nq<|im_end|>\n"
+    assert found.render([Q], TOOLS) == "user: q\n"
