@@ -17,10 +17,11 @@ def starting_loss(objective: ObjectiveConfig) -> str | None:
     if objective.loss_type != "sigmoid" or not objective.gamma_beta_ratio:
         return None
     gamma = objective.beta * objective.gamma_beta_ratio
-    loss = gamma + math.log1p(math.exp(-gamma))  # log(1 + exp(gamma)), for any gamma
+    # −(1 − ε) log σ(−gamma) − ε log σ(gamma), for any gamma
+    loss = math.log1p(math.exp(-gamma)) + (1 - objective.label_smoothing) * gamma
     return (
         f"a model without a preference has a loss of {loss:.2f} here, not 0.69: the "
-        f" target margin is gamma = beta × gamma_beta_ratio = {gamma:g}"
+        f"target margin is gamma = beta × gamma_beta_ratio = {gamma:g}"
     )
 
 

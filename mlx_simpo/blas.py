@@ -16,6 +16,7 @@ import ctypes.util
 import importlib.util
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +33,8 @@ def environment() -> tuple[dict[str, str], str]:
     if is_loaded():
         return {}, "OpenBLAS is loaded already"
     library = installed("cmeel-openblas", "cmeel.prefix/lib/libopenblas.so.0")
+    if library is not None and re.search(r"[\s:]", str(library)):
+        return {}, f"{library} has a space or colon in its path, which LD_PRELOAD cannot hold"
     if library is not None:
         variables = {"LD_PRELOAD": joined(str(library), "LD_PRELOAD")}
         if ctypes.util.find_library("gfortran") is None:

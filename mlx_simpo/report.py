@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from .evaluation import Evaluation
 
@@ -46,10 +46,11 @@ class Report:
 
     def note(self, text: str | None) -> None:
         if text is not None:
-            self.console.print(plain(text), soft_wrap=True)
+            self.console.print(readable(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]warning:[/yellow] {plain(text)}", soft_wrap=True)
+        line = Text.assemble(("warning:", "yellow"), " ", readable(text))
+        self.console.print(line, soft_wrap=True)
 
     def advise(self, text: str | None) -> None:
         """A warning, where there is one to give (see `advice`)."""
@@ -114,9 +115,9 @@ class Report:
         self.console.print(evaluation_table(columns, title))
 
 
-def plain(text: str) -> str:
-    """``text`` without markup; what no terminal can write (a file name of odd bytes) escaped."""
-    return escape(text.encode("utf-8", "backslashreplace").decode())
+def readable(text: str) -> Text:
+    """``text`` as it is, no markup or emoji in it; bytes that are no text as escapes."""
+    return Text(text.encode("utf-8", "backslashreplace").decode())
 
 
 def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Table:

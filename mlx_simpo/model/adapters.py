@@ -29,17 +29,23 @@ def save_adapter(folder: str | Path, model: nn.Module, config: dict[str, Any]) -
 
     Each file is written under another name and then moved into place, so that a reader never meets
     half a file. Returns the folder.
+
+    Raises:
+        SimPOError: the folder cannot be written.
     """
     folder = local_path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = flat_arrays(model.trainable_parameters())
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        written = Path(scratch)
-        mx.save_safetensors(str(written / WEIGHTS), weights, {"format": "mlx"})
-        text = json.dumps(config, indent=4, sort_keys=True) + "\n"
-        (written / CONFIG).write_text(text, encoding="utf-8")
-        for name in (WEIGHTS, CONFIG):
-            os.replace(written / name, folder / name)
+    text = json.dumps(config, indent=4, sort_keys=True) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+            written = Path(scratch)
+            mx.save_safetensors(str(written / WEIGHTS), weights, {"format": "mlx"})
+            (written / CONFIG).write_text(text, encoding="utf-8")
+            for name in (WEIGHTS, CONFIG):
+                os.replace(written / name, folder / name)
+    except OSError as error:
+        raise SimPOError(f"the adapter cannot be written to {folder}: {error}") from None
     return folder
 
 
@@ -54,9 +60,11 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SimPOError(f"{folder} is no adapter folder: cannot read {CONFIG}: {error}") from None
+    if not isinstance(config, dict):
+        raise SimPOError(f"{folder}/{CONFIG} is no adapter's configuration: {str(config)[:40]}")
     if "peft_type" in config:
         raise SimPOError(f"{folder} holds a PEFT adapter; an mlx-lm adapter is wanted")
-    if "lora_parameters" not in config:
+    if not isinstance(config.get("lora_parameters"), dict):
         raise SimPOError(f"{folder}/{CONFIG} has no lora_parameters; is it an mlx-lm LoRA adapter?")
     return config
 
@@ -77,7 +85,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
     model.freeze()
     try:
         load_adapters(model, str(local_path(folder)))
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         raise SimPOError(
             f"the adapter in {folder} does not fit this model: {' '.join(str(error).split())[:300]}"
         ) from None

@@ -117,7 +117,8 @@ def load_initial(model: nn.Module, adapter: dict[str, Any], folder: str) -> None
     there, here = theirs["lora_parameters"], adapter["lora_parameters"]
     pairs |= {name: (there.get(name), here[name]) for name in ("rank", "scale")}
     if there.get("keys"):  # mlx-lm may leave them out: every layer; the weights' names then tell
-        pairs["keys"] = (sorted(there["keys"]), here["keys"])
+        keys = there["keys"]
+        pairs["keys"] = (sorted(keys) if isinstance(keys, list) else keys, here["keys"])
     differences = [f"{name} is {a} there and {b} here" for name, (a, b) in pairs.items() if a != b]
     if differences:
         raise SimPOError(

@@ -1,0 +1,198 @@
+"""Adapter folders: mlx-lm reads what is written; what does not belong to the model is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from commands import arrays, assert_same_arrays, changed_copy
+from mlx.utils import tree_flatten, tree_map
+from tiny import tiny_config, tiny_folder, tiny_model
+
+from mlx_simpo import LoRAConfig, SimPOError
+from mlx_simpo.model.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter
+from mlx_simpo.model.loading import load_model
+from mlx_simpo.model.lora import attach_lora
+
+TOKENS = mx.random.randint(0, 500, (2, 16), key=mx.random.key(3))
+VARIANTS: list[dict[str, Any]] = [
+    {"rank": 4},
+    {"rank": 4, "dora": True},
+    {"rank": 4, "rslora": True, "lora_alpha": 3.0},
+    {"rank": 4, "scale": 7.0},
+    {"rank": 4, "num_layers": 1},
+    {"rank": 4, "target_modules": ("q_proj", "mlp.up_proj")},
+    {"rank": 4, "dropout": 0.5},  # off where answers are computed
+]
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_folder(tmp_path_factory.mktemp("models") / "quantized")
+    sizes: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}
+    model = tiny_model(**sizes)
+    nn.quantize(model, group_size=32, bits=4)
+    config = {**tiny_config(**sizes), "quantization": {"group_size": 32, "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    return folder
+
+
+def logits(model: nn.Module) -> np.ndarray:
+    return np.array(model(TOKENS))
+
+
+def moved(model: nn.Module, **settings: Any) -> dict[str, Any]:
+    """Attach LoRA and move its weights, as training would; its configuration."""
+    adapter = attach_lora(model, LoRAConfig(**settings), seed=0)
+    mx.random.seed(11)
+    change = tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), model.trainable_parameters())
+    model.update(change)
+    model.eval()
+    return adapter
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+@pytest.mark.parametrize("base", ["model_folder", "quantized_folder"])
+def test_mlx_lm_and_we_load_the_model_that_was_saved(
+    base: str, settings: dict, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = str(request.getfixturevalue(base))
+    model = load_model(folder).model
+    untrained = logits(model)
+    save_adapter(tmp_path, model, moved(model, **settings))
+    expected = logits(model)
+    assert np.abs(expected - untrained).max() > 0.1
+    theirs = mlx_lm.load(folder, adapter_path=str(tmp_path))[0]
+    np.testing.assert_allclose(logits(theirs), expected, rtol=1e-5, atol=1e-5)
+    load_adapter(ours := load_model(folder).model, tmp_path)
+    np.testing.assert_allclose(logits(ours), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of rank 4 for every linear layer of `tiny_model`."""
+    model = tiny_model()
+    return save_adapter(tmp_path_factory.mktemp("adapters") / "a", model, moved(model, rank=4))
+
+
+def test_the_files_are_the_two_of_mlx_lm(saved: Path) -> None:
+    names = {path.name for path in saved.iterdir()}
+    assert names == {"adapters.safetensors", "adapter_config.json"}
+
+
+def test_the_configuration_is_what_was_attached(saved: Path) -> None:
+    expected = attach_lora(tiny_model(), LoRAConfig(rank=4), seed=0)
+    assert json.loads((saved / CONFIG).read_text("utf-8")) == expected
+    assert load_adapter(tiny_model(), saved) == expected
+
+
+def test_only_adapter_weights_are_written_in_float32(saved: Path) -> None:
+    found = arrays(saved / WEIGHTS)
+    assert len(found) == 2 * 2 * 7  # a and b, two blocks, seven layers
+    assert {name.rpartition(".")[2] for name in found} == {"lora_a", "lora_b"}
+    assert {value.dtype.name for value in found.values()} == {"float32"}
+
+
+def test_a_half_precision_base_has_a_float32_adapter(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.set_dtype(mx.bfloat16)
+    save_adapter(tmp_path, model, attach_lora(model, LoRAConfig(rank=4, dora=True), seed=0))
+    assert {value.dtype.name for value in arrays(tmp_path / WEIGHTS).values()} == {"float32"}
+
+
+def test_saving_again_replaces_both_files(saved: Path, tmp_path: Path) -> None:
+    folder, model = changed_copy(saved, tmp_path / "again"), tiny_model()
+    save_adapter(folder, model, moved(model, rank=2))
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG}
+    load_adapter(loaded := tiny_model(), folder)
+    np.testing.assert_allclose(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_failing_save_leaves_the_old_adapter(saved: Path, tmp_path: Path) -> None:
+    folder, model = changed_copy(saved, tmp_path / "kept"), tiny_model()
+    with pytest.raises(TypeError):
+        save_adapter(folder, model, {**moved(model, rank=2), "no JSON": object()})
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG}
+    assert_same_arrays(arrays(folder / WEIGHTS), arrays(saved / WEIGHTS))
+
+
+def test_a_run_starts_from_an_existing_adapter(saved: Path) -> None:
+    trained, started = tiny_model(), tiny_model()
+    load_adapter(trained, saved)
+    attach_lora(started, LoRAConfig(rank=4, init_from=str(saved)), seed=9)
+    np.testing.assert_allclose(logits(started.eval()), logits(trained), rtol=1e-5, atol=1e-5)
+
+
+# --- what does not belong together -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_parameters": {"rank": 8, "scale": 2.0, "dropout": 0.0}},
+        {"lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": ["mlp.up_proj"]}},
+        {"fine_tune_type": "dora"},
+        {"num_layers": 1},
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_those_of_the_weights(
+    changes: dict, saved: Path, tmp_path: Path
+) -> None:
+    text = json.dumps({**json.loads((saved / CONFIG).read_text("utf-8")), **changes})
+    folder = changed_copy(saved, tmp_path / "wrong", adapter_config__json=text)
+    with pytest.raises(SimPOError, match=f"{folder}.*this model"):
+        load_adapter(tiny_model(), folder)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"hidden_size": 64},
+        {"num_hidden_layers": 1},
+        {"num_hidden_layers": 3},
+        {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1},
+    ],
+    ids=str,
+)
+def test_the_adapter_of_another_model(model: dict, saved: Path) -> None:
+    with pytest.raises(SimPOError, match="this model"):
+        load_adapter(tiny_model(**model), saved)
+    with pytest.raises(SimPOError, match=r"not a whole adapter of this model|other settings"):
+        attach_lora(tiny_model(**model), LoRAConfig(rank=4, init_from=str(saved)), seed=0)
+
+
+NO_PARAMETERS = '{"lora_parameters": null, "num_layers": -1}'
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"adapter_config__json": None}, "cannot read adapter_config"),
+        ({"adapter_config__json": '{"rank": '}, "cannot read adapter_config"),
+        ({"adapter_config__json": b"\xff\xfe"}, "cannot read adapter_config"),
+        ({"adapter_config__json": "{}"}, "no lora_parameters"),
+        ({"adapter_config__json": '{"peft_type": "LORA"}'}, "a PEFT adapter"),
+        ({"adapters__safetensors": None}, WEIGHTS),
+        ({"adapters__safetensors": b""}, "does not fit"),
+        ({"adapter_config__json": "null"}, "no adapter's configuration"),
+        ({"adapter_config__json": NO_PARAMETERS}, "no lora_parameters"),
+    ],
+)
+def test_a_broken_folder_is_named(files: dict, message: str, saved: Path, tmp_path: Path) -> None:
+    folder = changed_copy(saved, tmp_path / "broken", **files)
+    with pytest.raises(SimPOError, match=message) as error:
+        load_adapter(tiny_model(), folder)
+    assert str(folder) in str(error.value)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SimPOError, match="file"):
+        save_adapter(tmp_path / "file", tiny_model(), {})
