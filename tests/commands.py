@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from rich.console import Console
+from tiny import some_pairs, write_jsonl
 
 from mlx_simpo.cli import run_command
 from mlx_simpo.report import Report
@@ -105,3 +106,11 @@ def assert_same_arrays(found: dict[str, np.ndarray], expected: dict[str, np.ndar
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def with_bad_rows(path: Path, good: int, bad_at: tuple[int, ...]) -> Path:
+    """Good records, with a record that has no answers in each row of ``bad_at``."""
+    rows: list[dict] = list(some_pairs(good))
+    for place in bad_at:
+        rows.insert(place, {"prompt": "no answers"})
+    return write_jsonl(path, rows)

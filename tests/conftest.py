@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+from commands import small_run
 from smollm2 import smollm2
 from tiny import some_pairs, tiny_folder, write_jsonl
+
+from mlx_simpo import load_config, train
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +26,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pairs_file(tmp_path: Path) -> Path:
     """Twelve good string records."""
     return write_jsonl(tmp_path / "pairs.jsonl", some_pairs())
+
+
+@pytest.fixture(scope="session")
+def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    pairs = write_jsonl(folder / "pairs.jsonl", some_pairs())
+    train(load_config(None, small_run(model_folder, pairs, folder / "run")))
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def bare_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer has no chat template."""
+    return tiny_folder(tmp_path_factory.mktemp("bare") / "model", template=None)
