@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 from smollm2 import smollm2
 
 from mlx_simpo import SimPOError, generate, load_config, train
@@ -20,6 +21,7 @@ from mlx_simpo.blas import is_loaded
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "Tell me something nice about rain."
+MAX_TOKENS = 120
 
 
 def main() -> None:
@@ -37,9 +39,10 @@ def main() -> None:
     result = train(config)
 
     console.print(f"\n[bold]3. One question[/bold], before and after: {QUESTION}")
-    answers = generate(config, QUESTION, result.adapter, max_tokens=120)
-    console.print(Panel(answers["base"], title="before", title_align="left", style="red"))
-    console.print(Panel(answers["adapter"], title="after", title_align="left", style="green"))
+    answers = generate(config, QUESTION, result.adapter, max_tokens=MAX_TOKENS)
+    for name, title, style in (("base", "before", "red"), ("adapter", "after", "green")):
+        title = f"{title} (at most {MAX_TOKENS} tokens)"
+        console.print(Panel(Text(answers[name]), title=title, title_align="left", style=style))
 
     console.print(f"[bold]The adapter[/bold] lies in {result.adapter}. Ask it yourself:\n")
     python = Path(sys.executable).parent
