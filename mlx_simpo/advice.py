@@ -38,9 +38,16 @@ def truncation(pairs: list[EncodedPair], data: DataConfig) -> str | None:
     )
 
 
-def slow_dtype(dtype: str) -> str | None:
+def slow_on_cpu(dtype: str, quantized: bool) -> str | None:
     """On a CPU only float32 products are fast."""
-    if mx.default_device() != mx.Device(mx.cpu) or dtype == "float32":
+    if mx.default_device() != mx.Device(mx.cpu):
+        return None
+    if quantized:
+        return (
+            "the model is quantized, which is tens of times slower on a CPU than a float32 model; "
+            "use one that is not, if there is memory for it"
+        )
+    if dtype == "float32":
         return None
     return f"the model computes in {dtype}, which is slow on a CPU; dtype=float32 is much faster"
 

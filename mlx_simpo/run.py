@@ -168,8 +168,8 @@ def evaluate(
     if config.data.valid is None:
         raise SimPOError("data.valid is missing; name the pairs to evaluate on")
     found = read_pairs(config, config.data.valid, config.data.valid_split)
-    model, tokenizer, _, dtype = read_model(config)
-    report.advise(advice.slow_dtype(dtype))
+    model, tokenizer, settings, dtype = read_model(config)
+    report.advise(advice.slow_on_cpu(dtype, "quantization" in settings))
     pairs = encode(make_encoder(tokenizer, config, report), found, config.data.valid, report)
     results = {"base": evaluate_with_bar(model, pairs, config, report, "Base model")}
     if adapter is not None:

@@ -80,14 +80,14 @@ def prepare(config: SimPOConfig, report: Report | None = None) -> Session:
     validation = (
         PairSet([]) if data.valid is None else read_pairs(config, data.valid, data.valid_split)
     )
-    model, tokenizer, _, dtype = read_model(config)  # the weights are read when first used
+    model, tokenizer, settings, dtype = read_model(config)  # the weights are read when first used
     encoder = make_encoder(tokenizer, config, report)
     train = encode(encoder, training, data.train, report)
     if data.valid is not None:
         valid = encode(encoder, validation, data.valid, report)
     else:
         train, valid = hold_out(train, training.pairs, config)
-    report.advise(advice.slow_dtype(dtype))
+    report.advise(advice.slow_on_cpu(dtype, "quantization" in settings))
     adapter = attach_lora(model, config.lora, config.seed)
     maybe_set_recommended_wired_limit()
     left_out = training.quarantined + validation.quarantined

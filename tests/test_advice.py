@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_simpo import DataConfig, Evaluation, ObjectiveConfig, simpo_loss
-from mlx_simpo.advice import collapse, slow_dtype, starting_loss, truncation
+from mlx_simpo.advice import collapse, slow_on_cpu, starting_loss, truncation
 from mlx_simpo.data.encode import EncodedPair, Scored
 
 # --- the loss a run starts with --------------------------------------------------------------
@@ -104,21 +104,28 @@ def on(monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_slow_on_a_cpu(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, mx.cpu)
-    advice = slow_dtype(dtype)
+    advice = slow_on_cpu(dtype, False)
     assert advice is not None
     assert f"computes in {dtype}" in advice
     assert "dtype=float32" in advice
 
 
+def test_quantized_is_slow_on_a_cpu_whatever_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, mx.cpu)
+    assert "quantized" in (slow_on_cpu("float32", True) or "")
+    on(monkeypatch, mx.gpu)
+    assert slow_on_cpu("float32", True) is None
+
+
 def test_float32_is_fast_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, mx.cpu)
-    assert slow_dtype("float32") is None
+    assert slow_on_cpu("float32", False) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_dtype_is_fast_on_a_gpu(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, mx.gpu)
-    assert slow_dtype(dtype) is None
+    assert slow_on_cpu(dtype, False) is None
 
 
 # --- collapse --------------------------------------------------------------------------------
