@@ -52,6 +52,14 @@ def slow_on_cpu(dtype: str, quantized: bool) -> str | None:
     return f"the model computes in {dtype}, which is slow on a CPU; dtype=float32 is much faster"
 
 
+def slow_blas() -> str | None:
+    """MLX's own BLAS for Linux is a reference implementation."""
+    from . import blas  # here, so that `python -m mlx_simpo.blas` can run it as a program
+
+    reason = blas.missing() if mx.default_device() == mx.Device(mx.cpu) else None
+    return None if reason is None else f"no OpenBLAS, this will be slow: {reason}"
+
+
 def collapse(before: Evaluation, after: Evaluation) -> str | None:
     """The chosen answers' likelihood falls a little in every SimPO run; a fall of more than a nat a
     token is how a run that degenerates into repetition looks."""

@@ -92,19 +92,27 @@ def fortran_links(beside: Path) -> Path | None:
     return folder
 
 
+def missing() -> str | None:
+    """Why this process has no OpenBLAS; None where it has, or needs none."""
+    variables, reason = environment()
+    if platform.system() != "Linux" or is_loaded() or importlib.util.find_spec("mlx_cuda"):
+        return None
+    if variables:
+        return "start Python as: env $(python -m mlx_simpo.blas) python …"
+    return reason
+
+
 def restart_with_openblas() -> None:
     """Start this Python process anew with OpenBLAS, if that is possible and not done yet.
 
-    Says on stderr when it is needed and cannot be had. Does not return when it restarts.
+    Does not return when it restarts.
     """
     if os.environ.get(_RESTARTED):
         return
-    variables, reason = environment()
+    variables, _ = environment()
     if variables:
         os.environ.update(variables, **{_RESTARTED: "1"})
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    if platform.system() == "Linux" and not is_loaded() and "CUDA" not in reason:
-        sys.stderr.write(f"mlx-simpo: no OpenBLAS, this will be slow: {reason}\n")
 
 
 if __name__ == "__main__":

@@ -168,8 +168,7 @@ def evaluate(
     if config.data.valid is None:
         raise SimPOError("data.valid is missing; name the pairs to evaluate on")
     found = read_pairs(config, config.data.valid, config.data.valid_split)
-    model, tokenizer, settings, dtype = read_model(config)
-    report.advise(advice.slow_on_cpu(dtype, "quantization" in settings))
+    model, tokenizer = read_model(config, report)
     pairs = encode(make_encoder(tokenizer, config, report), found, config.data.valid, report)
     results = {"base": evaluate_with_bar(model, pairs, config, report, "Base model")}
     if adapter is not None:
@@ -194,8 +193,9 @@ def generate(
     Raises:
         SimPOError: unusable model or adapter.
     """
-    model, tokenizer, _, _ = read_model(config)
-    encoder = make_encoder(tokenizer, config, report or Report())
+    report = report or Report()
+    model, tokenizer = read_model(config, report)
+    encoder = make_encoder(tokenizer, config, report)
     answers = {"base": answer(model, tokenizer, encoder, prompt, max_tokens)}
     if adapter is not None:
         load_adapter(model, adapter)

@@ -16,7 +16,7 @@ from .data.records import Pair
 from .errors import SimPOError
 from .evaluation import Evaluation, evaluate_pairs
 from .model.adapters import save_adapter
-from .model.loading import Loaded, load_model
+from .model.loading import load_model
 from .model.lora import attach_lora
 from .report import Report
 from .trainer import StepMetrics, train_steps
@@ -80,14 +80,13 @@ def prepare(config: SimPOConfig, report: Report | None = None) -> Session:
     validation = (
         PairSet([]) if data.valid is None else read_pairs(config, data.valid, data.valid_split)
     )
-    model, tokenizer, settings, dtype = read_model(config)  # the weights are read when first used
+    model, tokenizer = read_model(config, report)  # the weights are read when first used
     encoder = make_encoder(tokenizer, config, report)
     train = encode(encoder, training, data.train, report)
     if data.valid is not None:
         valid = encode(encoder, validation, data.valid, report)
     else:
         train, valid = hold_out(train, training.pairs, config)
-    report.advise(advice.slow_on_cpu(dtype, "quantization" in settings))
     adapter = attach_lora(model, config.lora, config.seed)
     maybe_set_recommended_wired_limit()
     left_out = training.quarantined + validation.quarantined
@@ -137,13 +136,17 @@ def encode(encoder: Encoder, found: PairSet, name: str, report: Report) -> list[
     return encoded
 
 
-def read_model(config: SimPOConfig) -> Loaded:
-    return load_model(
+def read_model(config: SimPOConfig, report: Report) -> tuple[nn.Module, Any]:
+    """(model, tokenizer); says what will be slow."""
+    loaded = load_model(
         config.model,
         revision=config.revision,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
+    report.advise(advice.slow_blas())
+    report.advise(advice.slow_on_cpu(loaded.dtype, "quantization" in loaded.config))
+    return loaded.model, loaded.tokenizer
 
 
 def evaluate_with_bar(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_simpo import DataConfig, Evaluation, ObjectiveConfig, simpo_loss
-from mlx_simpo.advice import collapse, slow_on_cpu, starting_loss, truncation
+from mlx_simpo.advice import collapse, slow_blas, slow_on_cpu, starting_loss, truncation
 from mlx_simpo.data.encode import EncodedPair, Scored
 
 # --- the loss a run starts with --------------------------------------------------------------
@@ -108,6 +108,14 @@ def test_half_precision_is_slow_on_a_cpu(dtype: str, monkeypatch: pytest.MonkeyP
     assert advice is not None
     assert f"computes in {dtype}" in advice
     assert "dtype=float32" in advice
+
+
+def test_a_missing_blas_matters_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_simpo.blas.missing", lambda: "none there")
+    on(monkeypatch, mx.cpu)
+    assert slow_blas() == "no OpenBLAS, this will be slow: none there"
+    on(monkeypatch, mx.gpu)
+    assert slow_blas() is None
 
 
 def test_quantized_is_slow_on_a_cpu_whatever_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ def test_a_gpu_needs_none(monkeypatch: Patch, tmp_path: Path, capsys: Capture) -
     assert blas.environment() == ({}, "MLX has its CUDA back end here")
     blas.restart_with_openblas()
     assert capsys.readouterr() == ("", "")
+    assert blas.missing() is None
 
 
 def test_once_is_enough(monkeypatch: Patch, tmp_path: Path) -> None:
@@ -140,11 +141,16 @@ def test_the_command_line_starts_anew_once(
     assert len(started) == 1
 
 
-def test_the_command_line_says_once_that_it_will_be_slow(capsys: Capture) -> None:
+def test_without_openblas_the_reason_is_told() -> None:
     blas.restart_with_openblas()
-    error = capsys.readouterr().err
-    assert error.startswith("mlx-simpo: no OpenBLAS, this will be slow: ")
-    assert "pip install cmeel-openblas" in error
+    assert "pip install cmeel-openblas" in (blas.missing() or "")
+
+
+def test_openblas_that_was_not_loaded_in_time(
+    linux: dict[str, str], monkeypatch: Patch, tmp_path: Path
+) -> None:
+    wheels(monkeypatch, tmp_path)
+    assert "env $(python -m mlx_simpo.blas)" in (blas.missing() or "")
 
 
 @pytest.mark.parametrize("system", ["Darwin", "Linux"])
@@ -155,6 +161,7 @@ def test_where_nothing_is_needed_nothing_is_said(
     monkeypatch.setattr(blas, "is_loaded", lambda: system == "Linux")
     blas.restart_with_openblas()
     assert capsys.readouterr() == ("", "")
+    assert blas.missing() is None
 
 
 # --- for real --------------------------------------------------------------------------------
