@@ -167,8 +167,10 @@ class TrainConfig(Section):
 
     NAME: ClassVar[str] = "train"
 
-    engine: Literal["reference"] = setting(
-        "reference", "reference: one stacked forward pass of 2 × batch_size rows"
+    engine: Literal["reference", "shared_prefix"] = setting(
+        "reference",
+        "reference: one stacked forward pass of 2 × batch_size rows; shared_prefix: the same "
+        "numbers for less, each prompt runs once and only scored rows reach the head",
     )
     batch_size: int = setting(4, "pairs in memory at once", POSITIVE)
     gradient_accumulation_steps: int = setting(

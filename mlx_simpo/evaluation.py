@@ -9,10 +9,10 @@ import mlx.nn as nn
 import numpy as np
 
 from .config import ObjectiveConfig
-from .data.batching import length_sorted, stack
+from .data.batching import length_sorted
 from .data.encode import EncodedPair
+from .engine import REFERENCE, Engine
 from .errors import SimPOError
-from .logps import average_logps
 from .objectives import simpo_loss
 
 
@@ -65,6 +65,7 @@ def evaluate_pairs(
     objective: ObjectiveConfig,
     batch_size: int = 4,
     advance: Callable[[int], None] = lambda pairs: None,
+    engine: Engine = REFERENCE,
 ) -> Evaluation:
     """Loss, rewards and log-probabilities of ``pairs``, dropout off.
 
@@ -79,8 +80,7 @@ def evaluate_pairs(
     chosen, rejected = np.zeros(len(pairs), np.float32), np.zeros(len(pairs), np.float32)
     place = {id(pair): i for i, pair in enumerate(pairs)}
     for part in length_sorted(pairs, batch_size):
-        batch = stack(part)
-        logps = np.array(average_logps(model, batch.tokens, batch.start, batch.end))
+        logps = np.array(engine.logps(model, engine.batch(part)))
         rows = [place[id(pair)] for pair in part]
         chosen[rows], rejected[rows] = logps[: len(part)], logps[len(part) :]
         advance(len(part))

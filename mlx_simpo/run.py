@@ -13,6 +13,7 @@ from .checkpoint import RunFolder, check_output_free
 from .config import SimPOConfig
 from .data.encode import EncodedPair, Encoder
 from .data.inspection import summarize
+from .engine import choose_engine
 from .errors import SimPOError
 from .evaluation import Evaluation
 from .generation import answer
@@ -82,7 +83,7 @@ def train(config: SimPOConfig, report: Report | None = None) -> TrainResult:
     report.note(
         f"{len(session.train)} pairs to train on, {len(session.valid)} to evaluate on; "
         f"{total_steps(options, len(session.train))} steps of {size} pairs; engine: "
-        f"{options.engine} (one stacked forward pass)"
+        f"{session.engine.note}"
     )
     report.note(advice.starting_loss(config.objective))
     folder = RunFolder(config.output, config.to_yaml(), session.left_out)
@@ -170,10 +171,11 @@ def evaluate(
     found = read_pairs(config, config.data.valid, config.data.valid_split)
     model, tokenizer = read_model(config, report)
     pairs = encode(make_encoder(tokenizer, config, report), found, config.data.valid, report)
-    results = {"base": evaluate_with_bar(model, pairs, config, report, "Base model")}
+    engine = choose_engine(config.train.engine, model)
+    results = {"base": evaluate_with_bar(model, pairs, config, engine, report, "Base model")}
     if adapter is not None:
         load_adapter(model, adapter)
-        results["adapter"] = evaluate_with_bar(model, pairs, config, report, "Adapter")
+        results["adapter"] = evaluate_with_bar(model, pairs, config, engine, report, "Adapter")
     return results
 
 

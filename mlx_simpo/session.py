@@ -13,6 +13,7 @@ from .config import SimPOConfig
 from .data.encode import EncodedPair, Encoder, encode_pairs
 from .data.pairs import PairSet, Quarantined, check_share, load_pairs, split_pairs
 from .data.records import Pair
+from .engine import Engine, choose_engine
 from .errors import SimPOError
 from .evaluation import Evaluation, evaluate_pairs
 from .model.adapters import save_adapter
@@ -41,11 +42,12 @@ class Session:
     train: list[EncodedPair]
     valid: list[EncodedPair]
     left_out: list[Quarantined]
+    engine: Engine
     report: Report
 
     def steps(self) -> Iterator[StepMetrics]:
         """Train; see `trainer.train_steps`."""
-        return train_steps(self.model, self.train, self.config)
+        return train_steps(self.model, self.train, self.config, self.engine)
 
     def evaluate(self, title: str = "Evaluating") -> Evaluation:
         """Evaluate the model as it is now on the validation pairs.
@@ -55,7 +57,9 @@ class Session:
         """
         if not self.valid:
             raise SimPOError("there are no validation pairs; give data.valid or a valid_fraction")
-        return evaluate_with_bar(self.model, self.valid, self.config, self.report, title)
+        return evaluate_with_bar(
+            self.model, self.valid, self.config, self.engine, self.report, title
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter as it is now, with the configuration and template it belongs to."""
@@ -90,7 +94,10 @@ def prepare(config: SimPOConfig, report: Report | None = None) -> Session:
     adapter = attach_lora(model, config.lora, config.seed)
     maybe_set_recommended_wired_limit()
     left_out = training.quarantined + validation.quarantined
-    return Session(config, model, tokenizer, encoder, adapter, train, valid, left_out, report)
+    engine = choose_engine(config.train.engine, model)
+    return Session(
+        config, model, tokenizer, encoder, adapter, train, valid, left_out, engine, report
+    )
 
 
 def read_pairs(config: SimPOConfig, name: str, split: str | None) -> PairSet:
@@ -150,7 +157,13 @@ def read_model(config: SimPOConfig, report: Report) -> tuple[nn.Module, Any]:
 
 
 def evaluate_with_bar(
-    model: nn.Module, pairs: list[EncodedPair], config: SimPOConfig, report: Report, title: str
+    model: nn.Module,
+    pairs: list[EncodedPair],
+    config: SimPOConfig,
+    engine: Engine,
+    report: Report,
+    title: str,
 ) -> Evaluation:
+    size = config.train.batch_size
     with report.progress(title, len(pairs)) as advance:
-        return evaluate_pairs(model, pairs, config.objective, config.train.batch_size, advance)
+        return evaluate_pairs(model, pairs, config.objective, size, advance, engine)

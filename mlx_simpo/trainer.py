@@ -19,10 +19,10 @@ import numpy as np
 from mlx.utils import tree_map
 
 from .config import SimPOConfig, TrainConfig
-from .data.batching import PairBatch, epoch_steps, stack, steps_per_epoch
+from .data.batching import epoch_steps, steps_per_epoch
 from .data.encode import EncodedPair
+from .engine import REFERENCE, Engine
 from .errors import SimPOError
-from .logps import average_logps
 from .model.checkpointing import gradient_checkpointing
 from .objectives import simpo_loss
 
@@ -82,19 +82,24 @@ def build_optimizer(config: TrainConfig, steps: int) -> optim.AdamW:
 
 def batch_loss(
     model: nn.Module,
-    batch: tuple[mx.array, mx.array, mx.array],
+    engine: Engine,
+    arrays: tuple,
+    chosen_tokens: mx.array,
     total_pairs: mx.array,
     total_chosen_tokens: mx.array,
     **objective: Any,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """Loss of one micro-batch (tokens, start, end), as its share of a step with these totals."""
-    tokens, start, end = batch
-    logps = average_logps(model, tokens, start, end)
-    half = tokens.shape[0] // 2
+    """Loss of one micro-batch of B pairs, as its share of a step with these totals.
+
+    Args:
+        arrays: of `Engine.batch`. chosen_tokens: [B] scored tokens of the chosen answers.
+    """
+    logps = engine.logps(model, arrays)
+    half = chosen_tokens.shape[0]
     return simpo_loss(
         logps[:half],
         logps[half:],
-        (end - start)[:half],
+        chosen_tokens,
         total_pairs=total_pairs,
         total_chosen_tokens=total_chosen_tokens,
         **objective,
@@ -102,16 +107,15 @@ def batch_loss(
 
 
 def gradient_function(
-    model: nn.Module, objective: dict[str, Any], *, compiled: bool
+    model: nn.Module, objective: dict[str, Any], engine: Engine = REFERENCE, *, compiled: bool
 ) -> Callable[..., tuple[dict[str, mx.array], dict]]:
-    """``f(batch, total_pairs, total_chosen_tokens, gradients) -> (metrics, gradients)``: adds one
-    micro-batch's gradients to those of the step so far (None for the first)."""
-    value_and_grad = nn.value_and_grad(model, partial(batch_loss, model, **objective))
+    """``f(batch, totals, gradients) -> (metrics, gradients)``: adds one micro-batch's gradients to
+    those of the step so far (None for the first). batch: arrays and chosen_tokens; totals: pairs
+    and chosen tokens of the step; see `batch_loss`."""
+    value_and_grad = nn.value_and_grad(model, partial(batch_loss, model, engine, **objective))
 
-    def accumulate(
-        batch: tuple, pairs: mx.array, tokens: mx.array, gradients: dict | None
-    ) -> tuple:
-        (_, metrics), new = value_and_grad(batch, pairs, tokens)
+    def accumulate(batch: tuple, totals: tuple, gradients: dict | None) -> tuple:
+        (_, metrics), new = value_and_grad(*batch, *totals)
         return metrics, new if gradients is None else tree_map(mx.add, gradients, new)
 
     # Every array the step reads or that tracing replaces must be named here (mlx.core.compile).
@@ -120,7 +124,10 @@ def gradient_function(
 
 
 def train_steps(
-    model: nn.Module, pairs: Sequence[EncodedPair], config: SimPOConfig
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    config: SimPOConfig,
+    engine: Engine = REFERENCE,
 ) -> Iterator[StepMetrics]:
     """Train the model's trainable weights in place; yields after each optimizer step.
 
@@ -138,7 +145,7 @@ def train_steps(
     optimizer.init(model.trainable_parameters())
     objective = asdict(config.objective)
     mx.random.seed(config.seed)
-    add_gradients = gradient_function(model, objective, compiled=options.compile)
+    add_gradients = gradient_function(model, objective, engine, compiled=options.compile)
     micro_batches = (
         step
         for epoch in range(math.ceil(steps / per_epoch))
@@ -150,7 +157,7 @@ def train_steps(
         started = time.perf_counter()
         model.train()
         with gradient_checkpointing(model) if options.gradient_checkpointing else nullcontext():
-            metrics, gradients = step_gradients(add_gradients, [stack(m) for m in micro])
+            metrics, gradients = step_gradients(add_gradients, micro, engine)
         gradients, norm = optim.clip_grad_norm(gradients, options.max_grad_norm or math.inf)
         mx.eval(gradients, norm)
         flat = [pair for batch in micro for pair in batch]
@@ -170,15 +177,17 @@ def train_steps(
 
 
 def step_gradients(
-    add_gradients: Callable[..., tuple[dict[str, mx.array], dict]], batches: Sequence[PairBatch]
+    add_gradients: Callable[..., tuple[dict[str, mx.array], dict]],
+    micro: Sequence[Sequence[EncodedPair]],
+    engine: Engine = REFERENCE,
 ) -> tuple[dict[str, np.ndarray], dict]:
     """Metrics pair by pair and the gradient of one step, from its micro-batches in turn."""
-    total_pairs = mx.array(float(sum(len(b.pairs) for b in batches)))
-    total_tokens = mx.array(float(sum(p.chosen.scored for b in batches for p in b.pairs)))
+    counts = [[p.chosen.scored for p in pairs] for pairs in micro]
+    totals = (mx.array(float(sum(map(len, micro)))), mx.array(float(sum(map(sum, counts)))))
     gradients, parts = None, []
-    for batch in batches:
-        arrays = (batch.tokens, batch.start, batch.end)
-        metrics, gradients = add_gradients(arrays, total_pairs, total_tokens, gradients)
+    for pairs, chosen_tokens in zip(micro, counts, strict=True):
+        batch = (engine.batch(pairs), mx.array(chosen_tokens))
+        metrics, gradients = add_gradients(batch, totals, gradients)
         mx.eval(metrics, gradients)  # one micro-batch's activations in memory at a time
         parts.append({name: np.array(values) for name, values in metrics.items()})
     assert gradients is not None

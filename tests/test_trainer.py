@@ -1,6 +1,7 @@
 """One step, many steps: exact accumulation, torch's AdamW, the schedules, clipping, NaN."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,9 +15,9 @@ from mlx.utils import tree_flatten, tree_map
 from tiny import some_pairs, tiny_model, tiny_tokenizer
 
 from mlx_simpo import DataConfig, LoRAConfig, ObjectiveConfig, SimPOConfig, SimPOError, TrainConfig
-from mlx_simpo.data.batching import stack
 from mlx_simpo.data.encode import EncodedPair, Encoder, encode_pairs
 from mlx_simpo.data.records import Pair
+from mlx_simpo.engine import REFERENCE
 from mlx_simpo.model.lora import attach_lora
 from mlx_simpo.trainer import (
     gradient_function,
@@ -60,7 +61,7 @@ def gradients(
     options = {"beta": 2.0, "gamma_beta_ratio": 0.5, **objective}
     model.train()
     function = gradient_function(model, options, compiled=compiled)
-    metrics, found = step_gradients(function, [stack(part) for part in parts])
+    metrics, found = step_gradients(function, parts)
     loss = {"loss": metrics["loss"].mean()}
     return loss | {name: np.array(g) for name, g in tree_flatten(found)}
 
@@ -213,16 +214,15 @@ def test_number_of_steps(train: dict, pairs: int, expected: int) -> None:
     )
 
 
-def test_each_epoch_takes_every_pair_once_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_epoch_takes_every_pair_once_in_another_order() -> None:
     seen: list[int] = []
-    from mlx_simpo import trainer
 
-    def watched(pairs: list) -> object:
+    def watched(pairs: Sequence[EncodedPair]) -> tuple:
         seen.extend(p.index for p in pairs)
-        return stack(pairs)
+        return REFERENCE.batch(pairs)
 
-    monkeypatch.setattr(trainer, "stack", watched)
-    list(train_steps(model_with_lora(), PAIRS, config(epochs=2.0)))
+    engine = REFERENCE._replace(batch=watched)
+    list(train_steps(model_with_lora(), PAIRS, config(epochs=2.0), engine))
     first, second = seen[:11], seen[11:]
     assert sorted(first) == sorted(second) == list(range(11))
     assert first != second

@@ -25,6 +25,10 @@ class PairBatch:
     end: mx.array
     pairs: tuple[EncodedPair, ...]
 
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        return self.tokens, self.start, self.end
+
 
 def stack(pairs: Sequence[EncodedPair]) -> PairBatch:
     """The batch of the given pairs. Padding follows the scored tokens, and causal attention never

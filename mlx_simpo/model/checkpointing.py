@@ -12,7 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
+
+from .prefix import Layer
+
+_CACHE = "the cache"
 
 
 class _Keys:
@@ -64,15 +68,25 @@ def _recomputing(block_class: type, keys: _Keys) -> type:
     """A subclass of ``block_class`` whose call goes through mx.checkpoint."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        def run(parameters: dict, key: mx.array, *args: Any, **kwargs: Any) -> Any:
+        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, Layer)), None)
+
+        def run(parameters: dict, key: mx.array, held: tuple, args: tuple, kwargs: dict) -> Any:
             self.update(parameters)
             keys.key = mx.stop_gradient(key)  # vjp is not defined for random bits
-            return block_class.__call__(self, *args, **kwargs)
+            own = None if cache is None else type(cache)(*held)
+            args, kwargs = tree_map(lambda a: own if a is _CACHE else a, (args, kwargs))
+            out = block_class.__call__(self, *args, **kwargs)
+            return out, () if own is None else own.arrays()
 
         parameters = self.trainable_parameters()
         # An input of the checkpointed function, hence the same in both of its runs.
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-        out = mx.checkpoint(run)(parameters, key, *args, **kwargs)
+        # A cache's arrays go in and come out by name: what a block leaves in it is of one run only.
+        held = () if cache is None else cache.arrays()
+        given = tree_map(lambda a: _CACHE if isinstance(a, Layer) else a, (args, kwargs))
+        out, made = mx.checkpoint(run)(parameters, key, held, *given)
+        if cache is not None and made:
+            cache.keys, cache.values = made
         self.update(parameters)
         return out
 

@@ -1,0 +1,77 @@
+"""The two ways to compute a batch's log-probabilities, behind one interface."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .data.batching import stack
+from .data.encode import EncodedPair, Scored
+from .data.sharing import share
+from .logps import average_logps, shared_logps
+from .model.loading import dtype_of
+from .model.prefix import why_not_shared
+
+PROBE = 40  # tokens of a trial's prompt
+
+
+class Engine(NamedTuple):
+    """How a micro-batch of B pairs becomes log-probabilities.
+
+    batch: pairs → arrays. logps: (model, arrays) → float32 [2B], the average log-probability of the
+    B chosen and then of the B rejected answers, in nats a token. note: what runs and why.
+    """
+
+    name: str
+    note: str
+    batch: Callable[[Sequence[EncodedPair]], tuple]
+    logps: Callable[[nn.Module, tuple], mx.array]
+
+
+REFERENCE = Engine(
+    "reference",
+    "reference (one stacked forward pass)",
+    lambda pairs: stack(pairs).arrays,
+    lambda model, arrays: average_logps(model, *arrays),
+)
+SHARED_PREFIX = Engine(
+    "shared_prefix",
+    "shared_prefix (each prompt runs once, only scored rows reach the head)",
+    lambda pairs: share(pairs).arrays,
+    lambda model, arrays: shared_logps(model, *arrays),
+)
+
+
+def choose_engine(name: str, model: Any) -> Engine:
+    """The engine of that name, or the reference with the reason why this model needs it."""
+    if name == "reference":
+        return REFERENCE
+    reason = why_not_shared(model) or why_not_equal(model)
+    if reason is None:
+        return SHARED_PREFIX
+    return REFERENCE._replace(note=f"{REFERENCE.note}: the prefix cannot be shared, {reason}")
+
+
+def why_not_equal(model: Any) -> str | None:
+    """What a trial on two short sequences shows; None where both engines agree.
+
+    Of an architecture that nobody has tried, no more is known than what it computes.
+    """
+    tokens = np.arange(1, PROBE + 10, dtype=np.int32)
+    pair = [EncodedPair(Scored(tokens[: PROBE + 3], PROBE), Scored(tokens, PROBE))]
+    engines = (REFERENCE, SHARED_PREFIX)
+    was_training = model.training
+    model.eval()
+    try:
+        expected, found = (np.array(e.logps(model, e.batch(pair))) for e in engines)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        return f"this architecture refuses it ({error})"
+    finally:
+        model.train(was_training)
+    difference = float(np.abs(found - expected).max())
+    exact = dtype_of(model) == "float32"
+    if difference <= (1e-3 if exact else 0.1):
+        return None
+    return f"its log-probabilities differ by {difference:.3g} in a trial"

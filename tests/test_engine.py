@@ -1,0 +1,244 @@
+"""The shared-prefix engine against the reference: the same numbers and gradients, in every
+architecture that it is offered for, and the defects it could have, planted."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_map
+from tiny import tiny_model
+
+from mlx_simpo import (
+    LoRAConfig,
+    ObjectiveConfig,
+    SimPOConfig,
+    TrainConfig,
+    evaluate_pairs,
+    logps,
+    train_steps,
+)
+from mlx_simpo.data.encode import EncodedPair, Scored
+from mlx_simpo.engine import REFERENCE, SHARED_PREFIX, Engine, choose_engine
+from mlx_simpo.model import prefix
+from mlx_simpo.model.checkpointing import gradient_checkpointing
+from mlx_simpo.model.lora import attach_lora
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "gemma3_text": {"sliding_window": 24, "sliding_window_pattern": 2, "num_hidden_layers": 4},
+    "phi3": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**MOE, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+    "olmo2": {},
+    "granite": {
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "cohere": {"logit_scale": 0.25, "layer_norm_eps": 1e-5},
+    "smollm3": {},
+}
+
+
+def pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> EncodedPair:
+    rng = np.random.default_rng([prompt, chosen, rejected, seed])
+    before = rng.integers(1, 512, prompt)
+    sides = (
+        Scored(np.concatenate([before, rng.integers(1, 512, n)]).astype(np.int32), prompt)
+        for n in (chosen, rejected)
+    )
+    return EncodedPair(*sides)
+
+
+PAIRS = [pair(40, 20, 7), pair(35, 3, 60), pair(70, 11, 12)]
+
+
+def with_lora(model: nn.Module, **lora: Any) -> nn.Module:
+    attach_lora(model, LoRAConfig(rank=4, **lora), seed=0)
+    noise = tree_map(lambda p: p + 0.05 * mx.random.normal(p.shape), model.trainable_parameters())
+    model.update(noise)
+    return model
+
+
+def run(model: nn.Module, engine: Engine, pairs: Sequence[EncodedPair]) -> dict[str, np.ndarray]:
+    """The log-probabilities, and the gradient of a sum of them with weights of both signs."""
+    arrays = engine.batch(pairs)
+    weights = mx.array(np.random.default_rng(1).normal(size=2 * len(pairs)), mx.float32)
+
+    def total(model: nn.Module) -> tuple[mx.array, mx.array]:
+        found = engine.logps(model, arrays)
+        return (found * weights).sum(), found
+
+    (_, found), gradient = nn.value_and_grad(model, total)(model)
+    return {"logps": np.array(found)} | {k: np.array(g) for k, g in tree_flatten(gradient)}
+
+
+def greatest_difference(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
+    """Relative to the largest entry of each array (or, where that is nearly nothing, of all)."""
+    assert one.keys() == two.keys()
+    least = 1e-4 * max(np.abs(value).max() for value in two.values())
+    return max(float(np.abs(one[k] - two[k]).max() / max(np.abs(two[k]).max(), least)) for k in two)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equals_the_reference(name: str) -> None:
+    model = with_lora(tiny_model(name, **ARCHITECTURES[name]))
+    assert choose_engine("shared_prefix", model) is SHARED_PREFIX
+    found, expected = run(model, SHARED_PREFIX, PAIRS), run(model, REFERENCE, PAIRS)
+    np.testing.assert_allclose(found["logps"], expected["logps"], atol=1e-5)
+    assert greatest_difference(found, expected) < 1e-4
+
+
+SIZE = st.integers(1, 50)
+
+
+@given(st.lists(st.builds(pair, SIZE, SIZE, SIZE), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=15)
+def test_any_lengths(pairs: list[EncodedPair]) -> None:
+    model = with_lora(tiny_model())
+    found, expected = run(model, SHARED_PREFIX, pairs), run(model, REFERENCE, pairs)
+    assert greatest_difference(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("settings", [{"dora": True}, {"num_layers": 1}], ids=["dora", "one-block"])
+def test_other_adapters(settings: dict) -> None:
+    model = with_lora(tiny_model(), **settings)
+    found, expected = run(model, SHARED_PREFIX, PAIRS), run(model, REFERENCE, PAIRS)
+    assert greatest_difference(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantized_base_and_head(tied: bool) -> None:
+    model = tiny_model(tie_word_embeddings=tied, hidden_size=64, intermediate_size=64)
+    nn.quantize(model, 32, 8)
+    model = with_lora(model)
+    found, expected = run(model, SHARED_PREFIX, PAIRS), run(model, REFERENCE, PAIRS)
+    assert greatest_difference(found, expected) < 1e-4
+
+
+def test_checkpointing_changes_nothing() -> None:
+    model = with_lora(tiny_model())
+    expected = run(model, SHARED_PREFIX, PAIRS)
+    with gradient_checkpointing(model):
+        assert greatest_difference(run(model, SHARED_PREFIX, PAIRS), expected) < 1e-5
+
+
+def test_the_size_of_a_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_lora(tiny_model())
+    expected = run(model, SHARED_PREFIX, PAIRS)
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 1)
+    assert greatest_difference(run(model, SHARED_PREFIX, PAIRS), expected) < 1e-5
+
+
+def test_a_state_that_cannot_be_forked_takes_the_reference_and_says_so() -> None:
+    model = tiny_model(
+        "mamba",
+        state_size=4,
+        intermediate_size=48,
+        conv_kernel=4,
+        use_bias=False,
+        use_conv_bias=True,
+        time_step_rank=4,
+    )
+    engine = choose_engine("shared_prefix", model)
+    assert engine.name == "reference"
+    assert "ArraysCache" in engine.note
+
+
+def test_an_architecture_that_computes_otherwise_takes_the_reference_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefix.Forked, "make_mask", lambda *args, **kwargs: None)
+    engine = choose_engine("shared_prefix", tiny_model())
+    assert engine.name == "reference"
+    assert "differ by" in engine.note
+
+
+# --- planted defects -------------------------------------------------------------------------
+
+
+def test_a_prefix_without_gradients_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cut(prefix.Recorded):
+        def arrays(self) -> tuple:
+            return tuple(mx.stop_gradient(a) for a in super().arrays())
+
+    model = with_lora(tiny_model())
+    expected = run(model, REFERENCE, PAIRS)
+    monkeypatch.setattr(prefix, "Recorded", Cut)
+    assert greatest_difference(run(model, SHARED_PREFIX, PAIRS), expected) > 1e-2
+
+
+def test_a_cache_that_a_checkpointed_block_changes_would_be_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = with_lora(tiny_model())
+    expected = run(model, REFERENCE, PAIRS)
+    monkeypatch.setattr("mlx_simpo.model.checkpointing.Layer", type("NoLayer", (), {}))
+    with gradient_checkpointing(model):
+        assert greatest_difference(run(model, SHARED_PREFIX, PAIRS), expected) > 1e-2
+
+
+def test_a_chosen_token_in_the_rejected_answer_would_be_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = with_lora(tiny_model())
+    expected = run(model, REFERENCE, PAIRS)
+    honest = prefix.Forked.update_and_fetch
+    seen: list[tuple[mx.array, mx.array]] = []
+
+    def leaking(self: Any, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        keys, values = honest(self, keys, values)
+        if seen and seen[0][0].shape == keys.shape:
+            keys, values = (0.5 * a + 0.5 * b for a, b in zip((keys, values), seen[0], strict=True))
+        seen.append((keys, values))
+        return keys, values
+
+    monkeypatch.setattr(prefix.Forked, "update_and_fetch", leaking)
+    assert greatest_difference(run(model, SHARED_PREFIX, PAIRS), expected) > 1e-2
+
+
+# --- the way through training ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_training_is_the_same(compiled: bool) -> None:
+    def trained(engine: Engine) -> dict[str, np.ndarray]:
+        options = TrainConfig(
+            batch_size=2,
+            gradient_accumulation_steps=2,
+            steps=3,
+            learning_rate=1e-3,
+            adam_epsilon=1e-2,  # without the sign of rounding noise in the first steps
+            compile=compiled,
+        )
+        model = with_lora(tiny_model())
+        pairs = [*PAIRS, pair(9, 4, 30), pair(33, 17, 2)]
+        config = SimPOConfig(model="tiny", train=options)
+        losses = [step.metrics["loss"] for step in train_steps(model, pairs, config, engine)]
+        weights = {k: np.array(v) for k, v in tree_flatten(model.trainable_parameters())}
+        return weights | {"losses": np.array(losses)}
+
+    assert greatest_difference(trained(SHARED_PREFIX), trained(REFERENCE)) < 1e-4
+
+
+def test_evaluation_is_the_same() -> None:
+    model = with_lora(tiny_model())
+    found, expected = (
+        evaluate_pairs(model, PAIRS, ObjectiveConfig(), 2, engine=engine)
+        for engine in (SHARED_PREFIX, REFERENCE)
+    )
+    assert found.metrics == pytest.approx(expected.metrics, rel=1e-5)
+    np.testing.assert_allclose(found.margins, expected.margins, atol=1e-5)
