@@ -22,6 +22,7 @@ from mlx_simpo.blas import is_loaded
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "Tell me something nice about rain."
 MAX_TOKENS = 120
+DEMO_OUTPUT = "runs/demo"
 
 
 def main() -> None:
@@ -35,7 +36,8 @@ def main() -> None:
     console.print("   settings: configs/demo.yaml, pairs: examples/train.jsonl")
     settings = [f"model={model}", *sys.argv[1:]]
     config = load_config(ROOT / "configs" / "demo.yaml", settings)
-    shutil.rmtree(config.output, ignore_errors=True)  # of an earlier demo
+    if config.output == DEMO_OUTPUT:
+        shutil.rmtree(config.output, ignore_errors=True)  # of an earlier demo
     result = train(config)
 
     console.print(f"\n[bold]3. One question[/bold], before and after: {QUESTION}")

@@ -12,9 +12,12 @@ from .config import (
     TrainConfig,
     load_config,
 )
+from .data.encode import EncodedPair, Encoder, encode_pairs
 from .data.pairs import load_pairs
 from .errors import SimPOError
 from .evaluation import Evaluation, evaluate_pairs
+from .model.adapters import load_adapter
+from .model.loading import load_model
 from .objectives import simpo_loss
 from .run import TrainResult, evaluate, generate, inspect, train
 from .session import Session, prepare
@@ -24,6 +27,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DataConfig",
+    "EncodedPair",
+    "Encoder",
     "Evaluation",
     "LoRAConfig",
     "ObjectiveConfig",
@@ -33,11 +38,14 @@ __all__ = [
     "StepMetrics",
     "TrainConfig",
     "TrainResult",
+    "encode_pairs",
     "evaluate",
     "evaluate_pairs",
     "generate",
     "inspect",
+    "load_adapter",
     "load_config",
+    "load_model",
     "load_pairs",
     "prepare",
     "simpo_loss",

@@ -39,30 +39,43 @@ class RunFolder:
 
     def __init__(self, output: str, config_yaml: str, quarantined: Iterable[Quarantined]) -> None:
         self.path = local_path(output)
+        self.steps = 0
+        lines = [json.dumps(q._asdict(), ensure_ascii=False) + "\n" for q in quarantined]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+            write_text(self.path / "config.yaml", config_yaml)
+            if lines:
+                write_text(self.path / "quarantined.jsonl", "".join(lines))
         except OSError as error:
             raise SimPOError(f"output is {output!r}; it cannot be written: {error}") from None
-        lines = [json.dumps(q._asdict(), ensure_ascii=False) + "\n" for q in quarantined]
-        if lines:
-            write_text(self.path / "quarantined.jsonl", "".join(lines))
+        except SimPOError:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self.steps = max(self.steps, record["step"])
+        write_text(self.path / "metrics.jsonl", json.dumps(record) + "\n", append=True)
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json."""
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
         write_text(self.path / "summary.json", text)
 
     def discard_if_empty(self) -> None:
-        """Take the folder away again if it holds no adapter: nothing half-written stays."""
-        if not any(self.path.rglob("adapters.safetensors")):
+        """Take the folder away again if no step was finished: nothing half-written stays."""
+        if not self.steps:
             shutil.rmtree(self.path)
 
 
-def write_text(path: Path, json_text: str) -> None:
-    """JSON as UTF-8; what is no text (half an emoji, a file name of other bytes) as \\u escapes."""
-    path.write_text(json_text, encoding="utf-8", errors="backslashreplace")
+def write_text(path: Path, text: str, *, append: bool = False) -> None:
+    """Text as UTF-8; what is no text (half an emoji, a file name of other bytes) as \\u escapes.
+
+    Raises:
+        SimPOError: it cannot be written.
+    """
+    try:
+        with path.open("a" if append else "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError as error:
+        raise SimPOError(f"cannot write {path}: {error}") from None

@@ -25,10 +25,13 @@ SETTINGS_HELP = "settings, name=value: objective.beta=10 lora.rank=16 (train --h
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command and return the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run one command and return the exit status: 0, 2 for bad input, 130 for Ctrl-C.
+
+    A training that is interrupted after its first step saves its adapter and ends with 0.
+    """
     try:
         options, rest = build_parser().parse_known_args(arguments)
-        options.settings = settings_only(rest)
+        options.config, options.settings = config_and_settings(rest)
         options.run(options)
     except SimPOError as error:
         sys.stderr.write(f"mlx-simpo: error: {' '.join(str(error).split())}\n")
@@ -53,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlx-simpo {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    train = add_command(commands, "train", "[CONFIG.yaml]", run_train, "train an adapter")
+    train = add_command(commands, "train", "", run_train, "train an adapter")
     train.formatter_class = argparse.RawDescriptionHelpFormatter
     train.epilog = settings_list()
 
@@ -75,12 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = add_command(
         actions,
         "inspect",
-        "DATA --model MODEL",
+        "DATA",
         run_inspect,
         "show what would be trained, and how",
     )
     inspect.add_argument("data", help="file, folder or Hub data set of pairs")
-    inspect.add_argument("--model", required=True, help="Hub id or folder; its tokenizer is used")
+    inspect.add_argument("--model", help="Hub id or folder, whose tokenizer is used")
     inspect.add_argument("--split", help="split of a folder or Hub data set")
     inspect.add_argument("--pair", type=int, default=0, help="which pair to show, from 0")
     return parser
@@ -91,20 +94,23 @@ def add_command(
 ) -> argparse.ArgumentParser:
     about = f"{summary.capitalize()}. After the options come {SETTINGS_HELP}."
     parser = commands.add_parser(name, help=summary, description=about)
-    parser.usage = f"%(prog)s [options] {needed} [name=value ...]"
+    parser.usage = f"%(prog)s [options] {needed} [CONFIG.yaml] [name=value ...]".replace("  ", " ")
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
 
 
-def settings_only(rest: Sequence[str]) -> list[str]:
-    """The arguments that argparse left over, if they are settings or files."""
+def config_and_settings(rest: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(configuration file, settings) among the arguments that argparse left over."""
     for argument in rest:
         if argument.startswith("-"):
             name = argument.lstrip("-").partition("=")[0].replace("-", "_")
             hint = nearest_name(name, SimPOConfig)
             raise SimPOError(f"unknown option {argument!r}; settings are given as name=value{hint}")
-    return list(rest)
+    files = [argument for argument in rest if "=" not in argument]
+    if len(files) > 1:
+        raise SimPOError(f"one configuration file at most, not {' and '.join(files)}")
+    return files[0] if files else None, [argument for argument in rest if "=" in argument]
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -128,11 +134,7 @@ def yaml_text(value: Any) -> str:
 def run_train(options: argparse.Namespace) -> None:
     from .run import train
 
-    files = [argument for argument in options.settings if "=" not in argument]
-    if len(files) > 1:
-        raise SimPOError(f"one configuration file at most, not {' and '.join(files)}")
-    settings = [argument for argument in options.settings if "=" in argument]
-    result = train(load_config(files[0] if files else None, settings))
+    result = train(load_config(options.config, options.settings))
     if options.json:
         print_json(result.as_dict())
     else:
@@ -144,7 +146,8 @@ def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
     given = [f"model={options.model}"] if options.model else []
     folder = local_path(options.adapter) if options.adapter else None
     own = folder / "config.yaml" if folder and (folder / "config.yaml").is_file() else None
-    if own is None and not given:
+    own = own if options.config is None else None
+    if own is None and options.config is None and not given:
         raise SimPOError(
             "--model is missing; the adapter's folder does not say which it belongs to"
         )
@@ -152,7 +155,7 @@ def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
         given += ["data.valid=null", "data.valid_split=null", "data.subset=null"]
         template = own.with_name("chat_template.jinja")
         given += [f"data.chat_template={template}"] if template.is_file() else []
-    return load_config(own, [*given, *settings, *options.settings])
+    return load_config(own or options.config, [*given, *settings, *options.settings])
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -189,7 +192,8 @@ def run_inspect(options: argparse.Namespace) -> None:
     from .data.inspection import marked
     from .run import inspect
 
-    config = load_config(None, [f"model={options.model}", *options.settings])
+    given = [f"model={options.model}"] if options.model else []
+    config = load_config(options.config, [*given, *options.settings])
     found = inspect(config, options.data, options.split)
     if not 0 <= options.pair < len(found.pairs):
         raise SimPOError(f"--pair is {options.pair}; it must be 0 to {len(found.pairs) - 1}")

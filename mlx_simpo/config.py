@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from .errors import SimPOError
+from .paths import local_path
 from .strict import (
     FRACTION,
     NOT_EMPTY,
@@ -241,8 +242,8 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     given: Any = {}
     if path is not None:
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = local_path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError, SimPOError) as error:
             raise SimPOError(f"cannot read the configuration {str(path)!r}: {error}") from None
         given = parse_yaml(text, str(path))
         given = {} if given is None else given

@@ -73,15 +73,17 @@ def evaluate_pairs(
     ``advance`` is called with the number of pairs done after each batch.
 
     Raises:
-        SimPOError: the log-probabilities of some pairs are not finite; they are named.
+        SimPOError: no pairs, or the log-probabilities of some pairs are not finite; they are named.
     """
+    if not pairs:
+        raise SimPOError("there are no pairs to evaluate on")
     was_training = model.training
     model.eval()
     chosen, rejected = np.zeros(len(pairs), np.float32), np.zeros(len(pairs), np.float32)
-    place = {id(pair): i for i, pair in enumerate(pairs)}
-    for part in length_sorted(pairs, batch_size):
+    for rows in length_sorted(pairs, batch_size):
+        part = [pairs[row] for row in rows]
         logps = np.array(engine.logps(model, engine.batch(part)))
-        rows = [place[id(pair)] for pair in part]
+        mx.clear_cache()  # the next batch has other shapes
         chosen[rows], rejected[rows] = logps[: len(part)], logps[len(part) :]
         advance(len(part))
     model.train(was_training)

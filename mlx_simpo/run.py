@@ -131,14 +131,19 @@ def run_steps(session: Session, folder: RunFolder) -> TrainResult:
                 raise
             interrupted = True
             session.report.warn(f"interrupted; the adapter of step {last.step} is saved")
-        except SimPOError:
+        except BaseException:
             if last is not None:
                 session.save(folder.path)
                 session.report.warn(f"the adapter of step {last.step} is saved in {folder.path}")
             raise
     assert last is not None
     session.save(folder.path)
-    after = None if interrupted else evaluated(last.step, "After")
+    after = None
+    try:
+        after = None if interrupted else evaluated(last.step, "After")
+    except KeyboardInterrupt:
+        interrupted = True
+        session.report.warn(f"interrupted; the adapter is saved in {folder.path}")
     result = TrainResult(
         adapter=folder.path,
         pairs=len(session.train),

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from . import advice
+from .checkpoint import write_text
 from .config import SimPOConfig
 from .data.encode import EncodedPair, Encoder, encode_pairs
 from .data.pairs import PairSet, Quarantined, check_share, load_pairs, split_pairs
@@ -19,6 +20,7 @@ from .evaluation import Evaluation, evaluate_pairs
 from .model.adapters import save_adapter
 from .model.loading import load_model
 from .model.lora import attach_lora
+from .paths import local_path
 from .report import Report
 from .trainer import StepMetrics, train_steps
 
@@ -62,11 +64,15 @@ class Session:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write the adapter as it is now, with the configuration and template it belongs to."""
+        """Write the adapter as it is now, with the configuration and template it belongs to.
+
+        Raises:
+            SimPOError: the folder cannot be written.
+        """
         path = save_adapter(folder, self.model, {"model": self.config.model, **self.adapter})
-        (path / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        write_text(path / "config.yaml", self.config.to_yaml())
         if self.encoder.renderer.text is not None:
-            (path / "chat_template.jinja").write_text(self.encoder.renderer.text, encoding="utf-8")
+            write_text(path / "chat_template.jinja", self.encoder.renderer.text)
         return path
 
 
@@ -91,6 +97,11 @@ def prepare(config: SimPOConfig, report: Report | None = None) -> Session:
         valid = encode(encoder, validation, data.valid, report)
     else:
         train, valid = hold_out(train, training.pairs, config)
+    if config.train.eval_every is not None and not valid:
+        raise SimPOError(
+            f"train.eval_every is {config.train.eval_every}, but there are no validation pairs; "
+            "give data.valid or a data.valid_fraction above 0"
+        )
     adapter = attach_lora(model, config.lora, config.seed)
     maybe_set_recommended_wired_limit()
     left_out = training.quarantined + validation.quarantined
@@ -103,8 +114,12 @@ def prepare(config: SimPOConfig, report: Report | None = None) -> Session:
 def read_pairs(config: SimPOConfig, name: str, split: str | None) -> PairSet:
     """The pairs of one source; SimPOError if too many of its records are unusable."""
     data = config.data
+    is_file_beside_hub_data = name == data.valid and local_path(name).exists()
     found = load_pairs(
-        name, split, data.subset, implicit_string_prompts=data.implicit_string_prompts
+        name,
+        split,
+        None if is_file_beside_hub_data else data.subset,
+        implicit_string_prompts=data.implicit_string_prompts,
     )
     check_share(len(found.pairs), found.quarantined, data.max_quarantined, name)
     return found
@@ -123,6 +138,7 @@ def hold_out(
 
 
 def make_encoder(tokenizer: Any, config: SimPOConfig, report: Report) -> Encoder:
+    """The encoder of these settings; says which chat template runs."""
     encoder = Encoder(tokenizer, config.data)
     report.note(f"chat template: {encoder.renderer.origin}")
     return encoder
@@ -164,6 +180,7 @@ def evaluate_with_bar(
     report: Report,
     title: str,
 ) -> Evaluation:
+    """`evaluate_pairs`, with a progress bar."""
     size = config.train.batch_size
     with report.progress(title, len(pairs)) as advance:
         return evaluate_pairs(model, pairs, config.objective, size, advance, engine)

@@ -7,7 +7,7 @@ nothing here writes, prints or decides when to end early.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ class StepMetrics:
     metrics: dict[str, float]
 
     def as_dict(self) -> dict[str, float]:
+        """step, epoch and the metrics, for a log."""
         return {"step": self.step, "epoch": round(self.epoch, 4), **self.metrics}
 
 
@@ -56,7 +57,8 @@ def total_steps(config: TrainConfig, pairs: int) -> int:
 def learning_rate_schedule(config: TrainConfig, steps: int) -> Callable[[mx.array], mx.array]:
     """The rate of update number ``step`` (from 0), as transformers' get_*_schedule_with_warmup:
     linear from 0 during the warm-up, then the schedule down to 0 (or constant)."""
-    warmup = math.ceil(config.warmup_ratio * steps)
+    # At least one step is no warm-up: a run of one step would else train at a rate of 0.
+    warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
     peak, after = config.learning_rate, max(1, steps - warmup)
     if config.schedule == "cosine":
         main = optim.cosine_decay(peak, after)
@@ -109,18 +111,42 @@ def batch_loss(
 def gradient_function(
     model: nn.Module, objective: dict[str, Any], engine: Engine = REFERENCE, *, compiled: bool
 ) -> Callable[..., tuple[dict[str, mx.array], dict]]:
-    """``f(batch, totals, gradients) -> (metrics, gradients)``: adds one micro-batch's gradients to
-    those of the step so far (None for the first). batch: arrays and chosen_tokens; totals: pairs
-    and chosen tokens of the step; see `batch_loss`."""
+    """``f(arrays, chosen_tokens, total_pairs, total_chosen_tokens) -> (metrics, gradients)`` of one
+    micro-batch; see `batch_loss`."""
     value_and_grad = nn.value_and_grad(model, partial(batch_loss, model, engine, **objective))
 
-    def accumulate(batch: tuple, totals: tuple, gradients: dict | None) -> tuple:
-        (_, metrics), new = value_and_grad(*batch, *totals)
-        return metrics, new if gradients is None else tree_map(mx.add, gradients, new)
+    def share_of_step(*batch: Any) -> tuple[dict[str, mx.array], dict]:
+        (_, metrics), gradients = value_and_grad(*batch)
+        return metrics, gradients
 
     # Every array the step reads or that tracing replaces must be named here (mlx.core.compile).
     state = [model.state, mx.random.state]
-    return mx.compile(accumulate, inputs=state, outputs=state) if compiled else accumulate
+    return mx.compile(share_of_step, inputs=state, outputs=state) if compiled else share_of_step
+
+
+@contextmanager
+def undone_on_error(model: nn.Module, seed: int) -> Iterator[None]:
+    """Put all the model's arrays back if what happens within does not finish.
+
+    An exception while mx.compile traces (Ctrl-C, no memory) leaves its placeholders in the model
+    and in mx.random.state; one between the update and its metrics leaves half a step.
+    """
+    before = tree_map(lambda leaf: leaf, model.state)
+    try:
+        yield
+    except BaseException:
+        put_back(model.state, before)
+        mx.random.seed(seed)
+        raise
+
+
+def put_back(tree: Any, saved: Any) -> None:
+    """Write the leaves of ``saved`` into the dicts, modules and lists of ``tree``."""
+    for key, value in saved.items() if isinstance(saved, dict) else enumerate(saved):
+        if isinstance(value, dict | list):
+            put_back(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def train_steps(
@@ -132,12 +158,14 @@ def train_steps(
     """Train the model's trainable weights in place; yields after each optimizer step.
 
     Each step's gradient is that of the loss over all its pairs, whatever the micro-batches; the
-    last step of an epoch takes the pairs that are left.
+    last step of an epoch takes the pairs that are left. Between steps the model is in evaluation
+    mode. Whatever ends a step early, Ctrl-C too, leaves the weights of the step before.
 
     Raises:
-        SimPOError: the loss or its gradient is not a finite number. The weights are then those of
-            the step before.
+        SimPOError: no pairs, or a loss or gradient that is not a finite number.
     """
+    if not pairs:
+        raise SimPOError("there are no pairs to train on")
     options = config.train
     steps = total_steps(options, len(pairs))
     per_epoch = steps_per_epoch(len(pairs), options.batch_size, options.gradient_accumulation_steps)
@@ -145,7 +173,7 @@ def train_steps(
     optimizer.init(model.trainable_parameters())
     objective = asdict(config.objective)
     mx.random.seed(config.seed)
-    add_gradients = gradient_function(model, objective, engine, compiled=options.compile)
+    gradients_of = gradient_function(model, objective, engine, compiled=options.compile)
     micro_batches = (
         step
         for epoch in range(math.ceil(steps / per_epoch))
@@ -155,16 +183,18 @@ def train_steps(
     )
     for number, micro in zip(range(1, steps + 1), micro_batches, strict=False):
         started = time.perf_counter()
-        model.train()
-        with gradient_checkpointing(model) if options.gradient_checkpointing else nullcontext():
-            metrics, gradients = step_gradients(add_gradients, micro, engine)
-        gradients, norm = optim.clip_grad_norm(gradients, options.max_grad_norm or math.inf)
-        mx.eval(gradients, norm)
         flat = [pair for batch in micro for pair in batch]
-        refuse_not_finite(number, metrics["loss"], float(norm), flat)
-        optimizer.update(model, gradients)
-        mx.eval(model.trainable_parameters(), optimizer.state)
-        mx.clear_cache()  # the next step has other shapes; unused buffers would pile up
+        model.train()
+        checkpointing = gradient_checkpointing if options.gradient_checkpointing else nullcontext
+        with undone_on_error(model, config.seed):
+            with checkpointing(model):
+                metrics, gradients = step_gradients(gradients_of, micro, engine)
+            gradients, norm = optim.clip_grad_norm(gradients, options.max_grad_norm or math.inf)
+            mx.eval(gradients, norm)
+            refuse_not_finite(number, metrics["loss"], float(norm), flat)
+            optimizer.update(model, gradients)
+            mx.eval(model.trainable_parameters(), optimizer.state)
+        model.eval()
         means = {name: float(v.mean(dtype=np.float64)) for name, v in metrics.items()}
         means |= {
             "learning_rate": float(optimizer.learning_rate),
@@ -177,7 +207,7 @@ def train_steps(
 
 
 def step_gradients(
-    add_gradients: Callable[..., tuple[dict[str, mx.array], dict]],
+    gradients_of: Callable[..., tuple[dict[str, mx.array], dict]],
     micro: Sequence[Sequence[EncodedPair]],
     engine: Engine = REFERENCE,
 ) -> tuple[dict[str, np.ndarray], dict]:
@@ -186,9 +216,10 @@ def step_gradients(
     totals = (mx.array(float(sum(map(len, micro)))), mx.array(float(sum(map(sum, counts)))))
     gradients, parts = None, []
     for pairs, chosen_tokens in zip(micro, counts, strict=True):
-        batch = (engine.batch(pairs), mx.array(chosen_tokens))
-        metrics, gradients = add_gradients(batch, totals, gradients)
+        metrics, new = gradients_of(engine.batch(pairs), mx.array(chosen_tokens), *totals)
+        gradients = new if gradients is None else tree_map(mx.add, gradients, new)
         mx.eval(metrics, gradients)  # one micro-batch's activations in memory at a time
+        mx.clear_cache()  # the next one has other shapes; unused buffers would pile up
         parts.append({name: np.array(values) for name, values in metrics.items()})
     assert gradients is not None
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, gradients
@@ -197,6 +228,7 @@ def step_gradients(
 def refuse_not_finite(
     step: int, losses: np.ndarray, norm: float, pairs: Sequence[EncodedPair]
 ) -> None:
+    """SimPOError if a pair's loss, or the norm of the step's gradient, is NaN or infinite."""
     if np.isfinite(losses).all() and math.isfinite(norm):
         return
     bad = [p.source for p, loss in zip(pairs, losses, strict=True) if not math.isfinite(loss)]

@@ -143,11 +143,10 @@ def test_a_folder_without_an_adapter_goes(tmp_path: Path) -> None:
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("place", [".", "best"])
-def test_a_folder_with_an_adapter_stays(place: str, tmp_path: Path) -> None:
+def test_the_record_of_finished_steps_stays(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"), "seed: 1", [])
-    (folder.path / place).mkdir(exist_ok=True)
-    (folder.path / place / "adapters.safetensors").write_bytes(b"weights")
+    folder.log({"step": 0, "eval_loss": 1.0})
+    folder.log({"step": 1, "loss": 1.0})
     before = contents(tmp_path)
     folder.discard_if_empty()
     assert contents(tmp_path) == before

@@ -216,7 +216,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_pairs(
 ) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     broken = with_weight(model_folder, tmp_path / "broken", name, value)
-    message = refused(f"data.valid_fraction={valid}", "train.eval_every=1", model=broken)
+    message = refused(f"data.valid_fraction={valid}", model=broken)
     begins = "the log-probabilities of 2 of 2" if valid else "the loss of step 1"
     assert message.startswith(begins)
     named = message.partition("at ")[2].removeprefix("the pairs ").partition(";")[0].split(", ")
@@ -274,8 +274,8 @@ def test_an_output_that_is_a_file_or_under_one(
         ),
         (["evaluate", "--model", "MODEL", "--data", "PAIRS", "--nope"], "unknown option '--nope'"),
         (
-            ["evaluate", "--model", "MODEL", "--data", "PAIRS", "recipe.yaml"],
-            "'recipe.yaml' is not",
+            ["evaluate", "--model", "MODEL", "--data", "PAIRS", "/no/recipe.yaml"],
+            "cannot read the configuration '/no/recipe.yaml'",
         ),
         (
             ["evaluate", "--model", "MODEL", "--data", "PAIRS", "--per-pair", "/no/x"],

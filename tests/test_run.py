@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 import pytest
 from commands import (
     arrays,
@@ -18,6 +19,7 @@ from commands import (
     written_report,
 )
 from mlx.utils import tree_flatten
+from mlx_lm.models.llama import MLP
 from tiny import CHATML, some_pairs, tiny_config, tiny_model, tiny_tokenizer, write_jsonl
 
 from mlx_simpo import (
@@ -232,8 +234,7 @@ def test_a_run_can_go_on_from_another(finished: Finished, tmp_path: Path) -> Non
 
 
 def test_a_run_without_validation(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
-    more = ("data.valid_fraction=0", "train.eval_every=1")
-    run = ran(*small_run(model_folder, pairs_file, tmp_path / "run", *more))
+    run = ran(*small_run(model_folder, pairs_file, tmp_path / "run", "data.valid_fraction=0"))
     assert (run.result.pairs, run.result.before, run.result.after) == (12, None, None)
     assert run.result.best is None
     assert not (run.folder / "best").exists()
@@ -330,9 +331,62 @@ def test_ctrl_c_in_the_last_evaluation_keeps_the_adapter(
     model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session_module, "evaluate_pairs", nth_evaluation_is_interrupted(2))
-    with pytest.raises(KeyboardInterrupt):
-        ran(*small_run(model_folder, pairs_file, tmp_path / "run"))
-    assert (tmp_path / "run" / WEIGHTS).is_file()
+    run = ran(*small_run(model_folder, pairs_file, tmp_path / "run"))
+    assert (run.folder / WEIGHTS).is_file()
+    assert (run.result.last.step, run.result.after, run.result.interrupted) == (3, None, True)
+    assert "interrupted" in run.text
+
+
+def test_evaluating_on_the_way_needs_validation_pairs(
+    model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    more = ("data.valid_fraction=0", "train.eval_every=1")
+    with pytest.raises(SimPOError, match=r"train\.eval_every is 1, but there are no validation"):
+        ran(*small_run(model_folder, pairs_file, tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("compiled", ["true", "false"])
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_error_within_a_step_keeps_the_step_before(
+    error: type[BaseException],
+    checkpointing: str,
+    compiled: str,
+    model_folder: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """mx.compile leaves placeholders in the model when what it traces raises."""
+    more = (
+        f"train.compile={compiled}",
+        f"train.gradient_checkpointing={checkpointing}",
+        "data.valid_fraction=0",
+        "train.schedule=constant",
+    )
+    whole = ran(*small_run(model_folder, pairs_file, tmp_path / "whole", *more, "train.steps=2"))
+    honest = MLP.__call__
+
+    def failing(self: MLP, x: mx.array) -> mx.array:
+        record = tmp_path / "run" / "metrics.jsonl"
+        if record.exists() and len(json_lines(record)) == 2:
+            raise error
+        return honest(self, x)
+
+    monkeypatch.setattr(MLP, "__call__", failing)
+    # Other shapes in the third step, so that it is traced anew.
+    monkeypatch.setattr("mlx_simpo.data.batching.PAD_MULTIPLE", 1)
+    run = small_run(model_folder, pairs_file, tmp_path / "run", *more)
+    if error is KeyboardInterrupt:
+        assert ran(*run).result.interrupted
+    else:
+        with pytest.raises(error):
+            ran(*run)
+    found, expected = arrays(tmp_path / "run" / WEIGHTS), arrays(whole.folder / WEIGHTS)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    assert np.isfinite(np.array(mx.random.normal((3,)))).all()
 
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(

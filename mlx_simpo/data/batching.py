@@ -59,14 +59,16 @@ def epoch_steps(
     size = batch_size * accumulation
     for first in range(0, len(order), size):
         step = [pairs[i] for i in order[first : first + size]]
-        yield length_sorted(step, batch_size)
+        yield [[step[place] for place in part] for part in length_sorted(step, batch_size)]
 
 
-def length_sorted(pairs: Sequence[EncodedPair], batch_size: int) -> list[list[EncodedPair]]:
-    """``pairs`` from short to long, in lists of ``batch_size`` (the last one may be smaller)."""
-    ordered = sorted(pairs, key=lambda pair: pair.length)
+def length_sorted(pairs: Sequence[EncodedPair], batch_size: int) -> list[list[int]]:
+    """Places in ``pairs`` from short to long, in lists of ``batch_size`` (the last one may be
+    smaller)."""
+    ordered = sorted(range(len(pairs)), key=lambda place: pairs[place].length)
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
 
 
 def steps_per_epoch(pairs: int, batch_size: int, accumulation: int) -> int:
+    """Optimizer steps in which every pair is taken once."""
     return -(-pairs // (batch_size * accumulation))

@@ -93,8 +93,8 @@ def load_pairs(
 def split_pairs(pairs: Iterable[Pair], fraction: float, seed: int) -> tuple[list, list]:
     """Hold out the given share of prompts: (training pairs, held-out pairs).
 
-    Pairs with the same prompt stay on one side, and a pair's side depends on its prompt and the
-    seed alone, not on its place in the file. At least one prompt is held out if there are two.
+    Pairs with the same prompt stay on one side, and which prompts are held out depends on the
+    prompts and the seed, not on their order. At least one prompt is held out if there are two.
     """
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:

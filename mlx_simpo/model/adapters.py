@@ -44,7 +44,7 @@ def save_adapter(folder: str | Path, model: nn.Module, config: dict[str, Any]) -
             (written / CONFIG).write_text(text, encoding="utf-8")
             for name in (WEIGHTS, CONFIG):
                 os.replace(written / name, folder / name)
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of mx.save_safetensors
         raise SimPOError(f"the adapter cannot be written to {folder}: {error}") from None
     return folder
 

@@ -113,7 +113,14 @@ def load_initial(model: nn.Module, adapter: dict[str, Any], folder: str) -> None
             weights are not those of this model.
     """
     theirs = read_adapter_config(folder)
-    pairs = {name: (theirs.get(name), adapter[name]) for name in ("fine_tune_type", "num_layers")}
+    blocks = len(model.layers)  # type: ignore[arg-type]
+    layers = [
+        blocks if c.get("num_layers") == -1 else c.get("num_layers") for c in (theirs, adapter)
+    ]
+    pairs = {
+        "fine_tune_type": (theirs.get("fine_tune_type", "lora"), adapter["fine_tune_type"]),
+        "num_layers": (layers[0], layers[1]),
+    }
     there, here = theirs["lora_parameters"], adapter["lora_parameters"]
     pairs |= {name: (there.get(name), here[name]) for name in ("rank", "scale")}
     if there.get("keys"):  # mlx-lm may leave them out: every layer; the weights' names then tell

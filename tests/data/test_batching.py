@@ -160,7 +160,9 @@ def test_every_place_of_the_epoch_is_drawn_alike() -> None:
 @settings(deadline=None, max_examples=60)
 def test_pairs_of_like_length_share_a_micro_batch(given_pairs: list, size: int) -> None:
     batches = length_sorted(given_pairs, size)
-    lengths = [[max(len(p.chosen.tokens), len(p.rejected.tokens)) for p in b] for b in batches]
+    assert sorted(flat([batches])) == list(range(len(given_pairs)))
+    parts = [[given_pairs[place] for place in batch] for batch in batches]
+    lengths = [[max(len(p.chosen.tokens), len(p.rejected.tokens)) for p in b] for b in parts]
     assert [n for batch in lengths for n in batch] == sorted(p.length for p in given_pairs)
     assert all(len(batch) == size for batch in batches[:-1])
 

@@ -139,7 +139,7 @@ def test_starts_from_an_existing_adapter(tmp_path: Path) -> None:
         ({"rank": 8}, ["rank is 4 there and 8 here"]),
         ({"rank": 4, "scale": 1.0}, ["scale is 2.0 there and 1.0 here"]),
         ({"rank": 8, "dora": True}, ["fine_tune_type", "rank"]),
-        ({"rank": 4, "num_layers": 1}, ["num_layers is -1 there and 1 here"]),
+        ({"rank": 4, "num_layers": 1}, ["num_layers is 2 there and 1 here"]),
         ({"rank": 4, "target_modules": ("q_proj",)}, ["keys"]),
     ],
 )
