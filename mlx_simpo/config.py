@@ -169,11 +169,17 @@ class TrainConfig(Section):
     NAME: ClassVar[str] = "train"
 
     engine: Literal["reference", "shared_prefix"] = setting(
-        "reference",
-        "reference: one stacked forward pass of 2 × batch_size rows; shared_prefix: the same "
-        "numbers for less, each prompt runs once and only scored rows reach the head",
+        "shared_prefix",
+        "shared_prefix: each prompt runs once and only scored rows reach the head; reference: the "
+        "same numbers the plain way, one stacked forward pass of 2 × batch_size rows",
     )
-    batch_size: int = setting(4, "pairs in memory at once", POSITIVE)
+    batch_size: int = setting(4, "pairs in memory at once, at most", POSITIVE)
+    max_tokens_per_step: int | None = setting(
+        None,
+        "tokens (with padding) in memory at once, at most: a smaller number needs less memory, and "
+        "changes nothing else; a pair that is longer runs alone",
+        POSITIVE,
+    )
     gradient_accumulation_steps: int = setting(
         4, "micro-batches that make one optimizer step, exactly as one large batch", POSITIVE
     )
@@ -192,7 +198,11 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = setting(
         False, "recompute each block in the backward pass: less memory, a third more time"
     )
-    compile: bool = setting(True, "compile the step (mx.compile)")
+    compile: bool | None = setting(
+        None,
+        "compile the step (mx.compile), engine reference only, where null means yes: the shapes of "
+        "shared_prefix are the data's own, and each would be traced",
+    )
     eval_every: int | None = setting(
         None, "evaluate every so many steps as well as before and after training", POSITIVE
     )
@@ -201,6 +211,16 @@ class TrainConfig(Section):
         super().__post_init__()
         if self.epochs is not None and self.steps is not None:
             raise SimPOError("train.epochs and train.steps both set the length; give one of them")
+        if self.compile and self.engine == "shared_prefix":
+            raise SimPOError(
+                "train.compile is true, but only the reference engine is ever compiled; leave it "
+                "out, or set train.engine=reference"
+            )
+
+    @property
+    def step_pairs(self) -> int:
+        """Pairs of one optimizer step."""
+        return self.batch_size * self.gradient_accumulation_steps
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from .data.batching import stack
+from .data.batching import plan_stacked, stack
 from .data.encode import EncodedPair, Scored
-from .data.sharing import share
+from .data.sharing import plan_shared, share
 from .logps import average_logps, shared_logps
 from .model.loading import dtype_of
 from .model.prefix import why_not_shared
@@ -17,30 +16,58 @@ from .model.prefix import why_not_shared
 PROBE = 40  # tokens of a trial's prompt
 
 
-class Engine(NamedTuple):
-    """How a micro-batch of B pairs becomes log-probabilities.
+class MicroBatch(NamedTuple):
+    """arrays: what an engine's ``logps`` takes. positions: tokens that the trunk processes at once,
+    padding included. rows: hidden rows that become logits."""
 
-    batch: pairs → arrays. logps: (model, arrays) → float32 [2B], the average log-probability of the
-    B chosen and then of the B rejected answers, in nats a token. note: what runs and why.
+    arrays: tuple
+    positions: int
+    rows: int
+
+
+class Engine(NamedTuple):
+    """How pairs become log-probabilities.
+
+    plan: (pairs, batch_size, max_tokens) → places in pairs, as micro-batches of at most that many
+    pairs and positions. batch: B pairs → `MicroBatch`. logps: (model, its arrays, training=…) →
+    float32 [2B], the average log-probability of the B chosen and then of the B rejected answers, in
+    nats a token. compiled: whether the step is compiled if nobody says. note: what runs and why.
     """
 
     name: str
     note: str
-    batch: Callable[[Sequence[EncodedPair]], tuple]
-    logps: Callable[[nn.Module, tuple], mx.array]
+    plan: Callable[[Sequence[EncodedPair], int, int | None], list[list[int]]]
+    batch: Callable[[Sequence[EncodedPair]], MicroBatch]
+    logps: Callable[..., mx.array]
+    compiled: bool
+
+
+def _stacked(pairs: Sequence[EncodedPair]) -> MicroBatch:
+    batch = stack(pairs)
+    positions = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
+    return MicroBatch(batch.arrays, positions, positions)
+
+
+def _shared(pairs: Sequence[EncodedPair]) -> MicroBatch:
+    batch = share(pairs)
+    return MicroBatch(batch.arrays, batch.positions, batch.rows.size)
 
 
 REFERENCE = Engine(
     "reference",
     "reference (one stacked forward pass)",
-    lambda pairs: stack(pairs).arrays,
-    lambda model, arrays: average_logps(model, *arrays),
+    plan_stacked,
+    _stacked,
+    lambda model, arrays, training: average_logps(model, *arrays),
+    compiled=True,
 )
 SHARED_PREFIX = Engine(
     "shared_prefix",
     "shared_prefix (each prompt runs once, only scored rows reach the head)",
-    lambda pairs: share(pairs).arrays,
-    lambda model, arrays: shared_logps(model, *arrays),
+    plan_shared,
+    _shared,
+    lambda model, arrays, training: shared_logps(model, *arrays, training=training),
+    compiled=False,  # its shapes are the data's own, and each would be traced
 )
 
 
@@ -65,7 +92,9 @@ def why_not_equal(model: Any) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        expected, found = (np.array(e.logps(model, e.batch(pair))) for e in engines)
+        expected, found = (
+            np.array(e.logps(model, e.batch(pair).arrays, training=False)) for e in engines
+        )
     except (TypeError, ValueError, AttributeError, LookupError) as error:
         return f"this architecture refuses it ({error})"
     finally:

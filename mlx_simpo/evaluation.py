@@ -9,9 +9,8 @@ import mlx.nn as nn
 import numpy as np
 
 from .config import ObjectiveConfig
-from .data.batching import length_sorted
 from .data.encode import EncodedPair
-from .engine import REFERENCE, Engine
+from .engine import Engine, choose_engine
 from .errors import SimPOError
 from .objectives import simpo_loss
 
@@ -65,12 +64,15 @@ def evaluate_pairs(
     objective: ObjectiveConfig,
     batch_size: int = 4,
     advance: Callable[[int], None] = lambda pairs: None,
-    engine: Engine = REFERENCE,
+    engine: Engine | None = None,
+    max_tokens: int | None = None,
 ) -> Evaluation:
     """Loss, rewards and log-probabilities of ``pairs``, dropout off.
 
-    Pairs are run from short to long in batches of ``batch_size``; the result does not depend on it.
-    ``advance`` is called with the number of pairs done after each batch.
+    Args:
+        batch_size, max_tokens: pairs and positions in memory at once; the result does not depend on
+            them. advance: called with the number of pairs done after each batch. engine: None for
+            shared_prefix where the model can.
 
     Raises:
         SimPOError: no pairs, or the log-probabilities of some pairs are not finite; they are named.
@@ -80,9 +82,10 @@ def evaluate_pairs(
     was_training = model.training
     model.eval()
     chosen, rejected = np.zeros(len(pairs), np.float32), np.zeros(len(pairs), np.float32)
-    for rows in length_sorted(pairs, batch_size):
+    engine = engine or choose_engine("shared_prefix", model)
+    for rows in engine.plan(pairs, batch_size, max_tokens):
         part = [pairs[row] for row in rows]
-        logps = np.array(engine.logps(model, engine.batch(part)))
+        logps = np.array(engine.logps(model, engine.batch(part).arrays, training=False))
         mx.clear_cache()  # the next batch has other shapes
         chosen[rows], rejected[rows] = logps[: len(part)], logps[len(part) :]
         advance(len(part))

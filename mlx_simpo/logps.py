@@ -5,12 +5,14 @@ a plain log-softmax. `shared_logps` computes the same with less, and is tested a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_unflatten
 
-from .model.head import head_logits
+from .model.head import head_is_frozen, head_logits, outside_blocks
 from .model.prefix import cache_layers, run_continuations, run_prefix
 
 BLOCK = 256
@@ -37,6 +39,40 @@ def logsumexp(logits: mx.array) -> mx.array:
 def _softmax(logits: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     """Softmax in one pass; that of the two levels is 0/0 in a block of nothing but −inf."""
     return cotangent[..., None] * mx.exp(logits - output[..., None])
+
+
+@partial(mx.compile, shapeless=True)
+def _exponentials(logits: mx.array, greatest: mx.array) -> mx.array:
+    """In one pass over the logits."""
+    return mx.exp(logits - greatest)
+
+
+@mx.custom_function
+def token_logps(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """log softmax(logits)[target] of each row, and what its gradient is made of.
+
+    Args:
+        logits: float32 [N, V]. targets: int32 [N].
+
+    Returns:
+        log p(target) [N]; exp(z − max z) [N, V], once for value and gradient; its row sums [N].
+    """
+    greatest = logits.max(axis=-1, keepdims=True)
+    exponentials = _exponentials(logits, greatest)
+    block = math.gcd(logits.shape[-1], BLOCK)
+    # Two short sums are more exact than one long one.
+    sums = exponentials.reshape(logits.shape[0], block, -1).sum(axis=1).sum(axis=1)
+    picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
+    return (picked - greatest).squeeze(-1) - mx.log(sums), exponentials, sums
+
+
+@token_logps.vjp
+def _one_hot_minus_softmax(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple:
+    targets, (_, exponentials, sums) = primals[1], outputs
+    slope = cotangents[0]
+    gradient = exponentials * (-slope / sums)[:, None]
+    gradient = gradient.at[mx.arange(targets.size), targets].add(slope)
+    return gradient, mx.zeros_like(targets)
 
 
 def average_logps(model: Any, tokens: mx.array, start: mx.array, end: mx.array) -> mx.array:
@@ -66,42 +102,41 @@ def shared_logps(
     groups: Sequence[tuple[mx.array, mx.array]],
     rows: mx.array,
     targets: mx.array,
-    weights: mx.array,
+    places: mx.array,
+    lengths: mx.array,
+    *,
+    training: bool,
 ) -> mx.array:
     """The same averages [2B] from a `SharedBatch`: each prompt runs once, and only the rows that
-    predict a scored token become logits, a chunk at a time."""
+    predict a scored token become logits, a chunk at a time.
+
+    training: whether gradients will be asked for; see `row_logps`.
+    """
     recorded = run_prefix(model, prefix, cache_layers(model))
     hidden = [run_continuations(model, tokens, recorded, owner) for tokens, owner in groups]
     flat = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])
-    return weights @ row_logps(model, flat[rows], targets)
+    logps = row_logps(model, flat[rows], targets, training=training)
+    scored = mx.arange(places.shape[1]) < lengths[:, None]
+    return mx.where(scored, logps[places], 0.0).sum(axis=-1) / lengths
 
 
-def row_logps(model: Any, rows: mx.array, targets: mx.array) -> mx.array:
-    """log p(targets) [N] of hidden rows [N, D], float32, at most CHUNK_ELEMENTS logits at a time.
+def row_logps(model: Any, rows: mx.array, targets: mx.array, *, training: bool) -> mx.array:
+    """log p(targets) of hidden rows, at most CHUNK_ELEMENTS logits at a time.
 
-    The head is frozen, so the gradient of a row's log-probability with respect to the row is known
-    as soon as its logits are: it is formed with them, and the backward pass is a row scale.
+    Args:
+        rows: [N, D], the trunk's output. targets: int32 [N], 0 ≤ target < V.
+        training: with gradients. A frozen head then takes two matrix products a chunk, a head that
+            trains four (it runs again in the backward pass); without, it is one.
+
+    Returns:
+        float32 [N], in nats.
     """
-
-    def total(chunk: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        logits = head_logits(model, chunk).astype(mx.float32)
-        picked = mx.take_along_axis(logits, tokens[:, None], axis=-1).squeeze(-1)
-        logps = picked - logsumexp(logits)  # type: ignore[operator]  (mlx types it as object)
-        return logps.sum(), logps
-
-    slope = mx.value_and_grad(total)
-
-    @mx.custom_function
-    def chunk_logps(chunk: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        (_, logps), gradient = slope(chunk, tokens)
-        return logps, gradient
-
-    @chunk_logps.vjp
-    def _(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
-        chunk, tokens = primals
-        scaled = cotangents[0][:, None] * outputs[1]
-        return scaled.astype(chunk.dtype), mx.zeros_like(tokens)
-
+    if not training:
+        chunk_logps = partial(forward_logps, model)
+    elif head_is_frozen(model):
+        chunk_logps = frozen_head_logps(model)
+    else:
+        chunk_logps = trained_head_logps(model)
     vocabulary = head_logits(model, rows[:1]).shape[-1]
     size = max(64, CHUNK_ELEMENTS // vocabulary // 64 * 64)
     found: list[mx.array] = []
@@ -109,5 +144,54 @@ def row_logps(model: Any, rows: mx.array, targets: mx.array) -> mx.array:
         chunk = rows[at : at + size]
         if found:  # one chunk's logits after the other's, not all at once
             chunk = mx.depends([chunk], [found[-1]])[0]
-        found.append(chunk_logps(chunk, targets[at : at + size])[0])  # type: ignore[index]
+        found.append(chunk_logps(chunk, targets[at : at + size]))
     return mx.concatenate(found)
+
+
+def forward_logps(model: Any, rows: mx.array, targets: mx.array) -> mx.array:
+    """log p(targets) [N] of rows [N, D] in plain operations."""
+    return token_logps(head_logits(model, rows).astype(mx.float32), targets)[0]  # type: ignore
+
+
+def frozen_head_logps(model: Any) -> Callable[[mx.array, mx.array], mx.array]:
+    """`forward_logps` with a gradient to the rows alone, at the price of one more product.
+
+    ∂ log p/∂row does not depend on what is made of log p, so it is formed while the row's logits
+    are at hand; the backward pass scales it.
+    """
+
+    def total(rows: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        logps = forward_logps(model, rows, targets)
+        return logps.sum(), logps
+
+    slope = mx.value_and_grad(total)
+
+    @mx.custom_function
+    def chunk_logps(rows: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        (_, logps), gradient = slope(rows, targets)
+        return logps, gradient
+
+    @chunk_logps.vjp
+    def _(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
+        rows, targets = primals
+        scaled = cotangents[0][:, None] * outputs[1]
+        return scaled.astype(rows.dtype), mx.zeros_like(targets)
+
+    return lambda rows, targets: chunk_logps(rows, targets)[0]  # type: ignore[index]
+
+
+def trained_head_logps(model: Any) -> Callable[[mx.array, mx.array], mx.array]:
+    """`forward_logps` with gradients to the rows and to whatever trains outside the blocks.
+
+    Those of the weights need the loss's slope, so a chunk's logits are made again for them.
+    """
+    trained = outside_blocks(model)
+
+    @mx.checkpoint
+    def chunk_logps(weights: dict, rows: mx.array, targets: mx.array) -> mx.array:
+        model.update(tree_unflatten(list(weights.items())))  # inputs, or no gradient reaches them
+        logps = forward_logps(model, rows, targets)
+        model.update(tree_unflatten(list(trained.items())))
+        return logps
+
+    return partial(chunk_logps, trained)

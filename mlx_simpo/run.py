@@ -72,17 +72,16 @@ def train(config: SimPOConfig, report: Report | None = None) -> TrainResult:
     On Ctrl-C the adapter of the last finished step is saved.
 
     Raises:
-        SimPOError: bad input, or a loss that is no number. No output folder stays behind unless it
-            holds an adapter.
+        SimPOError: bad input, or a loss that is no number. An output folder stays behind only if a
+            step was finished; it then holds the adapter of the last one.
     """
     report = report or Report()
     check_output_free(config.output)
     session = prepare(config, report)
     options = config.train
-    size = options.batch_size * options.gradient_accumulation_steps
     report.note(
         f"{len(session.train)} pairs to train on, {len(session.valid)} to evaluate on; "
-        f"{total_steps(options, len(session.train))} steps of {size} pairs; engine: "
+        f"{total_steps(options, len(session.train))} steps of {options.step_pairs} pairs; engine: "
         f"{session.engine.note}"
     )
     report.note(advice.starting_loss(config.objective))
@@ -177,6 +176,7 @@ def evaluate(
     model, tokenizer = read_model(config, report)
     pairs = encode(make_encoder(tokenizer, config, report), found, config.data.valid, report)
     engine = choose_engine(config.train.engine, model)
+    report.note(f"engine: {engine.note}")
     results = {"base": evaluate_with_bar(model, pairs, config, engine, report, "Base model")}
     if adapter is not None:
         load_adapter(model, adapter)

@@ -181,6 +181,14 @@ def evaluate_with_bar(
     title: str,
 ) -> Evaluation:
     """`evaluate_pairs`, with a progress bar."""
-    size = config.train.batch_size
+    options = config.train
     with report.progress(title, len(pairs)) as advance:
-        return evaluate_pairs(model, pairs, config.objective, size, advance, engine)
+        return evaluate_pairs(
+            model,
+            pairs,
+            config.objective,
+            options.batch_size,
+            advance,
+            engine,
+            options.max_tokens_per_step,
+        )

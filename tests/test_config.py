@@ -290,6 +290,8 @@ def configs(draw: st.DrawFn) -> SimPOConfig:
         drawn["lora.lora_alpha"], drawn["lora.rslora"] = None, False
     if drawn["train.steps"] is not None:
         drawn["train.epochs"] = None
+    if drawn["train.engine"] == "shared_prefix" and drawn["train.compile"]:
+        drawn["train.compile"] = None
     groups: dict[str, dict] = {"": {}, **{section: {} for section in SECTIONS}}
     for name, value in drawn.items():
         section, _, leaf = name.rpartition(".")
@@ -327,6 +329,12 @@ def test_the_defaults_read_back() -> None:
     text = SimPOConfig(model="x").to_yaml()
     assert text.startswith("model: x\n")
     assert "\n  rank: 16\n" in text
+
+
+def test_the_engine_that_is_never_compiled_says_so() -> None:
+    with pytest.raises(SimPOError, match=r"train\.compile is true, but only the reference engine"):
+        load_config(None, ["model=x", "train.compile=true"])
+    assert load_config(None, ["model=x", "train.compile=false"]).train.compile is False
 
 
 @pytest.mark.parametrize("text", ["1e5", "86e4321", "1E6", "-1e3", "0e0"])

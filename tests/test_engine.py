@@ -1,9 +1,13 @@
 """The shared-prefix engine against the reference: the same numbers and gradients, in every
 architecture that it is offered for, and the defects it could have, planted."""
 
+import io
+import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import float64
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner.lora import LoRALinear
 from tiny import tiny_model
 
 from mlx_simpo import (
@@ -24,13 +29,18 @@ from mlx_simpo import (
 )
 from mlx_simpo.data.encode import EncodedPair, Scored
 from mlx_simpo.engine import REFERENCE, SHARED_PREFIX, Engine, choose_engine
+from mlx_simpo.logps import row_logps
 from mlx_simpo.model import prefix
 from mlx_simpo.model.checkpointing import gradient_checkpointing
+from mlx_simpo.model.head import head_is_frozen
 from mlx_simpo.model.lora import attach_lora
+from mlx_simpo.step import GradientFunction, make_step, step_gradients
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
+    # mlx-lm reads Mistral's window from a list of layer types only; a third as long as the pairs.
+    "mistral": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen2": {},
     "qwen3": {},
     "gemma": {},
@@ -75,11 +85,11 @@ def with_lora(model: nn.Module, **lora: Any) -> nn.Module:
 
 def run(model: nn.Module, engine: Engine, pairs: Sequence[EncodedPair]) -> dict[str, np.ndarray]:
     """The log-probabilities, and the gradient of a sum of them with weights of both signs."""
-    arrays = engine.batch(pairs)
+    arrays = engine.batch(pairs).arrays
     weights = mx.array(np.random.default_rng(1).normal(size=2 * len(pairs)), mx.float32)
 
     def total(model: nn.Module) -> tuple[mx.array, mx.array]:
-        found = engine.logps(model, arrays)
+        found = engine.logps(model, arrays, training=True)
         return (found * weights).sum(), found
 
     (_, found), gradient = nn.value_and_grad(model, total)(model)
@@ -97,9 +107,51 @@ def greatest_difference(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) 
 def test_equals_the_reference(name: str) -> None:
     model = with_lora(tiny_model(name, **ARCHITECTURES[name]))
     assert choose_engine("shared_prefix", model) is SHARED_PREFIX
-    found, expected = run(model, SHARED_PREFIX, PAIRS), run(model, REFERENCE, PAIRS)
-    np.testing.assert_allclose(found["logps"], expected["logps"], atol=1e-5)
+    expected = run(model, REFERENCE, PAIRS)
+    for checkpointing in (nullcontext, gradient_checkpointing):
+        with checkpointing(model):
+            found = run(model, SHARED_PREFIX, PAIRS)
+        np.testing.assert_allclose(found["logps"], expected["logps"], atol=1e-5)
+        assert greatest_difference(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("prompt", [22, 23, 24, 25, 26, 47, 48, 49])
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
+def test_at_the_window_and_beyond(name: str, prompt: int) -> None:
+    """Prefixes that end just before and behind the window of 24, answers that leave it."""
+    model = with_lora(tiny_model(name, **ARCHITECTURES[name]))
+    pairs = [pair(prompt, 1, 3), pair(prompt, 30, 24)]
+    found, expected = run(model, SHARED_PREFIX, pairs), run(model, REFERENCE, pairs)
     assert greatest_difference(found, expected) < 1e-4
+
+
+def test_slopes_are_those_of_the_loss_in_float64() -> None:
+    """Against finite differences of an implementation of its own, tests/float64.py."""
+    model = with_lora(tiny_model())
+    engine, pairs = SHARED_PREFIX, [*PAIRS, pair(1, 5, 2)]
+    options = {"beta": 2.5, "gamma_beta_ratio": 0.55}
+    gradients_of = GradientFunction(model, options, engine, compiled=False)
+    step = make_step(pairs, engine, TrainConfig(batch_size=2, gradient_accumulation_steps=2))
+    assert len(step.micro) > 1
+    parts, gradient = step_gradients(gradients_of, step)
+    loss = np.concatenate([np.array(part["loss"]) for part in parts]).mean()
+
+    weights = {k: np.array(v, np.float64) for k, v in tree_flatten(model.parameters())}
+    sides = [
+        ((p.chosen.tokens, p.chosen.start), (p.rejected.tokens, p.rejected.start)) for p in pairs
+    ]
+    shape: dict[str, Any] = {"heads": 4, "kv_heads": 2, "rope_theta": 1e4, "eps": 1e-5}
+
+    def exact(weights: dict[str, np.ndarray]) -> float:
+        return float64.simpo_loss(weights, sides, **options, **shape, lora_scale=2.0)
+
+    assert loss == pytest.approx(exact(weights), abs=1e-5)
+    found: dict[str, Any] = {name: np.array(g) for name, g in tree_flatten(gradient)}
+    steepest = max(float(np.abs(g).max()) for g in found.values())
+    for name, g in found.items():
+        place = np.unravel_index(np.abs(g).argmax(), g.shape)
+        slope = float64.finite_difference(exact, weights, name, place)
+        assert g[place] == pytest.approx(slope, rel=1e-4, abs=1e-5 * steepest), name
 
 
 SIZE = st.integers(1, 50)
@@ -129,11 +181,62 @@ def test_quantized_base_and_head(tied: bool) -> None:
     assert greatest_difference(found, expected) < 1e-4
 
 
-def test_checkpointing_changes_nothing() -> None:
-    model = with_lora(tiny_model())
-    expected = run(model, SHARED_PREFIX, PAIRS)
+def trained_head(kind: str) -> nn.Module:
+    """A model whose head trains: as the tied embedding, as a matrix, through LoRA, or its norm."""
+    model = with_lora(tiny_model("llama", tie_word_embeddings=kind == "tied"))
+    if kind == "tied":
+        model.model.embed_tokens.unfreeze()
+    elif kind == "dense":
+        model.lm_head.unfreeze()
+    elif kind == "norm":
+        model.model.norm.unfreeze()
+    else:
+        model.lm_head = LoRALinear.from_base(model.lm_head, r=4)
+        model.lm_head.lora_b = mx.random.normal(model.lm_head.lora_b.shape)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["tied", "dense", "lora", "norm"])
+def test_a_head_that_trains_gets_its_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 1)  # several chunks, each with its share
+    model = trained_head(kind)
+    assert not head_is_frozen(model)
+    found, expected = run(model, SHARED_PREFIX, PAIRS), run(model, REFERENCE, PAIRS)
+    assert greatest_difference(found, expected) < 1e-4
     with gradient_checkpointing(model):
-        assert greatest_difference(run(model, SHARED_PREFIX, PAIRS), expected) < 1e-5
+        assert greatest_difference(run(model, SHARED_PREFIX, PAIRS), expected) < 1e-4
+
+
+def test_a_trained_head_taken_for_a_frozen_one_would_be_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = trained_head("dense")
+    expected = run(model, REFERENCE, PAIRS)
+    monkeypatch.setattr(logps, "head_is_frozen", lambda model: True)
+    found = run(model, SHARED_PREFIX, PAIRS)
+    assert np.abs(expected["lm_head.weight"]).max() > 1e-3
+    assert not found["lm_head.weight"].any()
+
+
+def products(output: Any) -> int:
+    """Matrix products with a whole vocabulary in them that ``output`` waits for."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, output)
+    return len(re.findall(r'label ="(?:Quantized)?Matmul"|label ="AddMM"', graph.getvalue()))
+
+
+def test_products_of_the_head() -> None:
+    """One to evaluate, two to train, and the reference's three for a head that trains."""
+    model = with_lora(tiny_model("llama", tie_word_embeddings=False))
+    rows, targets = mx.random.normal((5, 32)), mx.arange(5)
+    mx.eval(rows, targets)
+
+    def slope(model: nn.Module) -> mx.array:
+        return mx.grad(lambda rows: row_logps(model, rows, targets, training=True).sum())(rows)
+
+    assert products(row_logps(model, rows, targets, training=False)) == 1
+    assert products(slope(model)) == 2
+    assert products(slope(trained_head("dense"))) == 3
 
 
 def test_the_size_of_a_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +316,8 @@ def test_a_chosen_token_in_the_rejected_answer_would_be_noticed(
 # --- the way through training ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_training_is_the_same(compiled: bool) -> None:
+@pytest.mark.parametrize("max_tokens", [None, 150])
+def test_training_is_the_same(max_tokens: int | None) -> None:
     def trained(engine: Engine) -> dict[str, np.ndarray]:
         options = TrainConfig(
             batch_size=2,
@@ -222,7 +325,7 @@ def test_training_is_the_same(compiled: bool) -> None:
             steps=3,
             learning_rate=1e-3,
             adam_epsilon=1e-2,  # without the sign of rounding noise in the first steps
-            compile=compiled,
+            max_tokens_per_step=max_tokens if engine is SHARED_PREFIX else None,
         )
         model = with_lora(tiny_model())
         pairs = [*PAIRS, pair(9, 4, 30), pair(33, 17, 2)]

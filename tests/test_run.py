@@ -346,13 +346,21 @@ def test_evaluating_on_the_way_needs_validation_pairs(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("compiled", ["true", "false"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ("train.engine=reference", "train.compile=true"),
+        ("train.engine=reference", "train.compile=false"),
+        ("train.engine=shared_prefix",),
+    ],
+    ids=["compiled", "eager", "shared"],
+)
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_error_within_a_step_keeps_the_step_before(
     error: type[BaseException],
     checkpointing: str,
-    compiled: str,
+    engine: tuple[str, ...],
     model_folder: Path,
     pairs_file: Path,
     tmp_path: Path,
@@ -360,7 +368,7 @@ def test_an_error_within_a_step_keeps_the_step_before(
 ) -> None:
     """mx.compile leaves placeholders in the model when what it traces raises."""
     more = (
-        f"train.compile={compiled}",
+        *engine,
         f"train.gradient_checkpointing={checkpointing}",
         "data.valid_fraction=0",
         "train.schedule=constant",

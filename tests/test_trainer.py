@@ -17,15 +17,11 @@ from tiny import some_pairs, tiny_model, tiny_tokenizer
 from mlx_simpo import DataConfig, LoRAConfig, ObjectiveConfig, SimPOConfig, SimPOError, TrainConfig
 from mlx_simpo.data.encode import EncodedPair, Encoder, encode_pairs
 from mlx_simpo.data.records import Pair
-from mlx_simpo.engine import REFERENCE
+from mlx_simpo.engine import REFERENCE, SHARED_PREFIX, Engine
 from mlx_simpo.model.lora import attach_lora
-from mlx_simpo.trainer import (
-    gradient_function,
-    learning_rate_schedule,
-    step_gradients,
-    total_steps,
-    train_steps,
-)
+from mlx_simpo.optimizer import learning_rate_schedule
+from mlx_simpo.step import GradientFunction, make_step, step_gradients
+from mlx_simpo.trainer import total_steps, train_steps
 
 
 def encoded_pairs(count: int) -> list[EncodedPair]:
@@ -55,14 +51,23 @@ def config(**train: object) -> SimPOConfig:
 
 
 def gradients(
-    model: nn.Module, parts: list[list[EncodedPair]], *, compiled: bool = False, **objective: object
+    model: nn.Module,
+    parts: list[list[EncodedPair]],
+    engine: Engine = REFERENCE,
+    *,
+    compiled: bool = False,
+    **objective: object,
 ) -> dict[str, np.ndarray]:
     """Loss and gradient of one step made of ``parts``."""
     options = {"beta": 2.0, "gamma_beta_ratio": 0.5, **objective}
     model.train()
-    function = gradient_function(model, options, compiled=compiled)
-    metrics, found = step_gradients(function, parts)
-    loss = {"loss": metrics["loss"].mean()}
+    function = GradientFunction(model, options, engine, compiled=compiled)
+    edges = np.cumsum([0, *map(len, parts)])
+    plan = [list(range(a, b)) for a, b in pairwise(edges.tolist())]
+    as_given = engine._replace(plan=lambda *_: plan)
+    step = make_step([pair for part in parts for pair in part], as_given, TrainConfig())
+    metrics, found = step_gradients(function, step)
+    loss = {"loss": np.concatenate([np.array(part["loss"]) for part in metrics]).mean()}
     return loss | {name: np.array(g) for name, g in tree_flatten(found)}
 
 
@@ -88,7 +93,8 @@ def test_any_split_of_a_step_gives_the_same_gradient(
     edges = [0, *sorted(set(cuts)), 11]
     parts = [shuffled[a:b] for a, b in pairwise(edges)]
     expected = gradients(model, [PAIRS], sft_weight=sft_weight)
-    assert_close(gradients(model, parts, sft_weight=sft_weight), expected)
+    for engine in (REFERENCE, SHARED_PREFIX):
+        assert_close(gradients(model, parts, engine, sft_weight=sft_weight), expected)
 
 
 def test_an_unweighted_mean_over_unequal_parts_would_be_noticed() -> None:
@@ -243,7 +249,7 @@ def test_the_seed_decides_everything() -> None:
 def test_nan_stops_names_step_and_pairs_and_keeps_the_weights(compiled: bool) -> None:
     """A pair whose tokens hit a poisoned embedding row appears in the second step."""
     model = model_with_lora()
-    steps = train_steps(model, PAIRS, config(batch_size=4, compile=compiled))
+    steps = train_steps(model, PAIRS, config(engine="reference", compile=compiled))
     next(steps)
     kept = weights(model)
     embedding = np.array(model.model.embed_tokens.weight)

@@ -27,6 +27,7 @@ class PairBatch:
 
     @property
     def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """What `logps.average_logps` takes, in its order."""
         return self.tokens, self.start, self.end
 
 
@@ -35,7 +36,7 @@ def stack(pairs: Sequence[EncodedPair]) -> PairBatch:
     looks ahead, so it changes nothing."""
     rows = [p.chosen for p in pairs] + [p.rejected for p in pairs]
     longest = max(len(row.tokens) for row in rows)
-    tokens = np.zeros((len(rows), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE), np.int32)
+    tokens = np.zeros((len(rows), padded(longest)), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row.tokens)] = row.tokens
     return PairBatch(
@@ -46,29 +47,39 @@ def stack(pairs: Sequence[EncodedPair]) -> PairBatch:
     )
 
 
-def epoch_steps(
-    pairs: Sequence[EncodedPair], batch_size: int, accumulation: int, seed: int, epoch: int
-) -> Iterator[list[list[EncodedPair]]]:
-    """One epoch: for each optimizer step, its micro-batches.
+def epoch_steps(count: int, step_pairs: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
+    """One epoch of ``count`` pairs: the indices of each optimizer step's pairs, int [n].
 
-    The order is a permutation drawn from (seed, epoch); each step takes the next
-    batch_size · accumulation pairs, the last step what is left. Within a step, whose gradient is a
-    mean over its pairs in whatever order, pairs of like length share a micro-batch: less padding.
+    A permutation drawn from (seed, epoch), cut into steps of ``step_pairs``; the last step takes
+    what is left. No step depends on the pairs' lengths: only within a step, whose gradient is a
+    mean over its pairs in whatever order, are like ones put together (see `Engine.plan`).
     """
-    order = np.random.default_rng([seed, epoch]).permutation(len(pairs))
-    size = batch_size * accumulation
-    for first in range(0, len(order), size):
-        step = [pairs[i] for i in order[first : first + size]]
-        yield [[step[place] for place in part] for part in length_sorted(step, batch_size)]
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    for first in range(0, count, step_pairs):
+        yield order[first : first + step_pairs]
 
 
-def length_sorted(pairs: Sequence[EncodedPair], batch_size: int) -> list[list[int]]:
-    """Places in ``pairs`` from short to long, in lists of ``batch_size`` (the last one may be
-    smaller)."""
-    ordered = sorted(range(len(pairs)), key=lambda place: pairs[place].length)
-    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+def plan_stacked(
+    pairs: Sequence[EncodedPair], batch_size: int, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Places in ``pairs`` from short to long, as micro-batches of up to ``batch_size`` pairs and
+    ``max_tokens`` positions; a pair that has more than that runs alone."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(pairs)), key=lambda place: pairs[place].length):
+        size = len(batches[-1]) + 1 if batches else batch_size + 1
+        positions = 2 * size * padded(pairs[place].length)
+        if size > batch_size or (max_tokens is not None and positions > max_tokens):
+            batches.append([place])
+        else:
+            batches[-1].append(place)
+    return batches
 
 
-def steps_per_epoch(pairs: int, batch_size: int, accumulation: int) -> int:
+def padded(length: int) -> int:
+    """``length`` rounded up to a multiple of PAD_MULTIPLE."""
+    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+def steps_per_epoch(pairs: int, step_pairs: int) -> int:
     """Optimizer steps in which every pair is taken once."""
-    return -(-pairs // (batch_size * accumulation))
+    return -(-pairs // step_pairs)

@@ -1,4 +1,10 @@
-"""Encoded pairs → a shared prefix, continuations of like length, and the rows that are scored."""
+"""Encoded pairs → prompts that run once, answers of like length on top of them, and the rows that
+are scored.
+
+Nothing is padded unless that is cheaper: a forward pass of its own costs as much as PASS_COST
+positions, so sequences share a pass where the padding, or the prompt tokens that run twice for it,
+come to less.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,100 +12,158 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from .batching import PAD_MULTIPLE
 from .encode import EncodedPair, Scored
 
-# A group of continuations is closed before padding makes up more than this share of it.
-MAX_PADDING = 0.1
-ROW_MULTIPLE = 64
+# Positions (tokens through the trunk) that one more forward pass is worth: docs/engine.md.
+PASS_COST = 16
 
 
 @dataclass(frozen=True)
 class SharedBatch:
     """B pairs as one prefix each and 2B continuations; sequence s < B is chosen, s ≥ B rejected.
 
-    prefix: int32 [B, P], the first P tokens of each prompt. groups: of continuations, (tokens
+    prefix: int32 [B, P], the first P tokens of each pair, P ≥ 0. groups: of continuations, (tokens
     int32 [n, T], padded on the right with 0; owner int32 [n], whose prefix they follow). rows:
     int32 [N], the hidden rows to score, counted through all groups. targets: int32 [N], the token
-    that each predicts. weights: float32 [2B, N]: a row's share in a sequence's mean.
+    that each predicts. places: int32 [2B, S], which of them are a sequence's, padded on the right
+    with 0; lengths: int32 [2B], how many. padding: positions in ``groups`` that hold no token.
     """
 
     prefix: mx.array
     groups: tuple[tuple[mx.array, mx.array], ...]
     rows: mx.array
     targets: mx.array
-    weights: mx.array
+    places: mx.array
+    lengths: mx.array
+    padding: int
 
     @property
     def arrays(self) -> tuple:
-        return (self.prefix, self.groups, self.rows, self.targets, self.weights)
+        """What `logps.shared_logps` takes, in its order."""
+        return (self.prefix, self.groups, self.rows, self.targets, self.places, self.lengths)
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the trunk processes, padding included."""
+        return self.prefix.size + sum(tokens.size for tokens, _ in self.groups)
 
 
 def share(pairs: Sequence[EncodedPair]) -> SharedBatch:
-    """The batch of the given pairs.
+    """The batch of the given pairs; what is left of a longer prompt goes in front of its answers.
 
-    The prefix ends before the last token in front of the first answer, whose hidden row is needed,
-    and is as long for all pairs: what is left of a prompt goes in front of its two answers.
+    The last token of a sequence predicts nothing and is not run.
     """
     sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-    first = min(s.start for s in sequences) - 1
-    length = first - first % PAD_MULTIPLE
-    prefix = np.stack([p.chosen.tokens[:length] for p in pairs]).astype(np.int32)
-    groups, rows, targets, shares = [], [], [], []
-    before = 0
-    for members in like_lengths([len(s.tokens) - length for s in sequences]):
-        block, found = continuations([sequences[s] for s in members], length)
+    length = min(shared_length(pair) for pair in pairs)
+    prefix = np.stack([p.chosen.tokens[:length] for p in pairs])
+    places = np.zeros((len(sequences), max(s.scored for s in sequences)), np.int32)
+    groups, rows, targets = [], [], []
+    positions = scored = padding = 0
+    for members in like_lengths([run_length(s) - length for s in sequences]):
+        block = continuations([sequences[s] for s in members], length)
         owner = np.array([s % len(pairs) for s in members], np.int32)
         groups.append((mx.array(block), mx.array(owner)))
-        for s, (places, tokens) in zip(members, found, strict=True):
-            rows.append(places + before)
-            targets.append(tokens)
-            shares.append((s, len(tokens)))
-        before += block.size
-    total = sum(n for _, n in shares)
-    missing = -total % ROW_MULTIPLE
-    weights = np.zeros((len(sequences), total + missing), np.float32)
-    at = 0
-    for s, n in shares:
-        weights[s, at : at + n] = 1.0 / n
-        at += n
-    fill = np.zeros(missing, np.int32)
+        for i, s in enumerate(members):
+            sequence, first = sequences[s], positions + i * block.shape[1] - length
+            rows.append(first + np.arange(sequence.start - 1, run_length(sequence)))
+            targets.append(sequence.tokens[sequence.start :])
+            places[s, : sequence.scored] = np.arange(scored, scored + sequence.scored)
+            scored += sequence.scored
+            padding += block.shape[1] - (run_length(sequence) - length)
+        positions += block.size
     return SharedBatch(
-        mx.array(prefix),
+        mx.array(prefix.astype(np.int32)),
         tuple(groups),
-        mx.array(np.concatenate([*rows, fill]).astype(np.int32)),
-        mx.array(np.concatenate([*targets, fill]).astype(np.int32)),
-        mx.array(weights),
+        mx.array(np.concatenate(rows).astype(np.int32)),
+        mx.array(np.concatenate(targets).astype(np.int32)),
+        mx.array(places),
+        mx.array([s.scored for s in sequences], mx.int32),
+        padding,
     )
 
 
+def plan_shared(
+    pairs: Sequence[EncodedPair], batch_size: int, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Places in ``pairs``, as the micro-batches in which they cost least.
+
+    Pairs in the order of their prefixes' lengths join the micro-batch before them where that is
+    cheaper than one of their own, up to ``batch_size`` pairs and ``max_tokens`` positions. A pair
+    that has more positions than that runs alone.
+    """
+    shared = [shared_length(pair) for pair in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: (shared[i], pairs[i].length))
+    batches: list[list[int]] = []
+    last = None  # what the last of them costs
+    for i in order:
+        alone = cost([pairs[i]], shared[i])
+        if last is not None and len(batches[-1]) < batch_size:
+            # In this order, the first of a micro-batch has its shortest prefix.
+            joined = cost([pairs[j] for j in (*batches[-1], i)], shared[batches[-1][0]])
+            fits = max_tokens is None or joined.positions <= max_tokens
+            if fits and joined.total <= last.total + alone.total:
+                batches[-1].append(i)
+                last = joined
+                continue
+        batches.append([i])
+        last = alone
+    return batches
+
+
+@dataclass(frozen=True)
+class Cost:
+    """positions: through the trunk, padding included. passes: forward passes they take."""
+
+    positions: int
+    passes: int
+
+    @property
+    def total(self) -> int:
+        """In positions."""
+        return self.positions + PASS_COST * self.passes
+
+
+def cost(pairs: Sequence[EncodedPair], length: int) -> Cost:
+    """Of pairs that share their first ``length`` tokens, each pair for itself."""
+    rests = [run_length(s) - length for p in pairs for s in (p.chosen, p.rejected)]
+    groups = like_lengths(rests)
+    positions = sum(len(group) * max(rests[s] for s in group) for group in groups)
+    return Cost(len(pairs) * length + positions, len(groups) + (length > 0))
+
+
 def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in groups of like length, from short to long."""
+    """Indices in groups of like length: one joins a group where the padding it needs there costs
+    less than a pass of its own."""
     groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        group = [*(groups[-1] if groups else []), i]
-        positions = len(group) * padded(lengths[i])
-        if len(group) > 1 and sum(lengths[j] for j in group) >= (1 - MAX_PADDING) * positions:
-            groups[-1] = group
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[groups[-1][0]] - lengths[i] <= PASS_COST:
+            groups[-1].append(i)
         else:
             groups.append([i])
     return groups
 
 
-def padded(length: int) -> int:
-    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+def shared_length(pair: EncodedPair) -> int:
+    """Tokens that both sequences begin with and that only have to be run once.
+
+    It ends before the token whose hidden row predicts the first scored one: of the prefix, nothing
+    but keys and values is needed, and its last block stays half undone.
+    """
+    chosen, rejected = pair.chosen, pair.rejected
+    length = min(chosen.start, rejected.start) - 1
+    differ = np.flatnonzero(chosen.tokens[:length] != rejected.tokens[:length])
+    return int(differ[0]) if len(differ) else length
 
 
-def continuations(
-    sequences: Sequence[Scored], prefix: int
-) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """(tokens [n, T] behind the prefix, and of each row: places of the scoring rows in the
-    flattened block, the tokens they predict)."""
-    width = padded(max(len(s.tokens) for s in sequences) - prefix)
+def run_length(sequence: Scored) -> int:
+    """Tokens of a sequence that predict another one."""
+    return len(sequence.tokens) - 1
+
+
+def continuations(sequences: Sequence[Scored], prefix: int) -> np.ndarray:
+    """What is run behind the first ``prefix`` tokens: int32 [n, T]."""
+    width = max(run_length(s) for s in sequences) - prefix
     block = np.zeros((len(sequences), width), np.int32)
-    found = []
-    for i, s in enumerate(sequences):
-        block[i, : len(s.tokens) - prefix] = s.tokens[prefix:]
-        places = i * width + np.arange(s.start - 1, len(s.tokens) - 1) - prefix
-        found.append((places, s.tokens[s.start :]))
-    return block, found
+    for row, s in zip(block, sequences, strict=True):
+        row[: run_length(s) - prefix] = s.tokens[prefix:-1]
+    return block

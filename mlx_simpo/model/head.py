@@ -4,6 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 
 def head_logits(model: nn.Module, rows: mx.array) -> mx.array:
@@ -13,6 +14,23 @@ def head_logits(model: nn.Module, rows: mx.array) -> mx.array:
     quantized ones, softcaps and logit scales come with it.
     """
     return type(model).__call__(_WithTrunk(model, rows), None)  # type: ignore[operator]
+
+
+def outside_blocks(model: nn.Module) -> dict[str, mx.array]:
+    """Trainable weights that no block holds: the head's and the embedding's (maybe one and the
+    same), the final norm's."""
+    inside = {
+        id(weight)
+        for block in model.layers  # type: ignore[union-attr]
+        for _, weight in tree_flatten(block.trainable_parameters())
+    }
+    trainable: Any = tree_flatten(model.trainable_parameters())
+    return {name: weight for name, weight in trainable if id(weight) not in inside}
+
+
+def head_is_frozen(model: nn.Module) -> bool:
+    """Whether gradients can end at the head's input, as with LoRA in the blocks alone."""
+    return not outside_blocks(model)
 
 
 class _WithTrunk:

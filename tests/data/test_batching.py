@@ -12,7 +12,7 @@ from tiny import tiny_model
 from mlx_simpo.data.batching import (
     PAD_MULTIPLE,
     epoch_steps,
-    length_sorted,
+    plan_stacked,
     stack,
     steps_per_epoch,
 )
@@ -34,19 +34,18 @@ def pairs(count: int) -> list[EncodedPair]:
     return [pair(1 + i % 5, 1 + (7 * i) % 23, 1 + (5 * i) % 19, i) for i in range(count)]
 
 
-def epoch(count: int, batch_size: int, accumulation: int, seed: int = 1, number: int = 0) -> list:
-    """The indices of an epoch's pairs, as [step][micro-batch][place]."""
-    steps = epoch_steps(pairs(count), batch_size, accumulation, seed, number)
-    return [[[p.index for p in batch] for batch in step] for step in steps]
+def epoch(count: int, step_pairs: int, seed: int = 1, number: int = 0) -> list[list[int]]:
+    """The indices of an epoch's pairs, step by step."""
+    return [step.tolist() for step in epoch_steps(count, step_pairs, seed, number)]
 
 
 def flat(steps: list) -> list[int]:
-    return [index for step in steps for batch in step for index in batch]
+    return [index for step in steps for index in step]
 
 
 SIZE = st.integers(1, 40)
 PAIRS = st.lists(st.builds(pair, SIZE, SIZE, SIZE), min_size=1, max_size=6)
-EPOCH = (st.integers(0, 50), st.integers(1, 7), st.integers(1, 5))
+EPOCH = (st.integers(0, 50), st.integers(1, 30))
 
 
 @given(PAIRS)
@@ -97,85 +96,67 @@ def test_padding_is_never_scored() -> None:
 
 @given(*EPOCH, st.integers(0, 5))
 @settings(deadline=None, max_examples=80)
-def test_every_pair_once_an_epoch(count: int, size: int, accumulation: int, number: int) -> None:
-    found = flat(epoch(count, size, accumulation, number=number))
-    assert Counter(found) == Counter(range(count))
+def test_every_pair_once_an_epoch(count: int, size: int, number: int) -> None:
+    assert Counter(flat(epoch(count, size, number=number))) == Counter(range(count))
 
 
 @given(*EPOCH)
 @settings(deadline=None, max_examples=80)
-def test_sizes_of_steps_and_micro_batches(count: int, size: int, accumulation: int) -> None:
+def test_sizes_of_steps(count: int, size: int) -> None:
     """All are full but the last: no pair is dropped and none repeated to fill a step."""
-    steps = epoch(count, size, accumulation)
-    assert len(steps) == steps_per_epoch(count, size, accumulation)
-    left = count
-    for step in steps:
-        here = min(left, size * accumulation)
-        assert [len(batch) for batch in step] == [size] * (here // size) + [here % size] * (
-            here % size > 0
-        )
-        left -= here
-    assert left == 0
+    steps = epoch(count, size)
+    assert len(steps) == steps_per_epoch(count, size)
+    assert [len(step) for step in steps] == [size] * (count // size) + [count % size] * (
+        count % size > 0
+    )
 
 
 @given(*EPOCH, st.integers(0, 2**32))
 @settings(deadline=None, max_examples=40)
-def test_the_same_seed_and_epoch_give_the_same_order(
-    count: int, size: int, accumulation: int, seed: int
-) -> None:
-    assert epoch(count, size, accumulation, seed) == epoch(count, size, accumulation, seed)
+def test_the_same_seed_and_epoch_give_the_same_order(count: int, size: int, seed: int) -> None:
+    assert epoch(count, size, seed) == epoch(count, size, seed)
 
 
 def test_seeds_and_epochs_have_orders_of_their_own() -> None:
     # (1, 0) and (0, 1) too: the order does not come from the sum of seed and epoch.
-    orders = {tuple(flat(epoch(40, 1, 1, seed, n))) for seed in range(4) for n in range(4)}
+    orders = {tuple(flat(epoch(40, 1, seed, n))) for seed in range(4) for n in range(4)}
     assert len(orders) == 16
     assert tuple(range(40)) not in orders
 
 
 def test_the_order_does_not_depend_on_numpys_global_state() -> None:
     np.random.seed(0)
-    first = epoch(30, 2, 2)
+    first = epoch(30, 4)
     np.random.seed(1)
-    assert epoch(30, 2, 2) == first
-
-
-@given(st.integers(1, 50), st.integers(1, 8), st.integers(1, 8))
-@settings(deadline=None, max_examples=60)
-def test_a_step_has_the_same_pairs_however_it_is_divided(count: int, a: int, b: int) -> None:
-    """Accumulation is a matter of memory: 2 × 8 and 8 × 2 train the same."""
-    one, other = epoch(count, a, b), epoch(count, b, a)
-    assert [sorted(flat([step])) for step in one] == [sorted(flat([step])) for step in other]
+    assert epoch(30, 4) == first
 
 
 def test_every_place_of_the_epoch_is_drawn_alike() -> None:
-    """A pair's length has no say in which step it falls."""
-    first = Counter(i for seed in range(400) for i in flat(epoch(10, 1, 2, seed)[:1]))
+    first = Counter(i for seed in range(400) for i in epoch(10, 2, seed)[0])
     assert sum(first.values()) == 800
     # 80 expected of each, standard deviation 8.
     assert all(48 <= first[i] <= 112 for i in range(10))
 
 
-@given(PAIRS, st.integers(1, 4))
-@settings(deadline=None, max_examples=60)
-def test_pairs_of_like_length_share_a_micro_batch(given_pairs: list, size: int) -> None:
-    batches = length_sorted(given_pairs, size)
-    assert sorted(flat([batches])) == list(range(len(given_pairs)))
-    parts = [[given_pairs[place] for place in batch] for batch in batches]
-    lengths = [[max(len(p.chosen.tokens), len(p.rejected.tokens)) for p in b] for b in parts]
-    assert [n for batch in lengths for n in batch] == sorted(p.length for p in given_pairs)
+@given(PAIRS, st.integers(1, 4), st.integers(1, 400))
+@settings(deadline=None, max_examples=80)
+def test_pairs_of_like_length_share_a_micro_batch(
+    given_pairs: list[EncodedPair], size: int, max_tokens: int
+) -> None:
+    batches = plan_stacked(given_pairs, size)
+    assert sorted(flat(batches)) == list(range(len(given_pairs)))
+    lengths = [given_pairs[place].length for place in flat(batches)]
+    assert lengths == sorted(lengths)
     assert all(len(batch) == size for batch in batches[:-1])
-
-
-def test_steps_are_sorted_each_by_itself() -> None:
-    """Sorting a whole epoch would make it a course from short to long."""
-    steps = list(epoch_steps(pairs(40), 2, 4, 1, 0))
-    lengths = [[p.length for batch in step for p in batch] for step in steps]
-    assert all(step == sorted(step) for step in lengths)
-    whole = [n for step in lengths for n in step]
-    assert whole != sorted(whole)
+    bounded = plan_stacked(given_pairs, size, max_tokens)
+    assert flat(bounded) == flat(batches)
+    for batch in bounded:
+        positions = stack([given_pairs[place] for place in batch]).tokens.size
+        assert len(batch) <= size
+        assert positions <= max_tokens or len(batch) == 1
 
 
 def test_no_pairs_no_steps() -> None:
-    assert epoch(0, 4, 2) == []
-    assert steps_per_epoch(0, 4, 2) == 0
+    assert epoch(0, 4) == []
+    assert steps_per_epoch(0, 4) == 0
+    assert plan_stacked([], 4) == []

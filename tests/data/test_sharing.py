@@ -1,0 +1,106 @@
+"""What the shared-prefix engine runs: every scored token once, padding only where it pays."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_simpo.data import sharing
+from mlx_simpo.data.encode import EncodedPair, Scored
+from mlx_simpo.data.sharing import PASS_COST, like_lengths, plan_shared, share, shared_length
+
+
+def pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> EncodedPair:
+    """Answers of so many random tokens behind the same prompt; no token is 0."""
+    rng = np.random.default_rng([prompt, chosen, rejected, seed])
+    before = rng.integers(1, 500, prompt)
+    sides = (
+        Scored(np.concatenate([before, rng.integers(1, 500, n)]).astype(np.int32), prompt)
+        for n in (chosen, rejected)
+    )
+    return EncodedPair(*sides)
+
+
+SIZE = st.integers(1, 60)
+PAIRS = st.lists(st.builds(pair, SIZE, SIZE, SIZE), min_size=1, max_size=9)
+
+
+def read_back(pairs: list[EncodedPair]) -> list[tuple[list[int], list[int]]]:
+    """Of each sequence: the tokens before its scored ones as the batch runs them, and what it
+    scores; by following the indices alone."""
+    batch = share(pairs)
+    prefix, rows, targets_of = (np.array(a) for a in (batch.prefix, batch.rows, batch.targets))
+    flat = []  # per hidden row: the tokens that the model has read there
+    for tokens, owner in batch.groups:
+        for row, who in zip(np.array(tokens), np.array(owner), strict=True):
+            flat += [(*prefix[who], *row[: t + 1]) for t in range(len(row))]
+    found = []
+    for places, n in zip(np.array(batch.places), np.array(batch.lengths), strict=True):
+        contexts = [flat[rows[i]] for i in places[:n]]
+        targets = [int(targets_of[i]) for i in places[:n]]
+        for i, context in enumerate(contexts):  # each reads what was scored before it
+            assert list(context) == [*contexts[0], *targets[:i]]
+        found.append((list(contexts[0]), targets))
+    return found
+
+
+@given(PAIRS)
+@settings(deadline=None, max_examples=40)
+def test_each_scored_token_once_behind_all_that_precedes_it(pairs: list[EncodedPair]) -> None:
+    sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    for (context, targets), s in zip(read_back(pairs), sequences, strict=True):
+        assert context == s.tokens[: s.start].tolist()
+        assert targets == s.tokens[s.start :].tolist()
+
+
+@given(SIZE, SIZE, SIZE)
+@settings(deadline=None)
+def test_a_pair_alone_runs_its_prompt_once_and_hardly_any_padding(p: int, c: int, r: int) -> None:
+    batch = share([pair(p, c, r)])
+    assert batch.prefix.shape == (1, p - 1)  # the prompt's last token starts both answers
+    assert batch.positions - batch.padding == (p - 1) + c + r
+    assert batch.padding == (abs(c - r) if abs(c - r) <= PASS_COST else 0)
+    assert batch.rows.size == c + r
+
+
+def test_the_prefix_ends_where_the_sequences_differ() -> None:
+    """A prompt may be tokenized differently on the two sides (compat: official)."""
+    one = Scored(np.array([5, 6, 7, 8, 9, 3], np.int32), 4)
+    two = Scored(np.array([5, 6, 1, 8, 4, 2], np.int32), 5)
+    assert shared_length(EncodedPair(one, two)) == 2
+    assert shared_length(EncodedPair(one, one)) == 3
+    (chosen, _), (rejected, scored) = read_back([EncodedPair(one, two)])
+    assert (chosen, rejected, scored) == ([5, 6, 7, 8], [5, 6, 1, 8, 4], [2])
+
+
+@given(PAIRS, st.integers(1, 5), st.one_of(st.none(), st.integers(1, 500)))
+@settings(deadline=None, max_examples=80)
+def test_a_plan_takes_every_pair_once_within_its_bounds(
+    pairs: list[EncodedPair], size: int, max_tokens: int | None
+) -> None:
+    plan = plan_shared(pairs, size, max_tokens)
+    assert sorted(i for batch in plan for i in batch) == list(range(len(pairs)))
+    for batch in plan:
+        positions = share([pairs[i] for i in batch]).positions
+        assert len(batch) <= size
+        assert max_tokens is None or positions <= max_tokens or len(batch) == 1
+
+
+@given(PAIRS)
+@settings(deadline=None, max_examples=80)
+def test_a_plan_costs_no_more_than_each_pair_alone(pairs: list[EncodedPair]) -> None:
+    def total(plan: list[list[int]]) -> int:
+        batches = [share([pairs[i] for i in batch]) for batch in plan]
+        passes = sum(len(b.groups) + (b.prefix.shape[1] > 0) for b in batches)
+        return sum(b.positions for b in batches) + PASS_COST * passes
+
+    assert total(plan_shared(pairs, 4)) <= total([[i] for i in range(len(pairs))])
+
+
+def test_what_a_pass_costs_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert like_lengths([100, 95, 40, 99]) == [[0, 3, 1], [2]]
+    monkeypatch.setattr(sharing, "PASS_COST", 0)
+    assert like_lengths([100, 95, 95, 40]) == [[0], [1, 2], [3]]
+    monkeypatch.setattr(sharing, "PASS_COST", 1000)
+    assert like_lengths([100, 95, 40, 99]) == [[0, 3, 1, 2]]
+    assert plan_shared([pair(9, 50, 3), pair(30, 3, 40)], 2) == [[0, 1]]
