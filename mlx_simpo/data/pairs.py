@@ -112,7 +112,9 @@ def held_out(prompts: Iterable[bytes], fraction: float, seed: int) -> np.ndarray
     Pairs with the same prompt stay on one side, and which prompts are held out depends on the
     prompts and the seed, not on their order. At least one prompt is held out if there are two.
     """
-    digests = b"".join(sha256(b"[%d, %b]" % (seed, text)).digest() for text in prompts)
-    found, group = np.unique(np.frombuffer(digests, "S32"), return_inverse=True)
+    digests = bytearray()
+    for text in prompts:  # 16 bytes: short in memory, and no two prompts collide
+        digests += sha256(b"[%d, %b]" % (seed, text)).digest()[:16]
+    found, group = np.unique(np.frombuffer(digests, "S16"), return_inverse=True)
     held = min(max(1, round(fraction * len(found))), len(found) - 1) if fraction > 0 else 0
     return group < held

@@ -29,8 +29,9 @@ NUMBERS: dict[str, Callable[[EncodedPair], int]] = {
     "cut_prompt": lambda pair: pair.cut_prompt,
     "cut_answers": lambda pair: pair.cut_answers,
 }
-# How many pairs' prompts are read before the memory that shows them is given back.
-PAGES_KEPT = 4096
+# The system counts what was read of a mapped file as memory of the program. It is given back after
+# so many reads, and stays in the system's own cache while there is room.
+READS_KEPT = 256
 PLACES = ("first_token", "first_byte", "source_bytes", "prompt_bytes")
 # 68 bytes a pair; sizes and order of bytes are part of the files' format (`keys.FORMAT`).
 RECORD = np.dtype(
@@ -49,10 +50,9 @@ class TokenizedPairs(Sequence[EncodedPair]):
     """
 
     def __init__(self, folder: Path) -> None:
-        records, tokens, text = (mapped(folder / name) for name in FILES)
-        self._records = np.frombuffer(records, RECORD)
-        self._tokens = np.frombuffer(tokens, "<i4")
-        self._text = text
+        records, tokens, text = (Mapped(folder / name) for name in FILES)
+        self._records = np.frombuffer(records.content, RECORD)
+        self._tokens, self._text = tokens, text
         self._rows: np.ndarray | None = None  # all of them
 
     def __len__(self) -> int:
@@ -66,17 +66,16 @@ class TokenizedPairs(Sequence[EncodedPair]):
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
         record = self._record(index)
-        middle = record["first_token"] + record["chosen"]
-        sides = (
-            self._tokens[record["first_token"] : middle],
-            self._tokens[middle : middle + record["rejected"]],
-        )
+        content = self._tokens.read()
+        both = record["chosen"] + record["rejected"]
+        tokens = np.frombuffer(content, "<i4", both, 4 * record["first_token"])
         first = record["first_byte"]
+        source = self._text.read()[first : first + record["source_bytes"]]
         return EncodedPair(
-            Scored(sides[0], record["chosen_start"]),
-            Scored(sides[1], record["rejected_start"]),
+            Scored(tokens[: record["chosen"]], record["chosen_start"]),
+            Scored(tokens[record["chosen"] :], record["rejected_start"]),
             record["index"],
-            self._text[first : first + record["source_bytes"]].decode("utf-8", "surrogatepass"),
+            source.decode("utf-8", "surrogatepass"),
             record["moved"],
             record["cut_prompt"],
             record["cut_answers"],
@@ -99,9 +98,7 @@ class TokenizedPairs(Sequence[EncodedPair]):
         for place in range(len(self)):
             record = self._record(place)
             first = record["first_byte"] + record["source_bytes"]
-            yield self._text[first : first + record["prompt_bytes"]]
-            if place % PAGES_KEPT == PAGES_KEPT - 1:  # the pages of a map count as memory used
-                self._text.madvise(mmap.MADV_DONTNEED)
+            yield self._text.read()[first : first + record["prompt_bytes"]]
 
     def _record(self, place: int) -> dict[str, int]:
         row = place if self._rows is None else self._rows[place]
@@ -149,12 +146,23 @@ class TokenWriter:
         self._files.close()
 
 
-def mapped(path: Path) -> Any:
-    """The file's content as a memory map; an empty file, which cannot be mapped, as no bytes."""
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:
-            return b""
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+class Mapped:
+    """A file as a memory map; an empty one, which cannot be mapped, as no bytes."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            is_empty = path.stat().st_size == 0
+            self.content: Any = (
+                b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            )
+        self._reads = 0
+
+    def read(self) -> Any:
+        """The content, to take a part of it. Parts that were taken before stay what they are."""
+        self._reads += 1
+        if self._reads % READS_KEPT == 0 and self.content:
+            self.content.madvise(mmap.MADV_DONTNEED)
+        return self.content
 
 
 def column(pairs: Sequence[EncodedPair], name: str) -> np.ndarray:

@@ -1,7 +1,9 @@
 """Pairs in files are the pairs that were written, whole or in part, and need no tokens to be
 counted."""
 
+import resource
 import shutil
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -107,12 +109,32 @@ def test_the_files_may_be_renamed_and_deleted_while_in_use(tmp_path: Path) -> No
     assert list(found.prompts()) == [b"q"] * 50
 
 
-def test_prompts_are_read_beyond_the_pages_that_are_kept(
+def test_what_was_read_stays_when_its_memory_is_given_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_simpo.data.tokens.PAGES_KEPT", 3)
-    prompts = [b"%d" % i * 5000 for i in range(10)]
-    assert list(written(tmp_path / "a", some(10), prompts).prompts()) == prompts
+    monkeypatch.setattr("mlx_simpo.data.tokens.READS_KEPT", 3)
+    prompts, pairs = [b"%d" % i * 5000 for i in range(10)], some(10)
+    found = written(tmp_path / "a", pairs, prompts)
+    assert list(found.prompts()) == prompts
+    assert [plain(pair) for pair in list(found)] == [plain(pair) for pair in pairs]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts what /proc tells")
+def test_reading_all_pairs_takes_no_memory(tmp_path: Path) -> None:
+    """160 MB of tokens; the resident set in pages counts mapped files as well."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    side = Scored(np.arange(10_000, dtype=np.int32), 1)
+    pair = EncodedPair(side, side)
+    found = written(tmp_path / "a", [pair] * 2000, [b"q"] * 2000)
+    before, highest = resident(), 0
+    for read in found:
+        assert read.chosen.tokens[-1] == read.rejected.tokens[-1] == 9999
+        assert read.chosen.tokens.sum() == 49_995_000
+        highest = max(highest, resident())
+    assert highest - before < 60e6
 
 
 def test_what_is_in_memory_does_not_grow_with_the_pairs(tmp_path: Path) -> None:
