@@ -166,9 +166,18 @@ def sweep(root: Path) -> None:
             kept = DAY
         else:
             continue
-        times = [path.stat().st_mtime for path in (folder, *folder.glob("*"))]
-        if time.time() - max(times) > kept:
+        newest = max((found.st_mtime for found in contents(folder)), default=time.time())
+        if time.time() - newest > kept:
             remove(folder)
+
+
+def contents(folder: Path) -> list[os.stat_result]:
+    """Of a folder and its files: what there is, while other runs rename and delete theirs."""
+    try:
+        with os.scandir(folder) as entries:
+            return [folder.stat(), *(entry.stat() for entry in entries)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def remove(folder: Path) -> None:
@@ -195,5 +204,5 @@ def stamps(source: Source) -> list[tuple[int, int]]:
 
 
 def megabytes(folders: Iterable[Path]) -> str:
-    total = sum(file.stat().st_size for folder in folders for file in folder.glob("*"))
+    total = sum(found.st_size for folder in folders for found in contents(folder)[1:])
     return f"{total / 1e6:.1f} MB"

@@ -269,6 +269,25 @@ def test_another_run_may_be_faster(data: Path, root: Path, monkeypatch: pytest.M
     assert plain(read_folder(folders(root)[0])) == expected(data)
 
 
+def test_folders_of_other_runs_may_vanish_at_any_time(
+    data: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look into the cache's folder and the look into one of those in it."""
+    made(data, chat_template="none")
+    (other,) = folders(root)
+    honest = Path.iterdir
+
+    def with_ghosts(folder: Path) -> Iterator[Path]:
+        yield from honest(folder)
+        if folder == root:
+            yield from (root / "unfinished-gone", root / ("0" * 32), root / "unfinished-file")
+
+    monkeypatch.setattr(Path, "iterdir", with_ghosts)
+    assert plain(made(data)) == expected(data)
+    monkeypatch.undo()
+    assert other in honest(root)
+
+
 PROGRAM = """
 import sys
 from contextlib import nullcontext
