@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny import BARE, some_pairs, tiny_tokenizer, write_jsonl
 
@@ -21,7 +23,7 @@ from mlx_simpo.data import cache
 from mlx_simpo.data.cache import Tokenized, read_folder, tokenized, tokens_folder
 from mlx_simpo.data.encode import Encoder, encode_pairs
 from mlx_simpo.data.pairs import Quarantined
-from mlx_simpo.data.sources import open_source
+from mlx_simpo.data.sources import open_hub, open_source
 from mlx_simpo.data.tokens import FILES
 
 BAD = {"prompt": "q\ud800", "chosen": "", "rejected": "b"}
@@ -128,6 +130,23 @@ def test_what_has_no_key_is_made_each_time_and_says_so(data: Path, root: Path) -
         assert plain(found) == expected(data)
         assert re.match(r"tokens are not kept for the next run: .* has no files", found.note)
         assert folders(root) == []
+
+
+def test_a_hub_data_set_is_kept_by_the_files_that_were_made_of_it(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    file = tmp_path / "set" / "data" / "train-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True)
+    coder, notes = Encoder(tiny_tokenizer(), DataConfig()), []
+    for count in (3, 3, 4):  # the second time the same, then a new commit of the data set
+        pq.write_table(pa.Table.from_pylist(some_pairs(count)), file)
+        found = tokenized(coder, open_hub(str(tmp_path / "set"), "train", None), Bar())
+        assert [pair.index for pair in found.pairs] == list(range(count))
+        notes.append(found.note.partition(" in ")[0])
+    kept = "tokens are kept for the next run"
+    assert notes == [kept, "tokens are those kept", kept]
+    assert len(folders(root)) == 2
 
 
 def test_where_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +315,7 @@ from tiny import tiny_tokenizer
 from mlx_simpo import DataConfig
 from mlx_simpo.data.cache import tokenized
 from mlx_simpo.data.encode import Encoder
-from mlx_simpo.data.sources import open_source
+from mlx_simpo.data.sources import open_hub, open_source
 made = tokenized(
     Encoder(tiny_tokenizer(), DataConfig()), open_source({data!r}),
     lambda total: nullcontext(lambda rows: None),
