@@ -4,11 +4,14 @@ Each function returns a sentence, or None where there is nothing to say.
 """
 
 import math
+from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from .config import DataConfig, ObjectiveConfig
 from .data.encode import EncodedPair
+from .data.tokens import column
 from .evaluation import Evaluation
 
 
@@ -25,13 +28,13 @@ def starting_loss(objective: ObjectiveConfig) -> str | None:
     )
 
 
-def truncation(pairs: list[EncodedPair], data: DataConfig) -> str | None:
+def truncation(pairs: Sequence[EncodedPair], data: DataConfig) -> str | None:
     """What data.max_length cost."""
-    prompts = sum(pair.cut_prompt > 0 for pair in pairs)
-    answers = sum(pair.cut_answers > 0 for pair in pairs)
+    of_prompts, of_answers = column(pairs, "cut_prompt"), column(pairs, "cut_answers")
+    prompts, answers = np.count_nonzero(of_prompts), np.count_nonzero(of_answers)
     if not prompts and not answers:
         return None
-    lost = sum(pair.cut_prompt + pair.cut_answers for pair in pairs)
+    lost = of_prompts.sum(dtype=np.int64) + of_answers.sum(dtype=np.int64)
     return (
         f"longer than data.max_length={data.max_length}: prompts of {prompts} pairs cut on the "
         f"left, answers of {answers} pairs on the right, {lost} tokens in all"

@@ -1,24 +1,28 @@
 """A run made ready: data read and tokenized, model loaded, LoRA attached."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from . import advice
 from .checkpoint import write_text
 from .config import SimPOConfig
-from .data.encode import EncodedPair, Encoder, encode_pairs
-from .data.pairs import PairSet, Quarantined, check_share, load_pairs, split_pairs
-from .data.records import Pair
+from .data.cache import tokenized
+from .data.encode import EncodedPair, Encoder
+from .data.pairs import Quarantined, check_share, held_out
+from .data.sources import Source, open_source
+from .data.tokens import TokenizedPairs
 from .engine import Engine, choose_engine
 from .errors import SimPOError
 from .evaluation import Evaluation, evaluate_pairs
 from .model.adapters import save_adapter
-from .model.loading import load_model
+from .model.loading import load_model, load_only_tokenizer
 from .model.lora import attach_lora
 from .paths import local_path
 from .report import Report
@@ -41,8 +45,8 @@ class Session:
     tokenizer: Any
     encoder: Encoder
     adapter: dict[str, Any]
-    train: list[EncodedPair]
-    valid: list[EncodedPair]
+    train: Sequence[EncodedPair]
+    valid: Sequence[EncodedPair]
     left_out: list[Quarantined]
     engine: Engine
     report: Report
@@ -87,54 +91,61 @@ def prepare(config: SimPOConfig, report: Report | None = None) -> Session:
     if data.train is None:
         raise SimPOError("data.train is missing; name a file, folder or Hugging Face data set")
     training = read_pairs(config, data.train, data.train_split)
-    validation = (
-        PairSet([]) if data.valid is None else read_pairs(config, data.valid, data.valid_split)
+    validation = None if data.valid is None else read_pairs(config, data.valid, data.valid_split)
+    # All records are looked at before a model of gigabytes is fetched.
+    tokenizer = load_only_tokenizer(
+        config.model, config.revision, trust_remote_code=config.trust_remote_code
     )
-    model, tokenizer = read_model(config, report)  # the weights are read when first used
     encoder = make_encoder(tokenizer, config, report)
     train = encode(encoder, training, data.train, report)
-    if data.valid is not None:
+    if data.valid is not None and validation is not None:
         valid = encode(encoder, validation, data.valid, report)
     else:
-        train, valid = hold_out(train, training.pairs, config)
+        train, valid = hold_out(train, config)
+    left_out = training.quarantined + (validation.quarantined if validation else [])
     if config.train.eval_every is not None and not valid:
         raise SimPOError(
             f"train.eval_every is {config.train.eval_every}, but there are no validation pairs; "
             "give data.valid or a data.valid_fraction above 0"
         )
+    model, _ = read_model(config, report)  # the weights are read when first used
     adapter = attach_lora(model, config.lora, config.seed)
     maybe_set_recommended_wired_limit()
-    left_out = training.quarantined + validation.quarantined
     engine = choose_engine(config.train.engine, model)
     return Session(
         config, model, tokenizer, encoder, adapter, train, valid, left_out, engine, report
     )
 
 
-def read_pairs(config: SimPOConfig, name: str, split: str | None) -> PairSet:
-    """The pairs of one source; SimPOError if too many of its records are unusable."""
+@dataclass
+class Records:
+    """A source that is there, and its records that are left out, known once it is encoded."""
+
+    source: Source
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+
+def read_pairs(config: SimPOConfig, name: str, split: str | None) -> Records:
+    """The source of this name; its records are read when they are encoded.
+
+    Raises:
+        SimPOError: there is no such source, or it needs another split or subset.
+    """
     data = config.data
-    is_file_beside_hub_data = name == data.valid and local_path(name).exists()
-    found = load_pairs(
-        name,
-        split,
-        None if is_file_beside_hub_data else data.subset,
-        implicit_string_prompts=data.implicit_string_prompts,
-    )
-    check_share(len(found.pairs), found.quarantined, data.max_quarantined, name)
-    return found
+    # A subset is the Hub data's; it does not keep a file from being evaluated on beside it.
+    beside_hub_data = name == data.valid and data.train is not None and not is_local(data.train)
+    subset = None if beside_hub_data and is_local(name) else data.subset
+    return Records(open_source(name, split, subset))
 
 
-def hold_out(
-    encoded: list[EncodedPair], pairs: Sequence[Pair], config: SimPOConfig
-) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """(training pairs, held-out pairs); see `data.pairs.split_pairs`."""
-    usable = {pair.index for pair in encoded}
-    found = [pair for pair in pairs if pair.index in usable]
-    _, held_out = split_pairs(found, config.data.valid_fraction, config.seed)
-    held = {pair.index for pair in held_out}
-    train = [pair for pair in encoded if pair.index not in held]
-    return train, [pair for pair in encoded if pair.index in held]
+def is_local(name: str) -> bool:
+    return local_path(name).exists()
+
+
+def hold_out(pairs: TokenizedPairs, config: SimPOConfig) -> tuple[TokenizedPairs, TokenizedPairs]:
+    """(training pairs, held-out pairs); see `data.pairs.held_out`."""
+    held = held_out(pairs.prompts(), config.data.valid_fraction, config.seed)
+    return pairs.take(np.flatnonzero(~held)), pairs.take(np.flatnonzero(held))
 
 
 def make_encoder(tokenizer: Any, config: SimPOConfig, report: Report) -> Encoder:
@@ -144,19 +155,25 @@ def make_encoder(tokenizer: Any, config: SimPOConfig, report: Report) -> Encoder
     return encoder
 
 
-def encode(encoder: Encoder, found: PairSet, name: str, report: Report) -> list[EncodedPair]:
-    """A source's pairs as tokens; what is refused on the way joins ``found.quarantined``."""
-    with report.progress("Tokenizing", len(found.pairs)) as advance:
-        encoded, refused = encode_pairs(encoder, found.pairs, advance)
-    found.quarantined += refused
-    check_share(len(encoded), found.quarantined, encoder.config.max_quarantined, name)
+def encode(encoder: Encoder, found: Records, name: str, report: Report) -> TokenizedPairs:
+    """A source's pairs as tokens, kept on disk; what is left out joins ``found.quarantined``.
+
+    Raises:
+        SimPOError: the source cannot be read, or too many of its records are unusable.
+    """
+    made = tokenized(encoder, found.source, partial(report.progress, "Tokenizing"))
+    found.quarantined += made.quarantined
+    for warning in made.warnings:
+        report.warn(warning)
+    check_share(len(made.pairs), found.quarantined, encoder.config.max_quarantined, name)
+    report.note(made.note)
     if found.quarantined:
         first = found.quarantined[0]
         report.warn(
             f"{name}: {len(found.quarantined)} records left out, e.g. {first.reason}: {first.place}"
         )
-    report.note(advice.truncation(encoded, encoder.config))
-    return encoded
+    report.note(advice.truncation(made.pairs, encoder.config))
+    return made.pairs
 
 
 def read_model(config: SimPOConfig, report: Report) -> tuple[nn.Module, Any]:
@@ -174,7 +191,7 @@ def read_model(config: SimPOConfig, report: Report) -> tuple[nn.Module, Any]:
 
 def evaluate_with_bar(
     model: nn.Module,
-    pairs: list[EncodedPair],
+    pairs: Sequence[EncodedPair],
     config: SimPOConfig,
     engine: Engine,
     report: Report,

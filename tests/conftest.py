@@ -1,19 +1,32 @@
 """Fixtures shared by the tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from commands import small_run
-from smollm2 import smollm2
+from smollm2 import cache_folder, smollm2
 from tiny import some_pairs, tiny_folder, write_jsonl
 
 from mlx_simpo import load_config, train
 
+USERS_CACHE = cache_folder()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokens must not be kept in the user's cache, nor come from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_SIMPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct in float32, made from its PyPI wheel if need be."""
-    return smollm2("float32")
+    """SmolLM2-135M-Instruct in float32, made from its PyPI wheel if need be, once for the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_SIMPO_CACHE", str(USERS_CACHE))
+        return smollm2("float32")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The command line: results alone on stdout, the rest on stderr."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -259,6 +260,7 @@ def test_a_run_on_a_hub_subset_can_be_evaluated_on_a_file(
     capsys: Capture, adapter: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     text = (adapter / "config.yaml").read_text("utf-8").replace("subset: null", "subset: some")
+    text = re.sub("  train: .*pairs.jsonl", "  train: owner/name", text)
     copy = changed_copy(adapter, tmp_path / "run", config__yaml=text)
     ran = command(capsys, "evaluate", "--adapter", copy, "--data", pairs_file, "--json")
     assert ran.status == 0
@@ -315,7 +317,9 @@ def test_the_program_prints_results_alone(model_folder: Path, pairs_file: Path) 
     ended = program("data", "inspect", pairs_file, "--model", model_folder, "--json")
     assert ended.returncode == 0
     assert json.loads(ended.stdout)["pairs"] == 12
-    assert ended.stderr.splitlines()[-1] == "chat template: the tokenizer's own"
+    template, tokens = ended.stderr.splitlines()[-2:]
+    assert template == "chat template: the tokenizer's own"
+    assert tokens.startswith("tokens are ")
 
 
 def test_the_program_refuses_in_one_line(pairs_file: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tiny import CHATML, some_pairs, tiny_folder, tiny_tokenizer, write_jsonl
 from mlx_simpo import (
     DataConfig,
     Session,
+    SimPOConfig,
     SimPOError,
     evaluate_pairs,
     load_config,
@@ -23,6 +24,8 @@ from mlx_simpo import (
 )
 from mlx_simpo import session as session_module
 from mlx_simpo.data.encode import Encoder
+from mlx_simpo.data.pairs import split_pairs
+from mlx_simpo.session import read_pairs
 
 TOKENS = mx.random.randint(0, 500, (2, 16), key=mx.random.key(3))
 WEIGHTS = "adapters.safetensors"
@@ -62,7 +65,7 @@ def test_the_pairs_are_those_of_the_file_in_tokens(made: Any, pairs_file: Path) 
     expected = [encoder.encode(pair) for pair in load_pairs(str(pairs_file)).pairs]
     for found, pair in zip(session.train, expected, strict=True):
         assert found.chosen.tokens.tolist() == pair.chosen.tokens.tolist()
-    assert session.valid == []
+    assert len(session.valid) == 0
 
 
 def test_a_share_is_held_out_and_not_trained_on(made: Any) -> None:
@@ -113,6 +116,79 @@ def test_data_is_read_before_the_model(
     for setting in ("data.train", "data.valid"):
         with pytest.raises(SimPOError, match="no such file"):
             made(f"{setting}={tmp_path / 'nowhere.jsonl'}")
+
+
+def test_bad_records_are_found_before_the_model_is_read(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "load_model", lambda *a, **k: pytest.fail("was loaded"))
+    data = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "x"}, *some_pairs(3)])
+    for setting in ("data.train", "data.valid"):
+        with pytest.raises(SimPOError, match="1 of 4 records are unusable"):
+            made(f"{setting}={data}")
+
+
+def test_a_second_start_reads_the_tokens_of_the_first(
+    made: Any, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_SIMPO_CACHE", str(tmp_path / "cache"))
+    first = made()
+    monkeypatch.setattr(Encoder, "encode", lambda *_: pytest.fail("was encoded again"))
+    second = made("seed=7", "data.valid_fraction=0.4", "data.max_quarantined=0")
+    assert rows(first) != rows(second)
+    train_rows, valid_rows = rows(second)
+    assert sorted(train_rows + valid_rows) == list(range(12))
+    notes = second.report.console.file.getvalue()
+    assert f"tokens are those kept in {tmp_path / 'cache' / 'tokens'}" in notes
+    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+    (folder / "tokens.bin").write_bytes(b"")
+    monkeypatch.undo()
+    monkeypatch.setenv("MLX_SIMPO_CACHE", str(tmp_path / "cache"))
+    third = made()
+    assert "warning: the tokens kept in" in third.report.console.file.getvalue()
+    assert rows(third) == rows(first)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_the_share_held_out_is_that_of_the_pairs(
+    made: Any, tmp_path: Path, fraction: float, seed: int
+) -> None:
+    """With prompts that come again, and a pair that is left out only when it is encoded."""
+    same = "the same words again and again " * 12
+    bad = {"prompt": "P?", "chosen": f"{same}x", "rejected": f"{same}y"}
+    records = [r | {"prompt": f"q{i % 9}"} for i, r in enumerate(some_pairs(30))]
+    data = write_jsonl(tmp_path / "d.jsonl", [*records[:7], bad, *records[7:]])
+    limits = ("data.max_length=100", "data.max_prompt_length=60")
+    share = (f"data.valid_fraction={fraction}", f"seed={seed}")
+    session = made(f"data.train={data}", *limits, *share)
+    usable = [pair for pair in load_pairs(str(data)).pairs if pair.index != 7]
+    expected = split_pairs(usable, fraction, seed)
+    assert rows(session) == tuple([p.index for p in side] for side in expected)
+    assert [q.source for q in session.left_out] == [f"{data}:8"]
+
+
+@pytest.mark.parametrize("given", ["data.train", "data.valid"])
+def test_a_subset_of_local_data_is_an_error(made: Any, pairs_file: Path, given: str) -> None:
+    with pytest.raises(SimPOError, match=r"data\.subset is 'some', but .* is local"):
+        made("data.subset=some", f"{given}={pairs_file}")
+
+
+@pytest.mark.parametrize(
+    ("train_from", "subset"), [("owner/name", None), ("FILE", "some"), (None, "some")]
+)
+def test_a_subset_may_be_the_hub_datas_beside_a_file(
+    pairs_file: Path, train_from: str | None, subset: str | None
+) -> None:
+    """A subset that nothing could belong to is never passed over."""
+    train_from = str(pairs_file) if train_from == "FILE" else train_from
+    data = DataConfig(train=train_from, valid=str(pairs_file), subset="some")
+    config = SimPOConfig(model="m", data=data)
+    if subset is None:
+        assert read_pairs(config, str(pairs_file), None).source.count() == 12
+    else:
+        with pytest.raises(SimPOError, match=r"data\.subset is 'some'"):
+            read_pairs(config, str(pairs_file), None)
 
 
 def test_training_data_is_needed(model_folder: Path) -> None:

@@ -35,6 +35,18 @@ LAYERS = [
     ["cli"],
     ["__main__"],
 ]
+# The same within data/: what a row goes through, from the bottom up.
+DATA_LAYERS = [
+    ["__init__", "sources"],
+    ["records"],
+    ["pairs", "render"],
+    ["official"],
+    ["encode"],
+    ["batching", "tokens"],
+    ["sharing", "tokenize", "keys", "inspection"],
+    ["cache"],
+]
+DATA_LEVEL = {name: level for level, names in enumerate(DATA_LAYERS) for name in names}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 modules = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -179,6 +191,15 @@ def test_imports_point_downwards(path: Path) -> None:
     # The command line shows the package's version.
     others = ours(path) - {name} - ({"__init__"} if name == "cli" else set())
     assert {other for other in others if LEVEL[other] >= LEVEL[name]} == set()
+
+
+def test_imports_within_data_point_downwards() -> None:
+    files = {path.stem: path for path in (PACKAGE / "data").glob("*.py")}
+    assert files.keys() == DATA_LEVEL.keys()
+    for name, path in files.items():
+        found = (parts for parts in (x.split(".") for x in imported(path)) if len(parts) > 2)
+        inner = {parts[2] for parts in found if parts[:2] == ["mlx_simpo", "data"]}
+        assert {other for other in inner if DATA_LEVEL[other] >= DATA_LEVEL[name]} == set(), name
 
 
 def test_the_objectives_import_nothing_of_ours() -> None:

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from .encode import EncodedPair, Encoder, Scored
 from .pairs import Quarantined, count_reasons
+from .tokens import column, lengths
 
 QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 
@@ -16,29 +17,32 @@ def summarize(
     pairs: Sequence[EncodedPair], left_out: Sequence[Quarantined], encoder: Encoder
 ) -> dict[str, Any]:
     """Counts and length quantiles of an encoded data set, ready for JSON."""
-    lengths = {
-        "prompt": [p.chosen.start for p in pairs],
-        "chosen": [p.chosen.scored for p in pairs],
-        "rejected": [p.rejected.scored for p in pairs],
-        "longer sequence": [p.length for p in pairs],
-    }
+    chosen, rejected = column(pairs, "chosen"), column(pairs, "rejected")
+    prompts = column(pairs, "chosen_start")
+    scored = {"chosen": chosen - prompts, "rejected": rejected - column(pairs, "rejected_start")}
+    sizes = {"prompt": prompts, **scored, "longer sequence": lengths(pairs)}
+    of_prompts, of_answers = column(pairs, "cut_prompt"), column(pairs, "cut_answers")
     return {
         "records": len(pairs) + len(left_out),
         "pairs": len(pairs),
         "chat_template": encoder.renderer.origin,
         "left_out": count_reasons(left_out),
         "left_out_records": [q._asdict() for q in left_out],
-        "prompts_cut": sum(p.cut_prompt > 0 for p in pairs),
-        "answers_cut": sum(p.cut_answers > 0 for p in pairs),
-        "tokens_cut": sum(p.cut_prompt + p.cut_answers for p in pairs),
-        "boundary_moved": sum(p.moved > 0 for p in pairs),
-        "tokens": sum(len(p.chosen.tokens) + len(p.rejected.tokens) for p in pairs),
-        "scored_tokens": sum(p.chosen.scored + p.rejected.scored for p in pairs),
+        "prompts_cut": int(np.count_nonzero(of_prompts)),
+        "answers_cut": int(np.count_nonzero(of_answers)),
+        "tokens_cut": total(of_prompts) + total(of_answers),
+        "boundary_moved": int(np.count_nonzero(column(pairs, "moved"))),
+        "tokens": total(chosen) + total(rejected),
+        "scored_tokens": total(scored["chosen"]) + total(scored["rejected"]),
         "lengths": {
             name: {label: int(np.quantile(values, q)) for label, q in QUANTILES.items()}
-            for name, values in lengths.items()
+            for name, values in sizes.items()
         },
     }
+
+
+def total(values: np.ndarray) -> int:
+    return int(values.sum(dtype=np.int64))
 
 
 def marked(sequence: Scored, tokenizer: Any, style: str) -> Text:

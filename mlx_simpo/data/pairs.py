@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import NamedTuple
 
+import numpy as np
+
 from ..errors import SimPOError
 from .records import Pair, Refused, as_messages, parse_pair
 from .sources import read_rows
@@ -90,19 +92,29 @@ def load_pairs(
     return found
 
 
-def split_pairs(pairs: Iterable[Pair], fraction: float, seed: int) -> tuple[list, list]:
-    """Hold out the given share of prompts: (training pairs, held-out pairs).
+def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list, list]:
+    """Hold out the given share of prompts: (training pairs, held-out pairs); see `held_out`."""
+    held = held_out((prompt_text(pair).encode() for pair in pairs), fraction, seed)
+    train = [pair for pair, is_held in zip(pairs, held, strict=True) if not is_held]
+    valid = [pair for pair, is_held in zip(pairs, held, strict=True) if is_held]
+    return sorted(train, key=lambda p: p.index), sorted(valid, key=lambda p: p.index)
+
+
+def prompt_text(pair: Pair) -> str:
+    """The prompt as JSON in ASCII, the same for text and for one user turn with that text."""
+    asked = as_messages(pair.prompt, "user")
+    return json.dumps(asked, sort_keys=True, ensure_ascii=True, default=str)
+
+
+def held_out(prompts: Iterable[bytes], fraction: float, seed: int) -> np.ndarray:
+    """Which pairs with these prompts (of `prompt_text`) are held out: bool [N].
 
     Pairs with the same prompt stay on one side, and which prompts are held out depends on the
     prompts and the seed, not on their order. At least one prompt is held out if there are two.
     """
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        asked = as_messages(pair.prompt, "user")  # text and one user turn are the same question
-        text = json.dumps([seed, asked], sort_keys=True, ensure_ascii=True, default=str)
-        groups.setdefault(sha256(text.encode()).hexdigest(), []).append(pair)
-    held = min(max(1, round(fraction * len(groups))), len(groups) - 1) if fraction > 0 else 0
-    order = sorted(groups)
-    valid = sorted((p for key in order[:held] for p in groups[key]), key=lambda p: p.index)
-    train = sorted((p for key in order[held:] for p in groups[key]), key=lambda p: p.index)
-    return train, valid
+    digests = bytearray()
+    for text in prompts:  # 16 bytes: short in memory, and no two prompts collide
+        digests += sha256(b"[%d, %b]" % (seed, text)).digest()[:16]
+    found, group = np.unique(np.frombuffer(digests, "S16"), return_inverse=True)
+    held = min(max(1, round(fraction * len(found))), len(found) - 1) if fraction > 0 else 0
+    return group < held

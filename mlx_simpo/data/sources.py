@@ -11,13 +11,17 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import SimPOError
 from ..paths import local_path
 
+# Rows of a Parquet file that are Python objects at a time.
+PARQUET_ROWS = 256
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 # Names by which folders tell their splits apart (mlx-lm's and the Hub's conventions).
 _SPLIT_WORDS = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|test|eval)(?=[-_./]|$)")
@@ -36,8 +40,29 @@ class Row(NamedTuple):
     problem: str | None = None
 
 
+@dataclass(frozen=True)
+class Source:
+    """A source that is there and can be opened; its rows are read as they are asked for.
+
+    name: as messages call it. rows: starts reading from the first row. count: tells how many there
+    are. files: whose contents decide the rows; empty where there are none (a data set in memory).
+    labels: what else decides them, and the places that they are given: names, split, configuration.
+    """
+
+    name: str
+    rows: Callable[[], Iterator[Row]]
+    count: Callable[[], int]
+    files: tuple[Path, ...]
+    labels: tuple[str, ...]
+
+
 def read_rows(name: str, split: str | None = None, subset: str | None = None) -> Iterator[Row]:
-    """The rows of a file, a folder of files, or a Hugging Face data set.
+    """The rows of a file, a folder of files, or a Hugging Face data set; see `open_source`."""
+    return open_source(name, split, subset).rows()
+
+
+def open_source(name: str, split: str | None = None, subset: str | None = None) -> Source:
+    """A file, a folder of files, or a Hugging Face data set, none of its rows read yet.
 
     Args:
         name: a path, or a Hub id ("owner/name") if no such path exists.
@@ -52,16 +77,24 @@ def read_rows(name: str, split: str | None = None, subset: str | None = None) ->
     if not path.exists():
         if not looks_like_hub_id(name):
             raise SimPOError(f"no such file, folder or data set: {name!r}")
-        return hub_rows(name, split, subset)
+        return open_hub(name, split, subset)
     if subset is not None:
         raise SimPOError(
             f"data.subset is {subset!r}, but {name} is local; only Hub data has subsets"
         )
-    if path.is_dir():
-        return number_rows(row for file in folder_files(path, split) for row in file_rows(file))
-    if split is not None:
+    if not path.is_dir() and split is not None:
         raise SimPOError(f"a split ({split!r}) is asked for, but {name} is a file; leave it out")
-    return number_rows(file_rows(path))
+    files = folder_files(path, split) if path.is_dir() else [path]
+    readers = [reader_of(file) for file in files]
+    return Source(
+        name,
+        lambda: number_rows(
+            row for read, file in zip(readers, files, strict=True) for row in read(file)
+        ),
+        lambda: sum(map(count_rows, files)),
+        tuple(files),
+        tuple(map(str, files)),
+    )
 
 
 def looks_like_hub_id(name: str) -> bool:
@@ -97,49 +130,75 @@ def folder_files(folder: Path, split: str | None) -> list[Path]:
     return files
 
 
-def file_rows(path: Path) -> Iterator[Row]:
-    """The rows of one file."""
+def reader_of(path: Path) -> Callable[[Path], Iterator[Row]]:
+    """What reads the rows of this kind of file."""
     if path.name.endswith(".parquet"):
-        return parquet_rows(path)
+        return parquet_rows
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return jsonl_rows(path)
+        return jsonl_rows
     raise SimPOError(f"{path} is of no known kind; it must end in {', '.join(SUFFIXES)}")
 
 
-def jsonl_rows(path: Path) -> Iterator[Row]:
+def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of the lines that are not blank."""
     open_file = gzip.open if path.name.endswith(".gz") else open
     try:
         with open_file(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if not line.strip():
-                    continue
-                try:
-                    value = without_nulls(json.loads(line.decode("utf-8")))
-                    yield Row(0, f"{path}:{number}", value)
-                except (ValueError, RecursionError) as error:
-                    yield Row(0, f"{path}:{number}", None, f"no valid JSON: {error}")
+                if line.strip():
+                    yield number, line
     except (OSError, EOFError, zlib.error) as error:  # EOFError: a gzip file that was cut short
         raise SimPOError(f"cannot read {path}: {error}") from None
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    for number, line in jsonl_lines(path):
+        try:
+            value = without_nulls(json.loads(line.decode("utf-8")))
+            row = Row(0, f"{path}:{number}", value)
+        except (ValueError, RecursionError) as error:
+            row = Row(0, f"{path}:{number}", None, f"no valid JSON: {error}")
+        yield row
+
+
+@contextmanager
+def parquet_file(path: Path) -> Iterator[Any]:
+    """The opened file; what it raises becomes a SimPOError."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    number = 0
     try:
         with ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(0, f"{path}:{number}", without_nulls(value))
+            yield file
     except (OSError, ArrowException) as error:
         raise SimPOError(f"cannot read {path} as Parquet: {first_line(error)}") from None
 
 
+def parquet_rows(path: Path) -> Iterator[Row]:
+    number = 0
+    with parquet_file(path) as file:
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(0, f"{path}:{number}", without_nulls(value))
+
+
+def count_rows(path: Path) -> int:
+    """How many rows a file has."""
+    if path.name.endswith(".parquet"):
+        with parquet_file(path) as file:
+            return file.metadata.num_rows
+    return sum(1 for _ in jsonl_lines(path))
+
+
 def hub_rows(name: str, split: str | None, subset: str | None) -> Iterator[Row]:
     """The rows of a data set on the Hugging Face Hub (or of a folder in the Hub's layout)."""
+    return open_hub(name, split, subset).rows()
+
+
+def open_hub(name: str, split: str | None, subset: str | None) -> Source:
+    """A data set on the Hub; `datasets` has made Arrow files of it when this returns."""
     from datasets import get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -155,8 +214,13 @@ def hub_rows(name: str, split: str | None, subset: str | None) -> Iterator[Row]:
         data = load_dataset(name, subset, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         raise SimPOError(f"cannot load the data set {name!r}: {first_line(error)}") from None
-    for index, value in enumerate(data):
-        yield Row(index, f"{name}[{split}]:{index + 1}", without_nulls(value))
+
+    def rows() -> Iterator[Row]:
+        for index, value in enumerate(data):
+            yield Row(index, f"{name}[{split}]:{index + 1}", without_nulls(value))
+
+    files = tuple(Path(file["filename"]) for file in data.cache_files)
+    return Source(name, rows, lambda: len(data), files, (name, split, subset or ""))
 
 
 def without_nulls(value: Any) -> Any:

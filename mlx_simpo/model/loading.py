@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 
@@ -23,6 +24,7 @@ LOAD_ERRORS = (
     AttributeError,
     ArithmeticError,
     RuntimeError,
+    StrictDataclassError,
 )
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 

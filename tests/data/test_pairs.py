@@ -4,8 +4,10 @@ import datetime
 import json
 import random
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,10 +20,12 @@ from mlx_simpo.data.pairs import (
     Quarantined,
     check_share,
     count_reasons,
+    held_out,
     load_pairs,
+    prompt_text,
     split_pairs,
 )
-from mlx_simpo.data.records import Pair
+from mlx_simpo.data.records import Pair, as_messages
 
 BAD = [
     {"prompt": "q", "chosen": "a", "rejected": "a"},
@@ -145,6 +149,33 @@ def test_split(numbers: list[int], fraction: float, seed: int, rng: random.Rando
     shuffled = list(pairs)
     rng.shuffle(shuffled)
     assert split_pairs(shuffled, fraction, seed) == (train, valid)
+
+
+def split_by_definition(pairs: list[Pair], fraction: float, seed: int) -> tuple[list, list]:
+    """The first version of `split_pairs`, kept as it was: runs of then and now hold out alike."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        asked = as_messages(pair.prompt, "user")
+        text = json.dumps([seed, asked], sort_keys=True, ensure_ascii=True, default=str)
+        groups.setdefault(sha256(text.encode()).hexdigest(), []).append(pair)
+    held = min(max(1, round(fraction * len(groups))), len(groups) - 1) if fraction > 0 else 0
+    order = sorted(groups)
+    valid = sorted((p for key in order[:held] for p in groups[key]), key=lambda p: p.index)
+    train = sorted((p for key in order[held:] for p in groups[key]), key=lambda p: p.index)
+    return train, valid
+
+
+QUESTION = st.text(max_size=3) | st.builds(lambda text: [user(text)], st.text(max_size=3))
+
+
+@given(st.lists(QUESTION, max_size=60), st.floats(0, 0.99), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=150)
+def test_the_split_is_what_it_always_was(prompts: list, fraction: float, seed: int) -> None:
+    pairs = pairs_of(prompts)
+    expected = split_by_definition(pairs, fraction, seed)
+    assert split_pairs(pairs, fraction, seed) == expected
+    held = held_out((prompt_text(pair).encode() for pair in pairs), fraction, seed)
+    assert np.flatnonzero(held).tolist() == indices(expected[1])
 
 
 def test_the_seed_decides_which_prompts_are_held_out() -> None:

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from tiny import some_pairs, write_jsonl
 
 from mlx_simpo import SimPOError
-from mlx_simpo.data.sources import Row, hub_rows, looks_like_hub_id, read_rows
+from mlx_simpo.data.sources import (
+    PARQUET_ROWS,
+    Row,
+    hub_rows,
+    looks_like_hub_id,
+    open_hub,
+    open_source,
+    read_rows,
+)
 
 PAIRS = some_pairs(3)
 
@@ -340,6 +348,39 @@ def test_hub_rows_of_a_split(hub_folder: Path) -> None:
     found = list(hub_rows(str(hub_folder), "train", None))
     expected = [*PAIRS, {"prompt": "p"}]
     assert found == [Row(i, f"{hub_folder}[train]:{i + 1}", row) for i, row in enumerate(expected)]
+
+
+def test_a_source_of_files_counts_them_and_their_rows(tmp_path: Path) -> None:
+    for suffix, write in WRITERS.items():
+        write(tmp_path / f"pairs{suffix}", PAIRS)
+    with (tmp_path / "pairs.jsonl").open("ab") as file:
+        file.write(b"\n  \n{broken\n")  # a blank line is no row, a broken one is
+    found = open_source(str(tmp_path))
+    assert found.count() == len(list(found.rows())) == 10
+    assert [row.number for row in found.rows()] == list(range(10))  # from the first one again
+    assert found.files == tuple(sorted(tmp_path.iterdir()))
+    assert found.labels == tuple(map(str, found.files))
+
+
+def test_a_large_parquet_file_is_read_in_parts(tmp_path: Path) -> None:
+    rows = [{"prompt": str(n)} for n in range(3 * PARQUET_ROWS + 1)]
+    file = write_parquet(tmp_path / "p.parquet", rows)
+    assert [(row.source, row.value) for row in rows_of(file)] == [
+        (f"{file}:{n + 1}", row) for n, row in enumerate(rows)
+    ]
+
+
+def test_a_hub_data_set_tells_its_files(hub_folder: Path) -> None:
+    """Their contents, not the name, say which commit of the data set it was."""
+    source = open_hub(str(hub_folder), "train", None)
+    assert source.count() == len(list(source.rows())) == 4
+    assert source.labels == (str(hub_folder), "train", "")
+    before = [file.read_bytes() for file in source.files]
+    assert PAIRS[0]["chosen"].encode() in before[0]
+    write_parquet(hub_folder / "data" / "train-00000-of-00001.parquet", PAIRS[:2])
+    after = open_hub(str(hub_folder), "train", None)
+    assert after.labels == source.labels
+    assert [file.read_bytes() for file in after.files] != before
 
 
 def test_hub_split_must_be_named_if_there_are_several(hub_folder: Path) -> None:

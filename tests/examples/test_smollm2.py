@@ -12,8 +12,8 @@ from mlx_lm.utils import load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def four_bit_folder() -> Path:
-    return smollm2.smollm2("4bit")
+def four_bit_folder(smollm2_folder: Path) -> Path:
+    return smollm2_folder.parent / "4bit"
 
 
 def test_float32_is_the_dequantized_four_bit_model_bit_for_bit(
