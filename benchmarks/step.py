@@ -5,7 +5,8 @@
 
 Each library runs in a process of its own (worker.py) with the same pairs, model, LoRA layers and
 dtype. The processes take turns, batch by batch, in an order that moves on, so that a machine that
-grows slow is slow for all; a first run of each batch's shape is not counted. Ratios are of the
+grows slow is slow for all. With --warm-up each, a first run of every batch is not counted, so that
+no compiled step is charged for tracing a shape; first: only the first batch's. Ratios are of the
 batches' sums. What is written: benchmarks/results/step_<name>.json.
 """
 
@@ -87,12 +88,13 @@ class Worker:
 
 
 def compare(
-    workers: dict[str, Worker], batches: list[list[dict]], repeats: int
+    workers: dict[str, Worker], batches: list[list[dict]], repeats: int, warm_up: str
 ) -> Iterator[dict[str, Any]]:
     """A record for every counted run."""
     names = list(workers)
     for number, batch in enumerate(batches):
-        for repeat in range(repeats + 1):
+        warm = warm_up == "each" or (warm_up == "first" and number == 0)
+        for repeat in range(0 if warm else 1, repeats + 1):
             first = (number + repeat) % len(names)
             for name in names[first:] + names[:first]:
                 if workers[name].error is not None:
@@ -152,6 +154,7 @@ def main() -> None:
     parser.add_argument("--libraries", nargs="+", default=list(LIBRARIES), choices=LIBRARIES)
     parser.add_argument("--batches", type=int, default=3, help="of 4 pairs, a shape")
     parser.add_argument("--repeats", type=int, default=1, help="counted runs of each batch")
+    parser.add_argument("--warm-up", default="each", choices=["each", "first", "none"])
     parser.add_argument("--checkpoint", action="store_true", help="gradient checkpointing")
     parser.add_argument("--name", default="all", help="the result's: results/step_NAME.json")
     options = parser.parse_args()
@@ -169,7 +172,7 @@ def main() -> None:
             name: Worker(name, options.model, checkpoint=options.checkpoint)
             for name in options.libraries
         }
-        runs = list(compare(workers, batches, options.repeats))
+        runs = list(compare(workers, batches, options.repeats, options.warm_up))
         for worker in workers.values():
             worker.close()
         record["shapes"][shape] = {

@@ -10,6 +10,7 @@ import numpy as np
 
 from .config import ObjectiveConfig
 from .data.encode import EncodedPair
+from .data.tokens import column
 from .engine import Engine, choose_engine
 from .errors import SimPOError
 from .objectives import simpo_loss
@@ -25,7 +26,7 @@ class Evaluation:
     a margin is the difference of the rewards, beta · (chosen − rejected average log-probability).
     """
 
-    pairs: tuple[EncodedPair, ...]
+    pairs: Sequence[EncodedPair]
     metrics: dict[str, float]
     accuracy_interval: tuple[float, float]
     chosen_logps: np.ndarray
@@ -96,14 +97,17 @@ def evaluate_pairs(
             f"the log-probabilities of {len(bad)} of {len(pairs)} pairs are not finite numbers, at "
             f"{', '.join(bad[:5])}; the model is broken, or overflows: try dtype=float32"
         )
-    counts = {side: [getattr(p, side).scored for p in pairs] for side in ("chosen", "rejected")}
+    counts = {
+        side: column(pairs, side) - column(pairs, f"{side}_start")
+        for side in ("chosen", "rejected")
+    }
     _, found = simpo_loss(
         mx.array(chosen), mx.array(rejected), mx.array(counts["chosen"]), **asdict(objective)
     )
     metrics = {name: float(np.array(v).mean(dtype=np.float64)) for name, v in found.items()}
     metrics |= {f"{side}_tokens": float(np.mean(n)) for side, n in counts.items()}
     return Evaluation(
-        pairs=tuple(pairs),
+        pairs=pairs,
         metrics=metrics,
         accuracy_interval=bootstrap_interval(np.array(found["rewards/accuracies"])),
         chosen_logps=chosen,

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from .model.head import head_is_frozen, head_logits, outside_blocks
-from .model.prefix import cache_layers, run_continuations, run_prefix
+from .model.prefix import run_continuations, run_prefix
 
 BLOCK = 256
 CHUNK_ELEMENTS = 2**24  # logits in memory at once, a few times over
@@ -112,7 +112,7 @@ def shared_logps(
 
     training: whether gradients will be asked for; see `row_logps`.
     """
-    recorded = run_prefix(model, prefix, cache_layers(model))
+    recorded = run_prefix(model, prefix)
     hidden = [run_continuations(model, tokens, recorded, owner) for tokens, owner in groups]
     flat = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])
     logps = row_logps(model, flat[rows], targets, training=training)

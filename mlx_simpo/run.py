@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,8 +174,11 @@ def evaluate(
     if config.data.valid is None:
         raise SimPOError("data.valid is missing; name the pairs to evaluate on")
     found = read_pairs(config, config.data.valid, config.data.valid_split)
-    model, tokenizer = read_model(config, report)
+    tokenizer = load_only_tokenizer(
+        config.model, config.revision, trust_remote_code=config.trust_remote_code
+    )
     pairs = encode(make_encoder(tokenizer, config, report), found, config.data.valid, report)
+    model, _ = read_model(config, report)
     engine = choose_engine(config.train.engine, model)
     report.note(f"engine: {engine.note}")
     results = {"base": evaluate_with_bar(model, pairs, config, engine, report, "Base model")}
@@ -213,7 +217,7 @@ def generate(
 class Inspection(NamedTuple):
     """A data set as it would be trained on. summary: see `data.inspection.summarize`."""
 
-    pairs: list[EncodedPair]
+    pairs: Sequence[EncodedPair]
     encoder: Encoder
     summary: dict[str, Any]
 

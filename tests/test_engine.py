@@ -239,6 +239,29 @@ def test_products_of_the_head() -> None:
     assert products(slope(trained_head("dense"))) == 3
 
 
+@pytest.mark.parametrize("size", [1, 7, 40])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_the_size_of_a_segment_changes_nothing(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_lora(tiny_model(name, **ARCHITECTURES[name]))
+    pairs = [pair(20, 9, 15), pair(25, 11, 3)]
+    expected = run(model, REFERENCE, pairs)
+    monkeypatch.setattr(prefix, "SEGMENT", size)
+    for checkpointing in (nullcontext, gradient_checkpointing):
+        with checkpointing(model):
+            assert greatest_difference(run(model, SHARED_PREFIX, pairs), expected) < 1e-4
+
+
+@given(st.integers(1, 3000), st.integers(1, 500))
+def test_segments_are_even_and_few(length: int, size: int) -> None:
+    edges = [0, *prefix.cuts(length, size), length]
+    parts = np.diff(edges)
+    assert parts.sum() == length
+    assert len(parts) == -(-length // size)
+    assert 0 < parts.min() <= parts.max() <= min(size, parts.min() + 1)
+
+
 def test_the_size_of_a_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_lora(tiny_model())
     expected = run(model, SHARED_PREFIX, PAIRS)
@@ -264,7 +287,7 @@ def test_a_state_that_cannot_be_forked_takes_the_reference_and_says_so() -> None
 def test_an_architecture_that_computes_otherwise_takes_the_reference_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prefix.Forked, "make_mask", lambda *args, **kwargs: None)
+    monkeypatch.setattr(prefix.Layer, "make_mask", lambda *args, **kwargs: None)
     engine = choose_engine("shared_prefix", tiny_model())
     assert engine.name == "reference"
     assert "differ by" in engine.note
@@ -274,13 +297,13 @@ def test_an_architecture_that_computes_otherwise_takes_the_reference_and_says_so
 
 
 def test_a_prefix_without_gradients_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Cut(prefix.Recorded):
+    class Cut(prefix.Layer):
         def arrays(self) -> tuple:
             return tuple(mx.stop_gradient(a) for a in super().arrays())
 
     model = with_lora(tiny_model())
     expected = run(model, REFERENCE, PAIRS)
-    monkeypatch.setattr(prefix, "Recorded", Cut)
+    monkeypatch.setattr(prefix, "Layer", Cut)
     assert greatest_difference(run(model, SHARED_PREFIX, PAIRS), expected) > 1e-2
 
 
@@ -299,17 +322,18 @@ def test_a_chosen_token_in_the_rejected_answer_would_be_noticed(
 ) -> None:
     model = with_lora(tiny_model())
     expected = run(model, REFERENCE, PAIRS)
-    honest = prefix.Forked.update_and_fetch
+    honest = prefix.Layer.update_and_fetch
     seen: list[tuple[mx.array, mx.array]] = []
 
     def leaking(self: Any, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        behind = self.offset > 0
         keys, values = honest(self, keys, values)
-        if seen and seen[0][0].shape == keys.shape:
+        if behind and seen and seen[0][0].shape == keys.shape:
             keys, values = (0.5 * a + 0.5 * b for a, b in zip((keys, values), seen[0], strict=True))
-        seen.append((keys, values))
+        seen.extend([(keys, values)] if behind else [])
         return keys, values
 
-    monkeypatch.setattr(prefix.Forked, "update_and_fetch", leaking)
+    monkeypatch.setattr(prefix.Layer, "update_and_fetch", leaking)
     assert greatest_difference(run(model, SHARED_PREFIX, PAIRS), expected) > 1e-2
 
 

@@ -1,10 +1,15 @@
 """A forward pass in which several continuations share one prefix, gradients through it included.
 
-mlx-lm's models read keys and values through a cache object. `Recorded` hands out what it is given
-and keeps it; `Forked` puts the recorded prefix in front. Neither is ever changed after its one
-layer has called it, and what they hold are ordinary arrays of the graph.
+mlx-lm's models read keys and values through a cache object. A `Layer` puts those it was given in
+front and remembers the whole; what it holds are ordinary arrays of the graph, and no two passes
+share a `Layer`.
+
+Long sequences run in segments, each on top of those before it: attention's scores are then at most
+SEGMENT × length at a time and memory grows with the length, not with its square. (MLX's attention
+has a fused forward pass on GPUs only and a fused gradient nowhere: else all scores are made.)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -12,18 +17,35 @@ import mlx.nn as nn
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+SEGMENT = 512
+
 
 class Layer:
-    """What mlx-lm's attention asks of a cache: offset, update_and_fetch, make_mask."""
+    """What mlx-lm's attention asks of a cache: offset, update_and_fetch, make_mask.
 
-    offset = 0
+    keys, values: [n, heads, positions, D] of what comes before, then of all that has run.
+    """
 
     def __init__(self, keys: mx.array | None = None, values: mx.array | None = None) -> None:
         self.keys, self.values = keys, values
 
+    @property
+    def offset(self) -> int:
+        """Positions before the ones that run now."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
     def arrays(self) -> tuple:
         """The keys and values it has, for a function that must name its inputs and outputs."""
         return () if self.keys is None else (self.keys, self.values)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """All keys and values up to the new ones."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys, values
+        else:
+            self.keys = mx.concatenate([self.keys, keys], axis=2)
+            self.values = mx.concatenate([self.values, values], axis=2)
+        return self.keys, self.values
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -34,45 +56,33 @@ class Layer:
         return None if n == 1 else "causal"
 
 
-class Recorded(Layer):
-    """The prefix's keys and values of one layer, [B, heads, P, D], once it has run."""
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys, self.values = keys, values
-        return keys, values
-
-
-class Forked(Layer):
-    """One layer's view of n continuations; the keys and values of each one's prefix come first,
-    [n, heads, P, D]."""
-
-    def __init__(self, keys: mx.array | None = None, values: mx.array | None = None) -> None:
-        super().__init__(keys, values)
-        self.offset = 0 if keys is None else keys.shape[2]
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.keys is None or self.values is None:
-            return keys, values
-        return (
-            mx.concatenate([self.keys, keys], axis=2),
-            mx.concatenate([self.values, values], axis=2),
-        )
-
-
-def run_prefix(model: nn.Module, tokens: mx.array, layers: int) -> list[Recorded]:
+def run_prefix(model: nn.Module, tokens: mx.array) -> list[Layer]:
     """Keys and values of a prefix, tokens [B, P]; P may be 0."""
-    prefix = [Recorded() for _ in range(layers)]
+    layers = [Layer() for _ in range(cache_layers(model))]
     if tokens.shape[1]:
-        model.model(tokens, cache=prefix)  # type: ignore[operator]
-    return prefix
+        run_segments(model, tokens, layers)
+    return layers
 
 
 def run_continuations(
-    model: nn.Module, tokens: mx.array, prefix: list[Recorded], owner: mx.array
+    model: nn.Module, tokens: mx.array, prefix: Sequence[Layer], owner: mx.array
 ) -> mx.array:
     """Hidden rows [n, T, D] of tokens [n, T] that follow the prefixes ``owner`` [n]."""
-    layers = [Forked(*(array[owner] for array in layer.arrays())) for layer in prefix]
-    return model.model(tokens, cache=layers)  # type: ignore[operator]
+    layers = [Layer(*(array[owner] for array in layer.arrays())) for layer in prefix]
+    return run_segments(model, tokens, layers)
+
+
+def run_segments(model: nn.Module, tokens: mx.array, layers: list[Layer]) -> mx.array:
+    """Hidden rows [n, T, D] of tokens [n, T] behind what ``layers`` hold, which then hold them."""
+    segments = mx.split(tokens, cuts(tokens.shape[1], SEGMENT), axis=1)
+    hidden = [model.model(segment, cache=layers) for segment in segments]  # type: ignore[operator]
+    return hidden[0] if len(hidden) == 1 else mx.concatenate(hidden, axis=1)
+
+
+def cuts(length: int, size: int) -> list[int]:
+    """Where to cut a length into the fewest parts of at most ``size``, as even as can be."""
+    parts = -(-length // size)
+    return [length * part // parts for part in range(1, parts)]
 
 
 def cache_layers(model: nn.Module) -> int:
