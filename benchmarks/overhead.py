@@ -1,0 +1,116 @@
+"""How much of training's wall time the device could stand idle, and how full its batches are.
+
+    python benchmarks/overhead.py --model FOLDER --data train.jsonl [--steps 6]
+
+Trains through `mlx_simpo.prepare` and `Session.steps`, with a line of metrics written a step, and
+counts all time that is not spent inside mx.eval or mx.async_eval: reading pairs, making batches,
+building graphs, metrics. An upper bound, as a device goes on working meanwhile. Then counts one
+epoch's positions without running it: padding, and prompt tokens that run more than once.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from provenance import provenance, write_result
+
+from mlx_simpo import load_config, prepare
+from mlx_simpo.data.batching import epoch_steps, plan_stacked, stack
+from mlx_simpo.data.sharing import plan_shared, run_length, share, shared_length
+
+
+def timed(spent: list[float], function: Any) -> Any:
+    """``function``, adding the seconds of its calls to ``spent``."""
+
+    def call(*args: Any) -> None:
+        started = time.perf_counter()
+        function(*args)
+        spent.append(time.perf_counter() - started)
+
+    return call
+
+
+def overhead(session: Any, steps: int) -> dict[str, float]:
+    """Seconds of all steps but the first, and the share of them outside of evaluation."""
+    spent: list[float] = []
+    mx.eval, mx.async_eval = timed(spent, mx.eval), timed(spent, mx.async_eval)
+    with tempfile.TemporaryFile("w") as log:
+        running = session.steps()
+        next(running)
+        spent.clear()
+        started = time.perf_counter()
+        for step in itertools.islice(running, steps):
+            log.write(json.dumps(step.as_dict()) + "\n")
+        seconds = time.perf_counter() - started
+    return {"steps": steps, "seconds": seconds, "outside": 1 - sum(spent) / seconds}
+
+
+def epoch_counts(pairs: Any, batch_size: int, step_pairs: int, seed: int) -> dict[str, Any]:
+    """Positions of one epoch: of the stacked way and of ours."""
+    ours = {"positions": 0, "padding": 0, "needed": 0, "micro_batches": 0, "passes": 0}
+    stacked = {"positions": 0, "tokens": 0}
+    for order in epoch_steps(len(pairs), step_pairs, seed, 0):
+        step = [pairs[i] for i in order]
+        for places in plan_shared(step, batch_size):
+            batch = share([step[i] for i in places])
+            ours["positions"] += batch.positions
+            ours["padding"] += batch.padding
+            ours["micro_batches"] += 1
+            ours["passes"] += len(batch.groups) + (batch.prefix.shape[1] > 0)
+        for pair in step:
+            once = shared_length(pair)
+            ours["needed"] += once + sum(run_length(s) - once for s in (pair.chosen, pair.rejected))
+        for places in plan_stacked(step, batch_size):
+            stacked["positions"] += stack([step[i] for i in places]).tokens.size
+        stacked["tokens"] += sum(len(p.chosen.tokens) + len(p.rejected.tokens) for p in step)
+    rows = int(sum(p.chosen.scored + p.rejected.scored for p in pairs))
+    return {
+        "batch_size": batch_size,
+        "step_pairs": step_pairs,
+        "ours": ours,
+        "head_rows": {"ours": rows, "padding": 0, "stacked": stacked["positions"]},
+        "stacked": stacked,
+        "padding_share": ours["padding"] / ours["positions"],
+        "padding_share_trunk_and_head": ours["padding"] / (ours["positions"] + rows),
+        "prompt_twice_share": 1 - (ours["needed"] + ours["padding"]) / ours["positions"],
+        "padding_share_stacked": 1 - stacked["tokens"] / stacked["positions"],
+        "positions_ratio": stacked["positions"] / ours["positions"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--steps", type=int, default=6)
+    options = parser.parse_args()
+    made_by = provenance(
+        f"python benchmarks/overhead.py --model … --data {Path(options.data).name} "
+        f"--steps {options.steps}"
+    )
+    settings = [f"model={options.model}", f"data.train={options.data}", "data.valid_fraction=0"]
+    with tempfile.TemporaryDirectory() as folder:
+        session = prepare(load_config(None, [*settings, f"output={folder}/run"]))
+        epoch = [epoch_counts(session.train, 4, n, 42) for n in (4, 16)]
+        print(json.dumps(epoch, indent=1), flush=True)
+        measured = []
+        for micro, accumulation in ((4, 4), (1, 1)):
+            size = [
+                f"train.batch_size={micro}",
+                f"train.gradient_accumulation_steps={accumulation}",
+                f"output={folder}/run",
+            ]
+            session = prepare(load_config(None, [*settings, *size]))
+            found = overhead(session, options.steps)
+            measured.append({"batch_size": micro, "accumulation": accumulation, **found})
+            print(measured[-1], flush=True)
+    print(write_result("overhead", {"provenance": made_by, "runs": measured, "epoch": epoch}))
+
+
+if __name__ == "__main__":
+    main()
