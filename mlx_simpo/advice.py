@@ -4,10 +4,12 @@ Each function returns a sentence, or None where there is nothing to say.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import RotatingKVCache
 
 from .config import DataConfig, ObjectiveConfig
 from .data.encode import EncodedPair
@@ -53,6 +55,28 @@ def slow_on_cpu(dtype: str, quantized: bool) -> str | None:
     if dtype == "float32":
         return None
     return f"the model computes in {dtype}, which is slow on a CPU; dtype=float32 is much faster"
+
+
+def ignored_window(
+    model_config: Mapping[str, Any], caches: Sequence[Any], max_length: int
+) -> str | None:
+    """mlx-lm 0.32.2 runs Mistral, Gemma 2, Phi-3 and others without their sliding windows.
+
+    Args:
+        model_config: config.json's content. caches: what mlx-lm makes for the model; a model that
+            has its window has rotating ones.
+    """
+    window = model_config.get("sliding_window")
+    used = model_config.get("use_sliding_window", True)  # Qwen 2 names one that it does not use
+    if not window or not used or max_length <= window:
+        return None
+    if any(isinstance(cache, RotatingKVCache) for cache in caches):
+        return None
+    return (
+        f"the model has a sliding window of {window} tokens, which mlx-lm leaves out; beyond it "
+        f"(data.max_length is {max_length}) its answers are scored as by another model: set "
+        f"data.max_length={window}"
+    )
 
 
 def slow_blas() -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from . import advice
@@ -186,6 +187,8 @@ def read_model(config: SimPOConfig, report: Report) -> tuple[nn.Module, Any]:
     )
     report.advise(advice.slow_blas())
     report.advise(advice.slow_on_cpu(loaded.dtype, "quantization" in loaded.config))
+    caches = make_prompt_cache(loaded.model)
+    report.advise(advice.ignored_window(loaded.config, caches, config.data.max_length))
     return loaded.model, loaded.tokenizer
 
 

@@ -5,10 +5,44 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from tiny import tiny_config, tiny_model
 
 from mlx_simpo import DataConfig, Evaluation, ObjectiveConfig, simpo_loss
-from mlx_simpo.advice import collapse, slow_blas, slow_on_cpu, starting_loss, truncation
+from mlx_simpo.advice import (
+    collapse,
+    ignored_window,
+    slow_blas,
+    slow_on_cpu,
+    starting_loss,
+    truncation,
+)
 from mlx_simpo.data.encode import EncodedPair, Scored
+
+# --- windows that mlx-lm leaves out -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "max_length", "said"),
+    [
+        ("mistral", {"sliding_window": 64}, 65, True),
+        ("mistral", {"sliding_window": 64}, 64, False),
+        ("mistral", {"sliding_window": None}, 65, False),
+        ("gemma2", {"sliding_window": 64, "query_pre_attn_scalar": 8}, 65, True),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, 65, False),
+        ("gemma3_text", {"sliding_window": 64, "sliding_window_pattern": 2}, 65, False),
+    ],
+)
+def test_a_window_that_is_left_out_matters_beyond_it(
+    name: str, settings: dict, max_length: int, said: bool
+) -> None:
+    caches = make_prompt_cache(tiny_model(name, **settings))
+    found = ignored_window(tiny_config(name, **settings), caches, max_length)
+    assert (found is not None) is said
+    if found:
+        assert "sliding window of 64 tokens" in found
+        assert "data.max_length is 65" in found
+
 
 # --- the loss a run starts with --------------------------------------------------------------
 

@@ -269,19 +269,40 @@ def test_the_size_of_a_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert greatest_difference(run(model, SHARED_PREFIX, PAIRS), expected) < 1e-5
 
 
-def test_a_state_that_cannot_be_forked_takes_the_reference_and_says_so() -> None:
-    model = tiny_model(
-        "mamba",
-        state_size=4,
-        intermediate_size=48,
-        conv_kernel=4,
-        use_bias=False,
-        use_conv_bias=True,
-        time_step_rank=4,
-    )
+RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba": {
+        "state_size": 4,
+        "intermediate_size": 48,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 4,
+    },
+    "qwen3_next": {  # gated delta rule in one layer, attention in the other, as in Qwen 3.5
+        **MOE,
+        "full_attention_interval": 2,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [],
+        "partial_rotary_factor": 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_state_that_cannot_be_forked_takes_the_reference_and_says_so(name: str) -> None:
+    model = with_lora(tiny_model(name, **RECURRENT[name]))
     engine = choose_engine("shared_prefix", model)
     assert engine.name == "reference"
     assert "ArraysCache" in engine.note
+    found = run(model, engine, PAIRS[:1])
+    assert all(np.isfinite(value).all() for value in found.values())
+    assert any(value.any() for key, value in found.items() if key != "logps")
 
 
 def test_an_architecture_that_computes_otherwise_takes_the_reference_and_says_so(

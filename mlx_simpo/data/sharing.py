@@ -1,7 +1,7 @@
 """Encoded pairs → prompts that run once, answers of like length on top of them, and the rows that
 are scored.
 
-Nothing is padded unless that is cheaper: a forward pass of its own costs as much as PASS_COST
+Nothing is padded unless that is cheaper: a forward pass of its own costs as much as `pass_cost`
 positions, so sequences share a pass where the padding, or the prompt tokens that run twice for it,
 come to less.
 """
@@ -14,8 +14,9 @@ import numpy as np
 
 from .encode import EncodedPair, Scored
 
-# Positions (tokens through the trunk) that one more forward pass is worth: docs/engine.md.
-PASS_COST = 16
+# Positions (tokens through the trunk) that one more forward pass is worth. Measured on the CPU
+# (docs/engine.md); an estimate for GPUs, which take some microseconds to start each operation.
+PASS_COST_CPU, PASS_COST_GPU = 4, 32
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,12 @@ class Cost:
     @property
     def total(self) -> int:
         """In positions."""
-        return self.positions + PASS_COST * self.passes
+        return self.positions + pass_cost() * self.passes
+
+
+def pass_cost() -> int:
+    """What a forward pass costs on the default device beside its positions, in positions."""
+    return PASS_COST_CPU if mx.default_device().type == mx.cpu else PASS_COST_GPU
 
 
 def cost(pairs: Sequence[EncodedPair], length: int) -> Cost:
@@ -136,7 +142,7 @@ def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
     less than a pass of its own."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and lengths[groups[-1][0]] - lengths[i] <= PASS_COST:
+        if groups and lengths[groups[-1][0]] - lengths[i] <= pass_cost():
             groups[-1].append(i)
         else:
             groups.append([i])

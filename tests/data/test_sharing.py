@@ -1,5 +1,6 @@
 """What the shared-prefix engine runs: every scored token once, padding only where it pays."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_simpo.data import sharing
 from mlx_simpo.data.encode import EncodedPair, Scored
-from mlx_simpo.data.sharing import PASS_COST, like_lengths, plan_shared, share, shared_length
+from mlx_simpo.data.sharing import like_lengths, pass_cost, plan_shared, share, shared_length
 
 
 def pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> EncodedPair:
@@ -59,7 +60,7 @@ def test_a_pair_alone_runs_its_prompt_once_and_hardly_any_padding(p: int, c: int
     batch = share([pair(p, c, r)])
     assert batch.prefix.shape == (1, p - 1)  # the prompt's last token starts both answers
     assert batch.positions - batch.padding == (p - 1) + c + r
-    assert batch.padding == (abs(c - r) if abs(c - r) <= PASS_COST else 0)
+    assert batch.padding == (abs(c - r) if abs(c - r) <= pass_cost() else 0)
     assert batch.rows.size == c + r
 
 
@@ -92,15 +93,18 @@ def test_a_plan_costs_no_more_than_each_pair_alone(pairs: list[EncodedPair]) -> 
     def total(plan: list[list[int]]) -> int:
         batches = [share([pairs[i] for i in batch]) for batch in plan]
         passes = sum(len(b.groups) + (b.prefix.shape[1] > 0) for b in batches)
-        return sum(b.positions for b in batches) + PASS_COST * passes
+        return sum(b.positions for b in batches) + pass_cost() * passes
 
     assert total(plan_shared(pairs, 4)) <= total([[i] for i in range(len(pairs))])
 
 
 def test_what_a_pass_costs_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert like_lengths([100, 95, 40, 99]) == [[0, 3, 1], [2]]
-    monkeypatch.setattr(sharing, "PASS_COST", 0)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert like_lengths([100, 70, 40]) == [[0, 1], [2]]
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    assert like_lengths([100, 96, 40, 99]) == [[0, 3, 1], [2]]
+    monkeypatch.setattr(sharing, "PASS_COST_CPU", 0)
     assert like_lengths([100, 95, 95, 40]) == [[0], [1, 2], [3]]
-    monkeypatch.setattr(sharing, "PASS_COST", 1000)
+    monkeypatch.setattr(sharing, "PASS_COST_CPU", 1000)
     assert like_lengths([100, 95, 40, 99]) == [[0, 3, 1, 2]]
     assert plan_shared([pair(9, 50, 3), pair(30, 3, 40)], 2) == [[0, 1]]

@@ -1,0 +1,168 @@
+"""Writes the tables and plots of docs/engine.md from benchmarks/results (needs matplotlib).
+
+    python benchmarks/document.py
+
+Whatever stands between <!-- NAME --> and <!-- /NAME --> is replaced.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+mpl.rcParams["svg.hashsalt"] = "mlx_simpo"  # the same file for the same numbers
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "engine.md"
+RESULTS = ROOT / "benchmarks" / "results"
+SHAPE_NAMES = {
+    "natural": "data as they are",
+    "long_prompts": "long prompts, short answers",
+    "short_prompts": "short prompts, long answers",
+    "balanced": "balanced",
+    "very_long": "one pair of 2048 tokens",
+}
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def step_table(found: dict[str, Any]) -> str:
+    """One shape of a step_*.json as a Markdown table."""
+    lines = [
+        "| | pairs/s, of stacked | s a pair | real tokens/s | positions | head rows "
+        "| peak GB | of stacked | process GB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(found["libraries"], key=lambda r: r["seconds_per_pair"]):
+        memory = f"{r['peak_gb']:.2f} | {r['memory_ratio']:.2f}" if r["peak_gb"] else "– | –"
+        lines.append(
+            f"| {r['library']} | {r['speed_ratio']:.2f} | {r['seconds_per_pair']:.2f} | "
+            f"{r['real_tokens_per_second']:.0f} | {r['positions']} | {r['logit_rows']} | "
+            f"{memory} | {r['process_gb']:.2f} |"
+        )
+    for name, error in found["errors"].items():
+        lines.append(f"\n{name} did not run: {error}")
+    return "\n".join(lines)
+
+
+def steps() -> dict[str, str]:
+    blocks = {}
+    for name in ("natural", "long_prompts", "very_long", "all"):
+        record = load(f"step_{name}")
+        if record is None:
+            continue
+        parts = []
+        for shape, found in record["shapes"].items():
+            pairs = sum(map(len, found["batches"]))
+            ours = next(r for r in found["libraries"] if r["library"] == "mlx_simpo")
+            parts.append(
+                f"**{SHAPE_NAMES[shape]}** ({pairs} pairs; the machine's matrix products: "
+                f"{found['matmul_gflops']:.0f} GFLOP/s, of which our step is worth "
+                f"{100 * ours['share_of_matmul_rate']:.0f} %)\n\n{step_table(found)}"
+            )
+        blocks[f"step_{name}"] = "\n\n".join(parts)
+    return blocks
+
+
+def plot_steps() -> None:
+    """Speed and memory of every library in the widest comparison."""
+    record = load("step_all")
+    if record is None:
+        return
+    shapes = record["shapes"]
+    names = list(dict.fromkeys(r["library"] for s in shapes.values() for r in s["libraries"]))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(3.2 * len(shapes), 4), sharey=True)
+    for axis, (shape, found) in zip(axes, shapes.items(), strict=True):
+        ratio = {r["library"]: r["speed_ratio"] for r in found["libraries"]}
+        colours = ["#c2410c" if name.startswith("mlx_simpo") else "#94a3b8" for name in names]
+        values = [ratio.get(name, 0) for name in names]
+        axis.barh(names, values, color=colours)
+        for place, value in enumerate(values):
+            axis.text(value, place, f" {value:.2f}", va="center", fontsize=8)
+        axis.set_title(SHAPE_NAMES[shape], fontsize=10)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlim(0, max(values) * 1.2)
+        axis.invert_yaxis() if axis is axes[0] else None
+    figure.supxlabel("pairs a second, of the compiled stacked step", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "img" / "step.svg", metadata={"Date": None})
+
+
+def memory() -> dict[str, str]:
+    """The table of memory.json, and its plot."""
+    record = load("memory")
+    if record is None:
+        return {}
+    figure, axis = plt.subplots(figsize=(5.5, 3.6))
+    lengths = sorted({int(n) for found in record["lengths"].values() for n in found})
+    lines = ["| tokens | " + " | ".join(record["lengths"]) + " |", "|---|" + "---|" * 2]
+    for name, found in record["lengths"].items():
+        axis.plot(
+            [int(n) for n in found],
+            [r.get("peak_gb") for r in found.values()],
+            marker="o",
+            color="#c2410c" if name == "mlx_simpo" else "#64748b",
+            label=name,
+        )
+    for n in lengths:
+        cells = [found.get(str(n), {}).get("peak_gb") for found in record["lengths"].values()]
+        lines.append(f"| {n} | " + " | ".join(f"{c:.2f} GB" if c else "–" for c in cells) + " |")
+    axis.set_xlabel("tokens of each of the two sequences")
+    axis.set_ylabel("peak memory, GB")
+    axis.set_ylim(0)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "img" / "memory.svg", metadata={"Date": None})
+    return {"memory": "\n".join(lines)}
+
+
+def overhead() -> dict[str, str]:
+    record = load("overhead")
+    if record is None:
+        return {}
+    runs = [
+        f"| {r['batch_size']} × {r['accumulation']} | {r['seconds'] / r['steps']:.1f} | "
+        f"{100 * r['outside']:.2f} % |"
+        for r in record["runs"]
+    ]
+    epochs = [
+        f"| {e['step_pairs']} | {100 * e['padding_share_trunk_and_head']:.1f} % | "
+        f"{100 * e['padding_share']:.1f} % | {100 * e['prompt_twice_share']:.1f} % | "
+        f"{100 * e['padding_share_stacked']:.0f} % | {e['positions_ratio']:.2f} |"
+        for e in record["epoch"]
+    ]
+    return {
+        "overhead": "\n".join(
+            ["| batch × accumulation | s a step | outside |", "|---|---|---|", *runs]
+        ),
+        "padding": "\n".join(
+            [
+                "| pairs a step | padding, trunk and head | padding, trunk | prompt tokens run "
+                "twice | padding, stacked | positions, stacked / ours |",
+                "|---|---|---|---|---|---|",
+                *epochs,
+            ]
+        ),
+    }
+
+
+def main() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for name, text in {**steps(), **memory(), **overhead()}.items():
+        block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
+        page = re.sub(
+            rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, page, flags=re.S
+        )
+    PAGE.write_text(page, encoding="utf-8")
+    plot_steps()
+
+
+if __name__ == "__main__":
+    main()
