@@ -2,6 +2,7 @@
 # make test    install what the tests need and run them
 # make check   formatting, lint, types
 # make parity  compare with transformers, PEFT, TRL and Liger (installs torch)
+# make bench   time a step of ours and of six other libraries (installs them)
 # make model   fetch SmolLM2-135M-Instruct and print its folder
 # make clean   remove the environments
 #
@@ -12,12 +13,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 PARITY_VENV := .venv-parity
+BENCH_VENV := .venv-bench
 BIN := $(VENV)/bin
 PIP_FLAGS := --disable-pip-version-check
 # The environment in which MLX finds a fast BLAS on a Linux CPU; it says on stderr what it does.
 fast = env $$($(1)/python -m mlx_simpo.blas)
 
-.PHONY: help demo test check parity golden model clean
+.PHONY: help demo test check parity golden bench model clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -41,11 +43,18 @@ parity: $(PARITY_VENV)/.installed
 golden: $(PARITY_VENV)/.installed
 	@cd tests && ../$(PARITY_VENV)/bin/python -m golden.make_objective
 
+# Real pairs give it more shapes: make bench BENCH_PAIRS=some.jsonl BENCH="--batches 3"
+BENCH_PAIRS ?= examples/train.jsonl
+BENCH ?= --shapes natural --batches 2
+bench: $(BENCH_VENV)/.installed
+	@$(call fast,$(BENCH_VENV)/bin) $(BENCH_VENV)/bin/python benchmarks/step.py \
+		--model "$$($(BENCH_VENV)/bin/python examples/smollm2.py)" --data $(BENCH_PAIRS) $(BENCH)
+
 model: $(VENV)/.installed
 	@$(BIN)/python examples/smollm2.py
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV)
+	rm -rf $(VENV) $(PARITY_VENV) $(BENCH_VENV)
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "mlx_simpo needs Python 3.11 or newer; none was found." \
@@ -77,6 +86,17 @@ $(PARITY_VENV)/.installed: $(VENV)/.created pyproject.toml
 	@$(PARITY_VENV)/bin/python -m pip install $(PIP_FLAGS) -q -e ".[test,parity]"
 	@$(PARITY_VENV)/bin/python -m pip install $(PIP_FLAGS) -q --no-deps liger-kernel==0.8.5
 	@$(call openblas,$(PARITY_VENV)/bin)
+	@touch $@
+
+# The other libraries without what they ask for: the versions of torch, trl and mlx are ours.
+$(BENCH_VENV)/.installed: $(VENV)/.created pyproject.toml
+	@echo "Making $(BENCH_VENV) with torch, TRL and five MLX libraries …"
+	@$(BIN)/python -m venv $(BENCH_VENV)
+	@$(BENCH_VENV)/bin/python -m pip install $(PIP_FLAGS) -q torch==2.13.0
+	@$(BENCH_VENV)/bin/python -m pip install $(PIP_FLAGS) -q -e ".[test,parity]" matplotlib
+	@$(BENCH_VENV)/bin/python -m pip install $(PIP_FLAGS) -q --no-deps \
+		$$($(BENCH_VENV)/bin/python benchmarks/worker.py --requirements)
+	@$(call openblas,$(BENCH_VENV)/bin)
 	@touch $@
 
 # Without it everything works, slowly; mlx_simpo.blas says so.

@@ -1,9 +1,12 @@
 """One library in a process of its own: python worker.py LIBRARY SPEC, then batches on stdin.
 
+(python worker.py --requirements prints what all of them need from PyPI.)
+
 Reads a JSON list of pairs a line, runs one optimizer step on it, and answers with a JSON object a
 line: what the library's adapter returns, seconds, peak memory of MLX and of the process.
 """
 
+import ast
 import contextlib
 import importlib.util
 import json
@@ -25,7 +28,20 @@ def library(name: str) -> ModuleType:
     return module
 
 
+def requirements() -> list[str]:
+    """What the adapters name in REQUIRES, read without importing what they need."""
+    found: list[str] = []
+    for path in sorted((Path(__file__).parent / "libraries").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "REQUIRES":
+                found += ast.literal_eval(node.value)
+    return found
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--requirements"]:
+        print(*requirements())
+        return
     name, spec = sys.argv[1], json.loads(sys.argv[2])
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # the libraries print

@@ -68,6 +68,7 @@ def installed(distribution: str, file: str) -> Path | None:
 
 
 def joined(path: str, variable: str) -> str:
+    """A search path with ``path`` in front of what ``variable`` holds already."""
     return ":".join(filter(None, [path, os.environ.get(variable)]))
 
 

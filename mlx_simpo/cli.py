@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__
+from .checkpoint import write_text
 from .config import SimPOConfig, load_config
 from .errors import SimPOError
 from .paths import local_path
@@ -46,10 +47,12 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the command line in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
+        """One line and exit status 2, as for every other mistake."""
         raise SimPOError(f"{message}; see `{self.prog} --help`")
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The command line: train, evaluate, generate, data inspect."""
     parser = Parser(
         prog="mlx-simpo", description="SimPO LoRA fine-tuning of language models on MLX."
     )
@@ -92,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_command(
     commands: Any, name: str, needed: str, run: Any, summary: str
 ) -> argparse.ArgumentParser:
+    """One command that takes a configuration and settings."""
     about = f"{summary.capitalize()}. After the options come {SETTINGS_HELP}."
     parser = commands.add_parser(name, help=summary, description=about)
     parser.usage = f"%(prog)s [options] {needed} [CONFIG.yaml] [name=value ...]".replace("  ", " ")
@@ -114,6 +118,7 @@ def config_and_settings(rest: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that name a model and an adapter."""
     parser.add_argument("--model", help="Hub id or folder; default: the model of the adapter's run")
     parser.add_argument("--adapter", metavar="FOLDER", help="adapter, compared with the bare model")
 
@@ -128,10 +133,12 @@ def settings_list() -> str:
 
 
 def yaml_text(value: Any) -> str:
+    """A value as it would stand in a settings file, on one line."""
     return json.dumps(value) if not isinstance(value, str) else value
 
 
 def run_train(options: argparse.Namespace) -> None:
+    """The train command: the table to stderr, the result with --json to stdout."""
     from .run import train
 
     result = train(load_config(options.config, options.settings))
@@ -159,6 +166,7 @@ def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
+    """The evaluate command."""
     from .run import evaluate
 
     settings = [f"data.valid={options.data}"]
@@ -167,7 +175,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     result = results.get("adapter", results["base"])
     if options.per_pair:
         lines = "".join(json.dumps(record) + "\n" for record in result.per_pair())
-        write_text(options.per_pair, lines)
+        write_text(local_path(options.per_pair), lines)
     if options.json:
         base = {"base": results["base"].as_dict()} if "adapter" in results else {}
         print_json({"adapter": options.adapter, **result.as_dict(), **base})
@@ -176,6 +184,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def run_generate(options: argparse.Namespace) -> None:
+    """The generate command."""
     from .run import generate
 
     answers = generate(
@@ -189,6 +198,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def run_inspect(options: argparse.Namespace) -> None:
+    """The data inspect command."""
     from .data.inspection import marked
     from .run import inspect
 
@@ -212,6 +222,7 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 
 def counts_table(summary: dict[str, Any]) -> Table:
+    """How many pairs are used, cut and left out."""
     table = Table(show_header=False, title="what will be trained on", title_justify="left")
     table.add_column(justify="right")
     table.add_column()
@@ -231,6 +242,7 @@ def counts_table(summary: dict[str, Any]) -> Table:
 
 
 def lengths_table(summary: dict[str, Any]) -> Table:
+    """Quantiles of prompt and answer lengths, in tokens."""
     table = Table(title="tokens", title_justify="left")
     table.add_column("")
     rows = summary["lengths"]
@@ -246,12 +258,6 @@ def plain_console() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
-def write_text(path: str, text: str) -> None:
-    try:
-        local_path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SimPOError(f"cannot write {path}: {error}") from None
-
-
 def print_json(value: Any) -> None:
+    """JSON to stdout, for other programs."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -45,10 +45,12 @@ class Report:
         self._live: Progress | None = None
 
     def note(self, text: str | None) -> None:
+        """Something worth knowing; None is nothing."""
         if text is not None:
             self.console.print(readable(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
+        """Something that may be wrong."""
         line = Text.assemble(("warning:", "yellow"), " ", readable(text))
         self.console.print(line, soft_wrap=True)
 
@@ -121,6 +123,7 @@ def readable(text: str) -> Text:
 
 
 def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Table:
+    """Evaluations side by side, a column each."""
     pairs = len(next(iter(columns.values())).pairs)
     table = Table(title=title or f"{pairs} pairs", title_justify="left")
     table.add_column("metric")
@@ -138,6 +141,7 @@ def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Tabl
 
 
 def format_metric(evaluation: Evaluation, name: str) -> str:
+    """One metric as the table shows it."""
     value = evaluation.metrics[name]
     if name == "rewards/accuracies":
         return f"{value:.1%}"

@@ -140,6 +140,7 @@ def read_pairs(config: SimPOConfig, name: str, split: str | None) -> Records:
 
 
 def is_local(name: str) -> bool:
+    """Whether a name is a file or folder here."""
     return local_path(name).exists()
 
 

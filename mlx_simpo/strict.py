@@ -83,6 +83,7 @@ def from_mapping(cls: type[Section], given: Mapping[str, Any], root: type[Sectio
 
 
 def is_required(item: Field) -> bool:
+    """Whether a setting has no default."""
     return item.default is MISSING and item.default_factory is MISSING
 
 
@@ -145,6 +146,7 @@ def nearest_section(name: str, root: type[Section]) -> str:
 
 
 def words(name: str) -> list[str]:
+    """A name's words in lower case, whatever separates them."""
     return name.lower().replace("-", "_").replace(".", "_").split("_")
 
 
@@ -182,6 +184,7 @@ def matches(value: Any, option: Any) -> bool:
 
 
 def is_finite(value: int | float) -> bool:
+    """Whether a number is neither NaN nor infinite, however large."""
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond every float
@@ -189,6 +192,7 @@ def is_finite(value: int | float) -> bool:
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; any other hint is its only one."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     return typing.get_args(hint) if is_union else (hint,)
 
@@ -202,6 +206,7 @@ def read_raw(text: RawText, options: tuple[Any, ...], path: str) -> Any:
 
 
 def describe(option: Any) -> str:
+    """An allowed type or value in the words of a message."""
     names = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
     if option is types.NoneType:
         return "null"

@@ -23,6 +23,7 @@ class StrictLoader(yaml.SafeLoader):
     """Decimal numbers, true, false and null; a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A mapping whose keys must all differ."""
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)

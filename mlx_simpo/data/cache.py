@@ -123,6 +123,7 @@ def publish(scratch: Path, folder: Path) -> None:
 
 
 def write_manifest(folder: Path, name: str, quarantined: Iterable[Quarantined]) -> None:
+    """Size and hash of every file, so that a damaged folder is known as one."""
     body = {
         "data": name,
         "files": {f: [(folder / f).stat().st_size, file_sha256(folder / f)] for f in FILES},
@@ -204,5 +205,6 @@ def stamps(source: Source) -> list[tuple[int, int]]:
 
 
 def megabytes(folders: Iterable[Path]) -> str:
+    """What the files in these folders take, in MB."""
     total = sum(found.st_size for folder in folders for found in contents(folder)[1:])
     return f"{total / 1e6:.1f} MB"

@@ -42,6 +42,7 @@ def summarize(
 
 
 def total(values: np.ndarray) -> int:
+    """The sum, as a number that JSON can hold."""
     return int(values.sum(dtype=np.int64))
 
 
@@ -61,4 +62,5 @@ def marked(sequence: Scored, tokenizer: Any, style: str) -> Text:
 
 
 def show(tokenizer: Any, tokens: list[int]) -> str:
+    """Tokens as text, with line breaks made visible."""
     return tokenizer.decode(tokens).replace("\n", "↵\n")

@@ -58,6 +58,7 @@ def token_key(encoder: Encoder, source: Source) -> str:
 
 
 def source_identity(source: Source) -> list:
+    """What tells a source from any other; NoKeyError where nothing does."""
     if not source.files:
         raise NoKeyError(f"{source.name} has no files that would tell when it changes")
     return [source.labels, [file_sha256(path) for path in source.files]]
@@ -112,15 +113,18 @@ def contents_sha256(path: Path) -> str:
 
 
 def file_sha256(path: Path) -> str:
+    """The hash of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(content: bytes) -> str:
+    """The first 128 bits of SHA-256, in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
 def version(package: str) -> str | None:
+    """The installed version of a package; None without it."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

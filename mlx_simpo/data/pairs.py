@@ -27,6 +27,7 @@ class Quarantined(NamedTuple):
 
     @property
     def place(self) -> str:
+        """Where the record stands, with the detail of what is wrong."""
         return self.source + (f" ({self.detail})" if self.detail else "")
 
 

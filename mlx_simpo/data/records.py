@@ -139,10 +139,12 @@ def message_parts(
 
 
 def as_messages(part: str | list[Message], role: str) -> list[Message]:
+    """Text as one message of ``role``; messages as they are."""
     return [{"role": role, "content": part}] if isinstance(part, str) else part
 
 
 def check_messages(name: str, messages: list) -> None:
+    """Refused unless all are messages with a known role and some content."""
     for number, message in enumerate(messages):
         where = f"{name}[{number}]"
         if not isinstance(message, dict) or "role" not in message:
@@ -164,6 +166,7 @@ def is_text(content: Any) -> bool:
 
 
 def is_empty_answer(messages: list[Message]) -> bool:
+    """Whether a conversation ends in nothing that could be scored."""
     if not messages:
         return True
     last = messages[-1]
@@ -191,6 +194,7 @@ def parse_tools(record: dict) -> list | None:
 
 
 def kind(value: Any) -> str:
+    """A value as a message names it: its type, or how it begins."""
     return {str: "a string", list: "a list", type(None): "null"}.get(type(value)) or repr(value)[
         :40
     ]

@@ -16,7 +16,9 @@ from .encode import EncodedPair, Scored
 
 # Positions (tokens through the trunk) that one more forward pass is worth. Measured on the CPU
 # (docs/engine.md); an estimate for GPUs, which take some microseconds to start each operation.
-PASS_COST_CPU, PASS_COST_GPU = 4, 32
+PASS_COST_CPU, PASS_COST_GPU = 16, 32
+# A micro-batch of so many positions keeps the device busy; more would only take more memory.
+ENOUGH_CPU, ENOUGH_GPU = 512, 4096
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,11 @@ def plan_shared(
     """Places in ``pairs``, as the micro-batches in which they cost least.
 
     Pairs in the order of their prefixes' lengths join the micro-batch before them where that is
-    cheaper than one of their own, up to ``batch_size`` pairs and ``max_tokens`` positions. A pair
-    that has more positions than that runs alone.
+    cheaper than one of their own, up to ``batch_size`` pairs and ``max_tokens`` positions, and no
+    further than keeps the device busy. A pair that has more positions than that runs alone.
     """
+    enough = on_device(ENOUGH_CPU, ENOUGH_GPU)
+    most = enough if max_tokens is None else min(enough, max_tokens)
     shared = [shared_length(pair) for pair in pairs]
     order = sorted(range(len(pairs)), key=lambda i: (shared[i], pairs[i].length))
     batches: list[list[int]] = []
@@ -101,8 +105,7 @@ def plan_shared(
         if last is not None and len(batches[-1]) < batch_size:
             # In this order, the first of a micro-batch has its shortest prefix.
             joined = cost([pairs[j] for j in (*batches[-1], i)], shared[batches[-1][0]])
-            fits = max_tokens is None or joined.positions <= max_tokens
-            if fits and joined.total <= last.total + alone.total:
+            if joined.positions <= most and joined.total <= last.total + alone.total:
                 batches[-1].append(i)
                 last = joined
                 continue
@@ -126,7 +129,12 @@ class Cost:
 
 def pass_cost() -> int:
     """What a forward pass costs on the default device beside its positions, in positions."""
-    return PASS_COST_CPU if mx.default_device().type == mx.cpu else PASS_COST_GPU
+    return on_device(PASS_COST_CPU, PASS_COST_GPU)
+
+
+def on_device(cpu: int, gpu: int) -> int:
+    """The one of two figures that holds for MLX's default device."""
+    return cpu if mx.default_device().type == mx.cpu else gpu
 
 
 def cost(pairs: Sequence[EncodedPair], length: int) -> Cost:

@@ -98,10 +98,12 @@ def open_source(name: str, split: str | None = None, subset: str | None = None) 
 
 
 def looks_like_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub data set (owner/name, or name)."""
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not name.endswith(SUFFIXES)
 
 
 def number_rows(rows: Iterator[Row]) -> Iterator[Row]:
+    """Rows numbered from 0, in their order in the whole source."""
     for number, row in enumerate(rows):
         yield row._replace(number=number)
 
@@ -153,6 +155,7 @@ def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
+    """The rows of a .jsonl or .jsonl.gz file, line by line."""
     for number, line in jsonl_lines(path):
         try:
             value = without_nulls(json.loads(line.decode("utf-8")))
@@ -176,6 +179,7 @@ def parquet_file(path: Path) -> Iterator[Any]:
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
+    """The rows of a Parquet file, in small groups."""
     number = 0
     with parquet_file(path) as file:
         for batch in file.iter_batches(batch_size=PARQUET_ROWS):
@@ -234,5 +238,6 @@ def without_nulls(value: Any) -> Any:
 
 
 def first_line(error: BaseException) -> str:
+    """An error's message on one line, of 300 characters at most."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "…"

@@ -79,6 +79,7 @@ def encoded_chunks(encoder: Encoder, rows: Iterable[Row], workers: int) -> Itera
 
 
 def encode_chunk(encoder: Encoder, rows: Iterable[Row]) -> list[Outcome]:
+    """Some rows in turn: encoded pairs with their prompts, and what is refused."""
     return [encode_row(encoder, row) for row in rows]
 
 

@@ -91,6 +91,7 @@ def target_keys(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def refuse_unsupported_dora(layers: dict[str, nn.Module]) -> None:
+    """SimPOError if mlx-lm has no DoRA for one of the layers (by path)."""
     for path, layer in layers.items():
         bits = getattr(layer, "bits", 4)
         if isinstance(layer, SwitchLinear | QuantizedSwitchLinear):

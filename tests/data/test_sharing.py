@@ -107,4 +107,7 @@ def test_what_a_pass_costs_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert like_lengths([100, 95, 95, 40]) == [[0], [1, 2], [3]]
     monkeypatch.setattr(sharing, "PASS_COST_CPU", 1000)
     assert like_lengths([100, 95, 40, 99]) == [[0, 3, 1, 2]]
-    assert plan_shared([pair(9, 50, 3), pair(30, 3, 40)], 2) == [[0, 1]]
+    alike = [pair(9, 50, 3), pair(30, 3, 40)]
+    assert plan_shared(alike, 2) == [[0, 1]]
+    monkeypatch.setattr(sharing, "ENOUGH_CPU", 100)  # more would only take more memory
+    assert plan_shared(alike, 2) == [[0], [1]]
