@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=3, help="of 4 pairs, a shape")
     parser.add_argument("--repeats", type=int, default=1, help="counted runs of each batch")
     parser.add_argument("--warm-up", default="each", choices=["each", "first", "none"])
+    parser.add_argument("--alone", action="store_true", help="one library after the other")
     parser.add_argument("--checkpoint", action="store_true", help="gradient checkpointing")
     parser.add_argument("--name", default="all", help="the result's: results/step_NAME.json")
     options = parser.parse_args()
@@ -168,13 +169,15 @@ def main() -> None:
         rate = matmul_rate()
         print(f"{shape}: {rate / 1e9:.0f} GFLOP/s of matrix products", file=sys.stderr, flush=True)
         started = time.perf_counter()
-        workers = {
-            name: Worker(name, options.model, checkpoint=options.checkpoint)
-            for name in options.libraries
-        }
-        runs = list(compare(workers, batches, options.repeats, options.warm_up))
-        for worker in workers.values():
-            worker.close()
+        runs, errors = [], {}
+        # At once, so that they can take turns; or one after the other, as memory has room for one.
+        groups = [[n] for n in options.libraries] if options.alone else [options.libraries]
+        for group in groups:
+            workers = {n: Worker(n, options.model, checkpoint=options.checkpoint) for n in group}
+            runs += compare(workers, batches, options.repeats, options.warm_up)
+            errors |= {n: w.error for n, w in workers.items() if w.error is not None}
+            for worker in workers.values():
+                worker.close()
         record["shapes"][shape] = {
             "batches": [
                 [
@@ -185,7 +188,7 @@ def main() -> None:
             ],
             "matmul_gflops": rate / 1e9,
             "libraries": summary(runs, batches, rate, config),
-            "errors": {name: w.error for name, w in workers.items() if w.error is not None},
+            "errors": errors,
             "runs": [{k: v for k, v in r.items() if k != "note"} for r in runs],
             "seconds": time.perf_counter() - started,
         }

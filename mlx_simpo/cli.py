@@ -170,7 +170,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from .run import evaluate
 
     settings = [f"data.valid={options.data}"]
-    settings += [f"data.valid_split={options.split}"] if options.split else []
+    # A split that a CONFIG.yaml names is that of its own validation pairs.
+    settings += [f"data.valid_split={options.split or 'null'}"]
     results = evaluate(adapter_config(options, *settings), options.adapter)
     result = results.get("adapter", results["base"])
     if options.per_pair:
@@ -207,10 +208,10 @@ def run_inspect(options: argparse.Namespace) -> None:
     found = inspect(config, options.data, options.split)
     if not 0 <= options.pair < len(found.pairs):
         raise SimPOError(f"--pair is {options.pair}; it must be 0 to {len(found.pairs) - 1}")
-    pair = found.pairs[options.pair]
     if options.json:
         print_json(found.summary)
         return
+    pair = found.pairs[options.pair]
     console = plain_console()
     console.print(counts_table(found.summary))
     console.print(lengths_table(found.summary))

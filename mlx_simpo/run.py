@@ -89,7 +89,7 @@ def train(config: SimPOConfig, report: Report | None = None) -> TrainResult:
     folder = RunFolder(config.output, config.to_yaml(), session.left_out)
     try:
         result = run_steps(session, folder)
-    except BaseException:
+    except BaseException:  # Ctrl-C too
         folder.discard_if_empty()
         raise
     if result.before and result.after:
@@ -130,14 +130,15 @@ def run_steps(session: Session, folder: RunFolder) -> TrainResult:
             if last is None:
                 raise
             interrupted = True
-            session.report.warn(f"interrupted; the adapter of step {last.step} is saved")
-        except BaseException:
+        except BaseException:  # whatever ends the run, what it has learned is kept
             if last is not None:
                 session.save(folder.path)
                 session.report.warn(f"the adapter of step {last.step} is saved in {folder.path}")
             raise
     assert last is not None
     session.save(folder.path)
+    if interrupted:
+        session.report.warn(f"interrupted; the adapter of step {last.step} is saved")
     after = None
     try:
         after = None if interrupted else evaluated(last.step, "After")

@@ -137,7 +137,7 @@ def undone_on_error(model: nn.Module, seed: int) -> Iterator[None]:
     before = tree_map(lambda leaf: leaf, model.state)
     try:
         yield
-    except BaseException:
+    except BaseException:  # Ctrl-C too
         put_back(model.state, before)
         mx.random.seed(seed)
         raise

@@ -134,6 +134,19 @@ def test_evaluate_writes_a_line_a_pair_in_input_order(
         assert record["margin"] == pytest.approx(margin, abs=1e-4)
 
 
+def test_evaluate_with_a_settings_file_takes_its_own_data(
+    capsys: Capture, model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    """The file's validation split is not the --data's."""
+    settings = tmp_path / "recipe.yaml"
+    data = "{train: x, valid: elsewhere, valid_split: test}"
+    settings.write_text(f"model: {model_folder}\ndata: {data}\nobjective: {{beta: 4}}\n")
+    ran = command(capsys, "evaluate", "--data", str(pairs_file), "--json", str(settings))
+    assert ran.status == 0, ran.err
+    assert ran.json["pairs"] == 12
+    assert ran.json["rewards/chosen"] == pytest.approx(4 * ran.json["logps/chosen"], rel=1e-5)
+
+
 def test_evaluate_takes_one_split_of_a_folder(
     capsys: Capture, model_folder: Path, tmp_path: Path
 ) -> None:

@@ -2,9 +2,11 @@
 architecture that it is offered for, and the defects it could have, planted."""
 
 import io
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import float64
@@ -19,23 +21,27 @@ from mlx_lm.tuner.lora import LoRALinear
 from tiny import tiny_model
 
 from mlx_simpo import (
+    DataConfig,
     LoRAConfig,
     ObjectiveConfig,
     SimPOConfig,
     TrainConfig,
     evaluate_pairs,
+    load_pairs,
     logps,
     train_steps,
 )
-from mlx_simpo.data.encode import EncodedPair, Scored
+from mlx_simpo.data.encode import EncodedPair, Encoder, Scored, encode_pairs
 from mlx_simpo.engine import REFERENCE, SHARED_PREFIX, Engine, choose_engine
 from mlx_simpo.logps import row_logps
 from mlx_simpo.model import prefix
 from mlx_simpo.model.checkpointing import gradient_checkpointing
 from mlx_simpo.model.head import head_is_frozen
+from mlx_simpo.model.loading import load_model
 from mlx_simpo.model.lora import attach_lora
 from mlx_simpo.step import GradientFunction, make_step, step_gradients
 
+EXAMPLES = Path(__file__).parents[1] / "examples" / "train.jsonl"
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -152,6 +158,20 @@ def test_slopes_are_those_of_the_loss_in_float64() -> None:
         place = np.unravel_index(np.abs(g).argmax(), g.shape)
         slope = float64.finite_difference(exact, weights, name, place)
         assert g[place] == pytest.approx(slope, rel=1e-4, abs=1e-5 * steepest), name
+
+
+@pytest.mark.parametrize("checkpointing", [nullcontext, gradient_checkpointing])
+def test_real_pairs_on_a_real_model(smollm2_folder: Path, checkpointing: Callable) -> None:
+    """Two of the examples, or of a file of yours: PARITY_PAIRS=some.jsonl."""
+    model, tokenizer, *_ = load_model(str(smollm2_folder))
+    data = os.environ.get("PARITY_PAIRS", str(EXAMPLES))
+    pairs, _ = encode_pairs(Encoder(tokenizer, DataConfig()), load_pairs(data).pairs[:2])
+    model = with_lora(model)
+    expected = run(model, REFERENCE, pairs)
+    with checkpointing(model):
+        found = run(model, SHARED_PREFIX, pairs)
+    np.testing.assert_allclose(found["logps"], expected["logps"], atol=1e-5)
+    assert greatest_difference(found, expected) < 1e-4
 
 
 SIZE = st.integers(1, 50)
