@@ -132,7 +132,7 @@ def test_schedules(smollm2_folder: Path) -> None:
     """The rate of every step against transformers' own schedules."""
     import transformers
 
-    from mlx_simpo.trainer import learning_rate_schedule
+    from mlx_simpo.optimizer import learning_rate_schedule
 
     makers: dict[str, Any] = {
         "cosine": transformers.get_cosine_schedule_with_warmup,
