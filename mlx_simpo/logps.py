@@ -59,9 +59,11 @@ def token_logps(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array
     """
     greatest = logits.max(axis=-1, keepdims=True)
     exponentials = _exponentials(logits, greatest)
-    block = math.gcd(logits.shape[-1], BLOCK)
-    # Two short sums are more exact than one long one.
-    sums = exponentials.reshape(logits.shape[0], block, -1).sum(axis=1).sum(axis=1)
+    # Short sums are more exact than one long one; what is left of an odd size is one as well.
+    rows, size = logits.shape
+    whole = size - size % BLOCK
+    blocks = exponentials[:, :whole].reshape(rows, BLOCK, whole // BLOCK)
+    sums = blocks.sum(axis=1).sum(axis=1) + exponentials[:, whole:].sum(axis=1)
     picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
     return (picked - greatest).squeeze(-1) - mx.log(sums), exponentials, sums
 

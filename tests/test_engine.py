@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.lora import LoRALinear
 from tiny import tiny_model
+from tiny import token_pair as pair
 
 from mlx_simpo import (
     DataConfig,
@@ -31,7 +32,7 @@ from mlx_simpo import (
     logps,
     train_steps,
 )
-from mlx_simpo.data.encode import EncodedPair, Encoder, Scored, encode_pairs
+from mlx_simpo.data.encode import EncodedPair, Encoder, encode_pairs
 from mlx_simpo.engine import REFERENCE, SHARED_PREFIX, Engine, choose_engine
 from mlx_simpo.logps import row_logps
 from mlx_simpo.model import prefix
@@ -67,17 +68,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25, "layer_norm_eps": 1e-5},
     "smollm3": {},
 }
-
-
-def pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> EncodedPair:
-    rng = np.random.default_rng([prompt, chosen, rejected, seed])
-    before = rng.integers(1, 512, prompt)
-    sides = (
-        Scored(np.concatenate([before, rng.integers(1, 512, n)]).astype(np.int32), prompt)
-        for n in (chosen, rejected)
-    )
-    return EncodedPair(*sides)
-
 
 PAIRS = [pair(40, 20, 7), pair(35, 3, 60), pair(70, 11, 12)]
 

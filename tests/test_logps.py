@@ -10,7 +10,7 @@ from tiny import tiny_model
 from mlx_simpo import logps
 from mlx_simpo.data.batching import stack
 from mlx_simpo.data.encode import EncodedPair, Scored
-from mlx_simpo.logps import average_logps, logsumexp
+from mlx_simpo.logps import average_logps, logsumexp, token_logps
 
 MODEL = tiny_model()
 
@@ -108,6 +108,34 @@ def test_logsumexp_and_its_gradient(vocabulary: int) -> None:
     np.testing.assert_allclose(each, expected, rtol=3e-7, atol=3e-6)
     assert found.item() == pytest.approx(expected.sum(), rel=1e-6)
     np.testing.assert_allclose(np.array(gradient), np.exp(wide - expected[:, None]), atol=5e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 255, 256, 257, 1000, 49152, 50257])
+def test_token_logps_and_their_gradient(vocabulary: int) -> None:
+    """What the shared engine makes of its logits: value and slope against float64."""
+    rng = np.random.default_rng(vocabulary)
+    values = (3 * rng.normal(size=(40, vocabulary))).astype(np.float32)
+    values[1] += 1e4
+    targets = rng.integers(0, vocabulary, 40)
+    targets[0], targets[3] = 0, vocabulary - 1
+    if vocabulary > 2:
+        values[2, ::2], targets[2] = -np.inf, 1
+    slopes = rng.normal(size=40).astype(np.float32)
+    wide = values.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    expected = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    each = np.arange(40)
+    one_hot = np.zeros_like(wide)
+    one_hot[each, targets] = 1
+
+    def weighted(logits: mx.array) -> mx.array:
+        return (token_logps(logits, mx.array(targets))[0] * mx.array(slopes)).sum()  # type: ignore
+
+    found = np.array(token_logps(mx.array(values), mx.array(targets))[0])  # type: ignore[index]
+    gradient = np.array(mx.grad(weighted)(mx.array(values)))
+    np.testing.assert_allclose(found, expected[each, targets], rtol=3e-7, atol=3e-6)
+    exact = slopes[:, None] * (one_hot - np.exp(expected))
+    np.testing.assert_allclose(gradient, exact, atol=5e-6)
 
 
 def test_bfloat16_logits_are_reduced_in_float32() -> None:

@@ -7,11 +7,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from mlx_simpo.data.encode import EncodedPair, Scored
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
@@ -118,6 +121,17 @@ def tiny_folder(folder: Path, seed: int = 0, template: str | None = CHATML) -> P
 def write_jsonl(path: Path, rows: list) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def token_pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> EncodedPair:
+    """Answers of so many random tokens behind the same prompt; no token is 0."""
+    rng = np.random.default_rng([prompt, chosen, rejected, seed])
+    before = rng.integers(1, 500, prompt)
+    sides = (
+        Scored(np.concatenate([before, rng.integers(1, 500, n)]).astype(np.int32), prompt)
+        for n in (chosen, rejected)
+    )
+    return EncodedPair(*sides)
 
 
 def system(content: Any) -> dict[str, Any]:

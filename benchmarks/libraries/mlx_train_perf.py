@@ -14,26 +14,20 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from adapter_base import Pair, lora_model
 
 REQUIRES = ("mlx-train-perf==0.9.1",)
-Pair = dict[str, Any]
 
 
 def prepare(spec: dict[str, Any]) -> Callable[[list[Pair]], dict[str, Any]]:
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
-    from mlx_lm import load
     from mlx_lm.tuner.trainer import grad_checkpoint
-    from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_train_perf import linear_cross_entropy
     from mlx_train_perf.adapters.mlx_lm import split_model
 
-    model, _ = load(spec["model"])
-    mx.random.seed(spec["seed"])
-    model.freeze()
-    lora = {"rank": spec["rank"], "scale": spec["scale"], "dropout": 0.0}
-    linear_to_lora_layers(model, len(model.layers), lora)
+    model = lora_model(spec)
     if spec["checkpoint"]:
         grad_checkpoint(model.layers[0])
     model.train()

@@ -15,24 +15,19 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from adapter_base import Pair, lora_model
+
 os.environ["UNSLOTH_ZOO_DISABLE_GPU_INIT"] = "1"
 REQUIRES = ("unsloth_zoo==2026.10.9",)
-Pair = dict[str, Any]
 
 
 def prepare(spec: dict[str, Any]) -> Callable[[list[Pair]], dict[str, Any]]:
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
-    from mlx_lm import load
-    from mlx_lm.tuner.utils import linear_to_lora_layers
     from unsloth_zoo.mlx import preference, trainer, utils
 
-    model, _ = load(spec["model"])
-    mx.random.seed(spec["seed"])
-    model.freeze()
-    lora = {"rank": spec["rank"], "scale": spec["scale"], "dropout": 0.0}
-    linear_to_lora_layers(model, len(model.layers), lora)
+    model = lora_model(spec)
     if spec["checkpoint"]:
         utils.apply_gradient_checkpointing(model)
     utils.acquire_mlx_training_patches()

@@ -5,22 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import token_pair as pair
 
 from mlx_simpo.data import sharing
 from mlx_simpo.data.encode import EncodedPair, Scored
 from mlx_simpo.data.sharing import like_lengths, pass_cost, plan_shared, share, shared_length
-
-
-def pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> EncodedPair:
-    """Answers of so many random tokens behind the same prompt; no token is 0."""
-    rng = np.random.default_rng([prompt, chosen, rejected, seed])
-    before = rng.integers(1, 500, prompt)
-    sides = (
-        Scored(np.concatenate([before, rng.integers(1, 500, n)]).astype(np.int32), prompt)
-        for n in (chosen, rejected)
-    )
-    return EncodedPair(*sides)
-
 
 SIZE = st.integers(1, 60)
 PAIRS = st.lists(st.builds(pair, SIZE, SIZE, SIZE), min_size=1, max_size=9)
