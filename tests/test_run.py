@@ -20,7 +20,15 @@ from commands import (
 )
 from mlx.utils import tree_flatten
 from mlx_lm.models.llama import MLP
-from tiny import CHATML, some_pairs, tiny_config, tiny_model, tiny_tokenizer, write_jsonl
+from tiny import (
+    CHATML,
+    some_pairs,
+    split_pairs,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+    write_jsonl,
+)
 
 from mlx_simpo import (
     DataConfig,
@@ -39,7 +47,6 @@ from mlx_simpo import (
 )
 from mlx_simpo import session as session_module
 from mlx_simpo.data.encode import Encoder, encode_pairs
-from mlx_simpo.data.pairs import split_pairs
 from mlx_simpo.trainer import train_steps
 
 STEPS = 4

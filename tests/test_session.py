@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from commands import arrays, assert_same_arrays, small_run, written_report
 from mlx.utils import tree_flatten
-from tiny import CHATML, some_pairs, tiny_folder, tiny_tokenizer, write_jsonl
+from tiny import CHATML, some_pairs, split_pairs, tiny_folder, tiny_tokenizer, write_jsonl
 
 from mlx_simpo import (
     DataConfig,
@@ -24,7 +24,6 @@ from mlx_simpo import (
 )
 from mlx_simpo import session as session_module
 from mlx_simpo.data.encode import Encoder
-from mlx_simpo.data.pairs import split_pairs
 from mlx_simpo.session import read_pairs
 
 TOKENS = mx.random.randint(0, 500, (2, 16), key=mx.random.key(3))

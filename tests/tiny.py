@@ -2,6 +2,7 @@
 in everything that the package looks at."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from mlx_simpo.data.encode import EncodedPair, Scored
+from mlx_simpo.data.pairs import held_out, prompt_text
+from mlx_simpo.data.records import Pair
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
@@ -132,6 +135,13 @@ def token_pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> Encode
         for n in (chosen, rejected)
     )
     return EncodedPair(*sides)
+
+
+def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list, list]:
+    """(training pairs, held-out pairs) as `held_out` divides them, each in the data's order."""
+    held = held_out((prompt_text(pair).encode() for pair in pairs), fraction, seed)
+    ordered = sorted(zip(held, pairs, strict=True), key=lambda both: both[1].index)
+    return [p for is_held, p in ordered if not is_held], [p for is_held, p in ordered if is_held]
 
 
 def system(content: Any) -> dict[str, Any]:

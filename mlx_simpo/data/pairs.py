@@ -93,14 +93,6 @@ def load_pairs(
     return found
 
 
-def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list, list]:
-    """Hold out the given share of prompts: (training pairs, held-out pairs); see `held_out`."""
-    held = held_out((prompt_text(pair).encode() for pair in pairs), fraction, seed)
-    train = [pair for pair, is_held in zip(pairs, held, strict=True) if not is_held]
-    valid = [pair for pair, is_held in zip(pairs, held, strict=True) if is_held]
-    return sorted(train, key=lambda p: p.index), sorted(valid, key=lambda p: p.index)
-
-
 def prompt_text(pair: Pair) -> str:
     """The prompt as JSON in ASCII, the same for text and for one user turn with that text."""
     asked = as_messages(pair.prompt, "user")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import assistant, some_pairs, user, write_jsonl
+from tiny import assistant, some_pairs, split_pairs, user, write_jsonl
 
 from mlx_simpo import SimPOError
 from mlx_simpo.data.pairs import (
@@ -23,7 +23,6 @@ from mlx_simpo.data.pairs import (
     held_out,
     load_pairs,
     prompt_text,
-    split_pairs,
 )
 from mlx_simpo.data.records import Pair, as_messages
 
