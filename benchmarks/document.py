@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "engine.md"
+IMAGES = ROOT / "docs" / "img"
 RESULTS = ROOT / "benchmarks" / "results"
 SHAPE_NAMES = {
     "natural": "data as they are",
@@ -54,7 +55,7 @@ def step_table(found: dict[str, Any]) -> str:
 
 def steps() -> dict[str, str]:
     blocks = {}
-    for name in ("natural", "long_prompts", "very_long", "all"):
+    for name in ("natural", "long_prompts", "short_prompts", "balanced", "all"):
         record = load(f"step_{name}")
         if record is None:
             continue
@@ -92,7 +93,7 @@ def plot_steps() -> None:
         axis.invert_yaxis() if axis is axes[0] else None
     figure.supxlabel("pairs a second, of the compiled stacked step", fontsize=10)
     figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "img" / "step.svg", metadata={"Date": None})
+    figure.savefig(IMAGES / "step.svg", metadata={"Date": None})
 
 
 def memory() -> dict[str, str]:
@@ -102,7 +103,10 @@ def memory() -> dict[str, str]:
         return {}
     figure, axis = plt.subplots(figsize=(5.5, 3.6))
     lengths = sorted({int(n) for found in record["lengths"].values() for n in found})
-    lines = ["| tokens | " + " | ".join(record["lengths"]) + " |", "|---|" + "---|" * 2]
+    lines = [
+        "| tokens | " + " | ".join(record["lengths"]) + " |",
+        "|---|" + "---|" * len(record["lengths"]),
+    ]
     for name, found in record["lengths"].items():
         axis.plot(
             [int(n) for n in found],
@@ -119,7 +123,7 @@ def memory() -> dict[str, str]:
     axis.set_ylim(0)
     axis.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "img" / "memory.svg", metadata={"Date": None})
+    figure.savefig(IMAGES / "memory.svg", metadata={"Date": None})
     return {"memory": "\n".join(lines)}
 
 
@@ -154,6 +158,7 @@ def overhead() -> dict[str, str]:
 
 
 def main() -> None:
+    IMAGES.mkdir(exist_ok=True)
     page = PAGE.read_text(encoding="utf-8")
     for name, text in {**steps(), **memory(), **overhead()}.items():
         block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"

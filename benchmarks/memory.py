@@ -3,8 +3,8 @@
     python benchmarks/memory.py --model FOLDER [--layers 4]
 
 One pair, half of it prompt, at 512 to 8192 tokens a sequence, each in a process of its own; for
-comparison the compiled stacked step (libraries/stacked.py) with mlx-lm's checkpointing, as far as
-it fits. Fewer blocks than the model has, because a CPU takes minutes for attention at 8192; what
+comparison the compiled stacked step (libraries/stacked.py) and unsloth_zoo, both with
+checkpointing too, as far as they fit. Fewer blocks than the model has, because a CPU takes minutes for attention at 8192; what
 grows with the square of the length does so in every block alike.
 """
 
@@ -19,7 +19,7 @@ from provenance import provenance, write_result
 from step import Worker
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
-LONGEST = {"mlx_simpo": 8192, "stacked, compiled": 2048}
+LONGEST = {"mlx_simpo": 8192, "stacked, compiled": 4096, "unsloth_zoo": 8192}
 
 
 def shallow(model: str, layers: int, folder: Path) -> str:

@@ -35,7 +35,7 @@ from mlx_simpo import (
 from mlx_simpo.data.encode import EncodedPair, Encoder, encode_pairs
 from mlx_simpo.engine import REFERENCE, SHARED_PREFIX, Engine, choose_engine
 from mlx_simpo.logps import row_logps
-from mlx_simpo.model import prefix
+from mlx_simpo.model import attention, prefix
 from mlx_simpo.model.checkpointing import gradient_checkpointing
 from mlx_simpo.model.head import head_is_frozen
 from mlx_simpo.model.loading import load_model
@@ -93,9 +93,10 @@ def run(model: nn.Module, engine: Engine, pairs: Sequence[EncodedPair]) -> dict[
 
 
 def greatest_difference(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
-    """Relative to the largest entry of each array (or, where that is nearly nothing, of all)."""
+    """Relative to the largest entry of each array; where that is nearly nothing (the gradient of a
+    softmax over one key is 0), to a thousandth of the largest of all: 1e-4 is then its float32."""
     assert one.keys() == two.keys()
-    least = 1e-4 * max(np.abs(value).max() for value in two.values())
+    least = 1e-3 * max(np.abs(value).max() for value in two.values())
     return max(float(np.abs(one[k] - two[k]).max() / max(np.abs(two[k]).max(), least)) for k in two)
 
 
@@ -249,27 +250,19 @@ def test_products_of_the_head() -> None:
     assert products(slope(trained_head("dense"))) == 3
 
 
-@pytest.mark.parametrize("size", [1, 7, 40])
+@pytest.mark.parametrize("kept", [0, attention.KEPT])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_the_size_of_a_segment_changes_nothing(
-    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+def test_the_size_of_attentions_blocks_changes_nothing(
+    name: str, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = with_lora(tiny_model(name, **ARCHITECTURES[name]))
     pairs = [pair(20, 9, 15), pair(25, 11, 3)]
     expected = run(model, REFERENCE, pairs)
-    monkeypatch.setattr(prefix, "SEGMENT", size)
+    for constant, value in {"BLOCK_CPU": 1, "ROWS": 4, "KEPT": kept}.items():
+        monkeypatch.setattr(attention, constant, value)
     for checkpointing in (nullcontext, gradient_checkpointing):
         with checkpointing(model):
             assert greatest_difference(run(model, SHARED_PREFIX, pairs), expected) < 1e-4
-
-
-@given(st.integers(1, 3000), st.integers(1, 500))
-def test_segments_are_even_and_few(length: int, size: int) -> None:
-    edges = [0, *prefix.cuts(length, size), length]
-    parts = np.diff(edges)
-    assert parts.sum() == length
-    assert len(parts) == -(-length // size)
-    assert 0 < parts.min() <= parts.max() <= min(size, parts.min() + 1)
 
 
 def test_the_size_of_a_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,21 +3,18 @@
 mlx-lm's models read keys and values through a cache object. A `Layer` puts those it was given in
 front and remembers the whole; what it holds are ordinary arrays of the graph, and no two passes
 share a `Layer`.
-
-Long sequences run in segments, each on top of those before it: attention's scores are then at most
-SEGMENT × length at a time and memory grows with the length, not with its square. (MLX's attention
-has a fused forward pass on GPUs only and a fused gradient nowhere: else all scores are made.)
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-SEGMENT = 512
+from .attention import attention
 
 
 class Layer:
@@ -58,9 +55,10 @@ class Layer:
 
 def run_prefix(model: nn.Module, tokens: mx.array) -> list[Layer]:
     """Keys and values of a prefix, tokens [B, P]; P may be 0."""
+    use_attention(model)
     layers = [Layer() for _ in range(cache_layers(model))]
     if tokens.shape[1]:
-        run_segments(model, tokens, layers)
+        model.model(tokens, cache=layers)  # type: ignore[operator]
     return layers
 
 
@@ -69,20 +67,37 @@ def run_continuations(
 ) -> mx.array:
     """Hidden rows [n, T, D] of tokens [n, T] that follow the prefixes ``owner`` [n]."""
     layers = [Layer(*(array[owner] for array in layer.arrays())) for layer in prefix]
-    return run_segments(model, tokens, layers)
+    return model.model(tokens, cache=layers)  # type: ignore[operator]
 
 
-def run_segments(model: nn.Module, tokens: mx.array, layers: list[Layer]) -> mx.array:
-    """Hidden rows [n, T, D] of tokens [n, T] behind what ``layers`` hold, which then hold them."""
-    segments = mx.split(tokens, cuts(tokens.shape[1], SEGMENT), axis=1)
-    hidden = [model.model(segment, cache=layers) for segment in segments]  # type: ignore[operator]
-    return hidden[0] if len(hidden) == 1 else mx.concatenate(hidden, axis=1)
+def use_attention(model: nn.Module) -> None:
+    """Let ``model``'s blocks take `attention` where they run on a `Layer`.
+
+    mlx-lm's model files import one function by name and hand it the cache; in the files of this
+    model's blocks, the name leads to `_attention` from now on. Models that form their scores
+    themselves (Gemma 2's softcap) go on doing so.
+    """
+    for file in {type(module).__module__ for module in model.layers[0].modules()}:  # type: ignore
+        names = vars(sys.modules[file])
+        if names.get("scaled_dot_product_attention") is scaled_dot_product_attention:
+            names["scaled_dot_product_attention"] = _attention
 
 
-def cuts(length: int, size: int) -> list[int]:
-    """Where to cut a length into the fewest parts of at most ``size``, as even as can be."""
-    parts = -(-length // size)
-    return [length * part // parts for part in range(1, parts)]
+def _attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """`attention` on a `Layer`; mlx-lm's own with any other cache, with sinks, and with a mask that
+    is more than booleans [T, S] (one that is added may have a gradient)."""
+    plain = mask is None or isinstance(mask, str) or (mask.dtype == mx.bool_ and mask.ndim == 2)
+    if isinstance(cache, Layer) and sinks is None and plain:
+        return attention(queries, keys, values, scale, mask)
+    return scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)  # type: ignore
 
 
 def cache_layers(model: nn.Module) -> int:
