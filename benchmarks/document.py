@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "engine.md"
 IMAGES = ROOT / "docs" / "img"
 RESULTS = ROOT / "benchmarks" / "results"
+QUICKEST = ("natural", "long_prompts", "short_balanced")  # comparisons of the quickest libraries
 SHAPE_NAMES = {
     "natural": "data as they are",
     "long_prompts": "long prompts, short answers",
@@ -55,7 +56,7 @@ def step_table(found: dict[str, Any]) -> str:
 
 def steps() -> dict[str, str]:
     blocks = {}
-    for name in ("natural", "long_prompts", "short_prompts", "balanced", "all"):
+    for name in (*QUICKEST, "all"):
         record = load(f"step_{name}")
         if record is None:
             continue
@@ -73,25 +74,23 @@ def steps() -> dict[str, str]:
 
 
 def plot_steps() -> None:
-    """Speed and memory of every library in the widest comparison."""
-    record = load("step_all")
-    if record is None:
-        return
-    shapes = record["shapes"]
-    names = list(dict.fromkeys(r["library"] for s in shapes.values() for r in s["libraries"]))
-    figure, axes = plt.subplots(1, len(shapes), figsize=(3.2 * len(shapes), 4), sharey=True)
+    """Speed of the quickest libraries, shape by shape."""
+    records = filter(None, (load(f"step_{name}") for name in QUICKEST))
+    shapes = {name: found for record in records for name, found in record["shapes"].items()}
+    figure, axes = plt.subplots(1, len(shapes), figsize=(2.7 * len(shapes), 2.2), sharey=True)
     for axis, (shape, found) in zip(axes, shapes.items(), strict=True):
         ratio = {r["library"]: r["speed_ratio"] for r in found["libraries"]}
-        colours = ["#c2410c" if name.startswith("mlx_simpo") else "#94a3b8" for name in names]
-        values = [ratio.get(name, 0) for name in names]
-        axis.barh(names, values, color=colours)
-        for place, value in enumerate(values):
-            axis.text(value, place, f" {value:.2f}", va="center", fontsize=8)
-        axis.set_title(SHAPE_NAMES[shape], fontsize=10)
+        names = sorted(ratio, key=lambda name: ("mlx_simpo" not in name, name))
+        colours = ["#c2410c" if name == "mlx_simpo" else "#94a3b8" for name in names]
+        axis.barh(names, [ratio[name] for name in names], color=colours)
+        for place, name in enumerate(names):
+            axis.text(ratio[name], place, f" {ratio[name]:.2f}", va="center", fontsize=8)
+        axis.set_title(SHAPE_NAMES[shape], fontsize=9)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_xlim(0, max(values) * 1.2)
-        axis.invert_yaxis() if axis is axes[0] else None
-    figure.supxlabel("pairs a second, of the compiled stacked step", fontsize=10)
+        axis.set_xlim(0, max(ratio.values()) * 1.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.supxlabel("pairs a second, of the compiled stacked step", fontsize=9)
     figure.tight_layout()
     figure.savefig(IMAGES / "step.svg", metadata={"Date": None})
 
