@@ -4,8 +4,8 @@
 
 One pair, half of it prompt, at 512 to 8192 tokens a sequence, each in a process of its own; for
 comparison the compiled stacked step (libraries/stacked.py) and unsloth_zoo, both with
-checkpointing too, as far as they fit. Fewer blocks than the model has, because a CPU takes minutes for attention at 8192; what
-grows with the square of the length does so in every block alike.
+checkpointing too, as far as they fit. Fewer blocks than the model has, because a CPU takes minutes
+for attention at 8192; what grows with the square of the length does so in every block alike.
 """
 
 import argparse
