@@ -1,0 +1,483 @@
+// The part of Metal's <metal_stdlib> that kernels here use, as C++17 for g++ on x86-64.
+//
+// It includes no mathematical header: ::exp or ::abs would join the overloads below and accept
+// calls that are ambiguous in Metal. What is not here does not compile, which is a report too.
+#pragma once
+#include <type_traits>
+
+#include "host.h"
+
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef unsigned long ulong;
+typedef _Float16 half;
+
+// Functions that meet other lanes read what belongs to the runtime: no checks within.
+#define MSL_UNCHECKED __attribute__((noinline, no_sanitize("thread"), no_sanitize("undefined")))
+#define METAL_FUNC inline __attribute__((always_inline))
+
+#undef INFINITY
+#undef NAN
+#define INFINITY (__builtin_inff())
+#define NAN (__builtin_nanf(""))
+#define MAXFLOAT 3.40282347e+38f
+#define FLT_MAX MAXFLOAT
+#define FLT_MIN 1.17549435e-38f
+#define FLT_EPSILON 1.1920929e-07f
+#define HALF_MAX ((half)65504.0f)
+#define M_E_F 2.71828183f
+#define M_PI_F 3.14159265f
+#define M_LN2_F 0.693147181f
+#define M_LOG2E_F 1.44269504f
+
+// --- bfloat: to float by itself, from float only where it is asked for, as in Metal ---------
+
+template <class T>
+using msl_if_integer = std::enable_if_t<std::is_integral<T>::value>;
+
+struct bfloat {
+  uint16_t bits;
+
+  bfloat() = default;
+  explicit constexpr bfloat(float value) : bits(rounded(value)) {}
+  explicit constexpr bfloat(double value) : bits(rounded(float(value))) {}
+  explicit constexpr bfloat(half value) : bits(rounded(float(value))) {}
+  template <class T, class = msl_if_integer<T>>
+  constexpr bfloat(T value) : bits(rounded(float(value))) {}
+
+  constexpr operator float() const { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
+  constexpr bfloat operator-() const { return bfloat(-float(*this)); }
+
+  // To the nearest, ties to even; NaN stays NaN.
+  static constexpr uint16_t rounded(float value) {
+    uint32_t word = __builtin_bit_cast(uint32_t, value);
+    if ((word & 0x7fffffffu) > 0x7f800000u) return uint16_t((word >> 16) | 0x40u);
+    return uint16_t((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+  }
+};
+
+#define MSL_BFLOAT_OPERATOR(op)                                    \
+  constexpr bfloat operator op(bfloat a, bfloat b) {               \
+    return bfloat(float(a) op float(b));                           \
+  }                                                                \
+  template <class T, class = msl_if_integer<T>>                    \
+  constexpr bfloat operator op(bfloat a, T b) {                    \
+    return a op bfloat(b);                                         \
+  }                                                                \
+  template <class T, class = msl_if_integer<T>>                    \
+  constexpr bfloat operator op(T a, bfloat b) {                    \
+    return bfloat(a) op b;                                         \
+  }                                                                \
+  constexpr bfloat& operator op##=(bfloat& a, bfloat b) { return a = a op b; }
+MSL_BFLOAT_OPERATOR(+)
+MSL_BFLOAT_OPERATOR(-)
+MSL_BFLOAT_OPERATOR(*)
+MSL_BFLOAT_OPERATOR(/)
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wliteral-suffix"
+constexpr half operator""h(long double value) { return half(value); }
+constexpr bfloat operator""bf(long double value) { return bfloat(float(value)); }
+#pragma GCC diagnostic pop
+
+// The names that MLX gives to its element types.
+typedef half float16_t;
+typedef bfloat bfloat16_t;
+
+namespace metal {
+
+using std::conditional_t;
+using std::enable_if_t;
+using std::is_integral_v;
+using std::is_same_v;
+template <class T>
+constexpr bool is_floating_point_v =
+    is_same_v<T, float> || is_same_v<T, half> || is_same_v<T, bfloat>;
+
+template <class T>
+struct numeric_limits;
+#define MSL_FLOAT_LIMITS(T, greatest, step)                              \
+  template <>                                                            \
+  struct numeric_limits<T> {                                             \
+    static constexpr T max() { return T(greatest); }                     \
+    static constexpr T lowest() { return T(-greatest); }                 \
+    static constexpr T infinity() { return T(INFINITY); }                \
+    static constexpr T quiet_NaN() { return T(NAN); }                    \
+    static constexpr T epsilon() { return T(step); }                     \
+  };
+MSL_FLOAT_LIMITS(float, 3.40282347e+38f, 1.1920929e-07f)
+MSL_FLOAT_LIMITS(half, 65504.0f, 9.765625e-4f)
+MSL_FLOAT_LIMITS(bfloat, 3.38953139e+38f, 7.8125e-3f)
+#define MSL_INTEGER_LIMITS(T, least, greatest)        \
+  template <>                                         \
+  struct numeric_limits<T> {                          \
+    static constexpr T min() { return least; }        \
+    static constexpr T lowest() { return least; }     \
+    static constexpr T max() { return greatest; }     \
+  };
+MSL_INTEGER_LIMITS(uchar, 0, 255)
+MSL_INTEGER_LIMITS(int, -__INT_MAX__ - 1, __INT_MAX__)
+MSL_INTEGER_LIMITS(uint, 0, ~0u)
+MSL_INTEGER_LIMITS(long, -__LONG_MAX__ - 1, __LONG_MAX__)
+MSL_INTEGER_LIMITS(ulong, 0, ~0ul)
+
+// --- vectors --------------------------------------------------------------------------------
+
+template <class T, int N>
+struct vec_items;
+template <class T>
+struct vec_items<T, 2> {
+  union {
+    T items[2];
+    struct { T x, y; };
+  };
+};
+template <class T>
+struct vec_items<T, 3> {
+  union {
+    T items[3];
+    struct { T x, y, z; };
+  };
+};
+template <class T>
+struct vec_items<T, 4> {
+  union {
+    T items[4];
+    struct { T x, y, z, w; };
+  };
+};
+
+template <class T, int N>
+struct alignas(sizeof(T) * (N == 3 ? 4 : N)) vec : vec_items<T, N> {
+  using vec_items<T, N>::items;
+
+  vec() = default;
+  constexpr vec(T all) : vec_items<T, N>{} {
+    for (int i = 0; i < N; i++) items[i] = all;
+  }
+  template <class... Items, class = enable_if_t<sizeof...(Items) == N>>
+  constexpr vec(Items... each) : vec_items<T, N>{{{static_cast<T>(each)...}}} {}
+  template <class From>
+  explicit constexpr vec(const vec<From, N>& other) : vec_items<T, N>{} {
+    for (int i = 0; i < N; i++) items[i] = static_cast<T>(other[i]);
+  }
+
+  constexpr T& operator[](int i) { return items[i]; }
+  constexpr const T& operator[](int i) const { return items[i]; }
+};
+
+template <class T>
+struct msl_same {
+  using type = T;
+};
+// The type of a vector's elements, from which no template argument is deduced: a number of another
+// type beside the vector is converted.
+template <class T>
+using msl_item = typename msl_same<T>::type;
+
+#define MSL_VECTOR_OPERATOR(op, Result)                                                       \
+  template <class T, int N>                                                                   \
+  constexpr vec<Result, N> operator op(const vec<T, N>& a, const vec<T, N>& b) {              \
+    vec<Result, N> result{};                                                                  \
+    for (int i = 0; i < N; i++) result[i] = static_cast<Result>(a[i] op b[i]);                \
+    return result;                                                                            \
+  }                                                                                           \
+  template <class T, int N>                                                                   \
+  constexpr vec<Result, N> operator op(const vec<T, N>& a, msl_item<T> b) {                   \
+    return a op vec<T, N>(b);                                                                 \
+  }                                                                                           \
+  template <class T, int N>                                                                   \
+  constexpr vec<Result, N> operator op(msl_item<T> a, const vec<T, N>& b) {                   \
+    return vec<T, N>(a) op b;                                                                 \
+  }
+#define MSL_VECTOR_ARITHMETIC(op)                            \
+  MSL_VECTOR_OPERATOR(op, T)                                 \
+  template <class T, int N, class Other>                     \
+  constexpr vec<T, N>& operator op##=(vec<T, N>& a, const Other& b) { return a = a op b; }
+MSL_VECTOR_ARITHMETIC(+)
+MSL_VECTOR_ARITHMETIC(-)
+MSL_VECTOR_ARITHMETIC(*)
+MSL_VECTOR_ARITHMETIC(/)
+MSL_VECTOR_OPERATOR(==, bool)
+MSL_VECTOR_OPERATOR(!=, bool)
+MSL_VECTOR_OPERATOR(<, bool)
+MSL_VECTOR_OPERATOR(<=, bool)
+MSL_VECTOR_OPERATOR(>, bool)
+MSL_VECTOR_OPERATOR(>=, bool)
+
+template <class T, int N>
+constexpr vec<T, N> operator-(const vec<T, N>& a) {
+  return vec<T, N>(T(0)) - a;
+}
+template <int N>
+constexpr bool any(const vec<bool, N>& v) {
+  for (int i = 0; i < N; i++)
+    if (v[i]) return true;
+  return false;
+}
+template <int N>
+constexpr bool all(const vec<bool, N>& v) {
+  for (int i = 0; i < N; i++)
+    if (!v[i]) return false;
+  return true;
+}
+template <class T, int N>
+constexpr T dot(const vec<T, N>& a, const vec<T, N>& b) {
+  T sum = a[0] * b[0];
+  for (int i = 1; i < N; i++) sum = sum + a[i] * b[i];
+  return sum;
+}
+
+}  // namespace metal
+
+#define MSL_VECTORS(T)              \
+  using T##2 = metal::vec<T, 2>;    \
+  using T##3 = metal::vec<T, 3>;    \
+  using T##4 = metal::vec<T, 4>;
+MSL_VECTORS(float)
+MSL_VECTORS(half)
+MSL_VECTORS(bfloat)
+MSL_VECTORS(bool)
+MSL_VECTORS(char)
+MSL_VECTORS(uchar)
+MSL_VECTORS(short)
+MSL_VECTORS(ushort)
+MSL_VECTORS(int)
+MSL_VECTORS(uint)
+MSL_VECTORS(long)
+MSL_VECTORS(ulong)
+
+template <class To, class From>
+constexpr To as_type(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "as_type needs types of one size");
+  return __builtin_bit_cast(To, from);
+}
+
+namespace metal {
+using ::as_type;
+
+// --- mathematics: one overload for each type, so that max(float, int) is ambiguous as in Metal 
+
+#define MSL_UNARY(name, expression)                                       \
+  inline float name(float x) { return expression; }                       \
+  inline half name(half narrow) {                                         \
+    float x = float(narrow);                                              \
+    return half(expression);                                              \
+  }                                                                       \
+  inline bfloat name(bfloat narrow) {                                     \
+    float x = float(narrow);                                              \
+    return bfloat(float(expression));                                     \
+  }                                                                       \
+  template <class T, int N>                                               \
+  vec<T, N> name(vec<T, N> v) {                                           \
+    for (int i = 0; i < N; i++) v[i] = name(v[i]);                        \
+    return v;                                                             \
+  }
+#define MSL_BINARY(name, expression)                                      \
+  inline float name(float x, float y) { return expression; }              \
+  inline half name(half a, half b) {                                      \
+    float x = float(a), y = float(b);                                     \
+    return half(expression);                                              \
+  }                                                                       \
+  inline bfloat name(bfloat a, bfloat b) {                                \
+    float x = float(a), y = float(b);                                     \
+    return bfloat(float(expression));                                     \
+  }                                                                       \
+  template <class T, int N>                                               \
+  vec<T, N> name(vec<T, N> v, const vec<T, N>& w) {                       \
+    for (int i = 0; i < N; i++) v[i] = name(v[i], w[i]);                  \
+    return v;                                                             \
+  }
+MSL_UNARY(exp, __builtin_expf(x))
+MSL_UNARY(exp2, __builtin_exp2f(x))
+MSL_UNARY(exp10, __builtin_powf(10.0f, x))
+MSL_UNARY(log, __builtin_logf(x))
+MSL_UNARY(log2, __builtin_log2f(x))
+MSL_UNARY(log10, __builtin_log10f(x))
+MSL_UNARY(sqrt, __builtin_sqrtf(x))
+MSL_UNARY(rsqrt, 1.0f / __builtin_sqrtf(x))
+MSL_UNARY(sin, __builtin_sinf(x))
+MSL_UNARY(cos, __builtin_cosf(x))
+MSL_UNARY(tanh, __builtin_tanhf(x))
+MSL_UNARY(fabs, __builtin_fabsf(x))
+MSL_UNARY(floor, __builtin_floorf(x))
+MSL_UNARY(ceil, __builtin_ceilf(x))
+MSL_UNARY(round, __builtin_roundf(x))
+MSL_UNARY(rint, __builtin_rintf(x))
+MSL_UNARY(trunc, __builtin_truncf(x))
+MSL_UNARY(sign, x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f)
+MSL_UNARY(abs, __builtin_fabsf(x))
+MSL_BINARY(pow, __builtin_powf(x, y))
+MSL_BINARY(fmod, __builtin_fmodf(x, y))
+MSL_BINARY(fmin, __builtin_fminf(x, y))
+MSL_BINARY(fmax, __builtin_fmaxf(x, y))
+MSL_BINARY(min, __builtin_fminf(x, y))
+MSL_BINARY(max, __builtin_fmaxf(x, y))
+MSL_BINARY(copysign, __builtin_copysignf(x, y))
+MSL_BINARY(divide, x / y)
+
+#define MSL_OF_FLOATS(T)                                                              \
+  inline T fma(T a, T b, T c) { return T(__builtin_fmaf(float(a), float(b), float(c))); } \
+  inline T clamp(T x, T least, T most) { return min(max(x, least), most); }           \
+  inline bool isnan(T x) { return __builtin_isnan(float(x)); }                        \
+  inline bool isinf(T x) { return __builtin_isinf(float(x)) != 0; }                   \
+  inline bool isfinite(T x) { return __builtin_isfinite(float(x)); }
+MSL_OF_FLOATS(float)
+MSL_OF_FLOATS(half)
+MSL_OF_FLOATS(bfloat)
+
+#define MSL_OF_INTEGERS(T)                             \
+  inline T min(T a, T b) { return b < a ? b : a; }     \
+  inline T max(T a, T b) { return a < b ? b : a; }     \
+  inline T clamp(T x, T least, T most) { return min(max(x, least), most); }
+MSL_OF_INTEGERS(char)
+MSL_OF_INTEGERS(uchar)
+MSL_OF_INTEGERS(short)
+MSL_OF_INTEGERS(ushort)
+MSL_OF_INTEGERS(int)
+MSL_OF_INTEGERS(uint)
+MSL_OF_INTEGERS(long)
+MSL_OF_INTEGERS(ulong)
+inline int abs(int x) { return x < 0 ? -x : x; }
+inline long abs(long x) { return x < 0 ? -x : x; }
+
+template <class T>
+constexpr T select(T if_false, T if_true, bool condition) {
+  return condition ? if_true : if_false;
+}
+
+// How a GPU's fast and precise variants differ cannot be told here.
+#define MSL_VARIANTS                                                                              \
+  using metal::exp, metal::exp2, metal::exp10, metal::log, metal::log2, metal::log10, metal::sqrt, \
+      metal::rsqrt, metal::sin, metal::cos, metal::tanh, metal::pow, metal::fabs, metal::floor,    \
+      metal::ceil, metal::round, metal::rint, metal::trunc, metal::abs, metal::fmod, metal::fmin,  \
+      metal::fmax, metal::min, metal::max, metal::divide, metal::fma, metal::clamp;
+namespace fast {
+MSL_VARIANTS
+}
+namespace precise {
+MSL_VARIANTS
+}
+
+// --- barriers -------------------------------------------------------------------------------
+
+enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_texture = 4 };
+constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
+
+using metal_host::here;
+using metal_host::Place;
+inline void threadgroup_barrier(mem_flags flags, Place place = here("threadgroup_barrier")) {
+  metal_host::threadgroup_barrier(int(flags), place);
+}
+inline void simdgroup_barrier(mem_flags flags, Place place = here("simdgroup_barrier")) {
+  metal_host::simdgroup_barrier(int(flags), place);
+}
+
+// --- simdgroups -----------------------------------------------------------------------------
+
+METAL_FUNC bool msl_active(const metal_host::Lanes& lanes, int lane) {
+  return (lanes.active >> lane) & 1;
+}
+template <class T>
+METAL_FUNC const T& msl_value(const metal_host::Lanes& lanes, int lane) {
+  return *reinterpret_cast<const T*>(lanes.value[lane]);
+}
+template <class T>
+METAL_FUNC const metal_host::Lanes& msl_exchange(const T& x, Place place) {
+  static_assert(sizeof(T) <= metal_host::MAX_VALUE, "too large for a simd operation");
+  return metal_host::exchange(&x, sizeof(T), place);
+}
+
+template <class T>
+MSL_UNCHECKED T msl_from_lane(T x, int lane, Place place) {
+  const metal_host::Lanes& lanes = msl_exchange(x, place);
+  if (lane >= 0 && lane < metal_host::SIMD_WIDTH && msl_active(lanes, lane))
+    return msl_value<T>(lanes, lane);
+  metal_host::report_absent_lane(place, lane);
+  return x;
+}
+// For shuffles that leave the lanes at the edge as they are.
+template <class T>
+MSL_UNCHECKED T msl_from_lane_or_own(T x, int lane, Place place) {
+  bool outside = lane < 0 || lane >= metal_host::SIMD_WIDTH;
+  return msl_from_lane(x, outside ? metal_host::this_lane() : lane, place);
+}
+// In the order of a tree, over the active lanes: the same result in all of them.
+template <class T, class Operation>
+MSL_UNCHECKED T msl_reduce(T x, Operation operation, Place place) {
+  const metal_host::Lanes& lanes = msl_exchange(x, place);
+  T partial[metal_host::SIMD_WIDTH];
+  bool active[metal_host::SIMD_WIDTH];
+  for (int i = 0; i < metal_host::SIMD_WIDTH; i++) {
+    active[i] = msl_active(lanes, i);
+    if (active[i]) partial[i] = msl_value<T>(lanes, i);
+  }
+  for (int half_of = metal_host::SIMD_WIDTH / 2; half_of; half_of /= 2)
+    for (int i = 0; i < half_of; i++) {
+      if (!active[i + half_of]) continue;
+      T other = partial[i + half_of];
+      partial[i] = active[i] ? static_cast<T>(operation(partial[i], other)) : other;
+      active[i] = true;
+    }
+  return partial[0];
+}
+
+#define MSL_REDUCTION(name, expression)                                        \
+  template <class T>                                                           \
+  T name(T x, Place place = here(#name)) {                                     \
+    return msl_reduce(x, [](T a, T b) { return expression; }, place);          \
+  }
+MSL_REDUCTION(simd_sum, a + b)
+MSL_REDUCTION(simd_product, a * b)
+MSL_REDUCTION(simd_max, max(a, b))
+MSL_REDUCTION(simd_min, min(a, b))
+MSL_REDUCTION(simd_and, a & b)
+MSL_REDUCTION(simd_or, a | b)
+MSL_REDUCTION(simd_xor, a ^ b)
+inline bool simd_all(bool x, Place place = here("simd_all")) { return simd_and(int(x), place); }
+inline bool simd_any(bool x, Place place = here("simd_any")) { return simd_or(int(x), place); }
+
+#define MSL_SHUFFLE(name, take, lane)                                          \
+  template <class T>                                                           \
+  T name(T x, ushort n, Place place = here(#name)) {                           \
+    int self = metal_host::this_lane();                                        \
+    (void)self;                                                                \
+    return take(x, lane, place);                                               \
+  }
+MSL_SHUFFLE(simd_shuffle, msl_from_lane, n)
+MSL_SHUFFLE(simd_broadcast, msl_from_lane, n)
+MSL_SHUFFLE(simd_shuffle_xor, msl_from_lane, self ^ n)
+MSL_SHUFFLE(simd_shuffle_down, msl_from_lane_or_own, self + n)
+MSL_SHUFFLE(simd_shuffle_up, msl_from_lane_or_own, self - n)
+MSL_SHUFFLE(simd_shuffle_rotate_down, msl_from_lane, (self + n) % metal_host::SIMD_WIDTH)
+MSL_SHUFFLE(simd_shuffle_rotate_up, msl_from_lane, (self - n) & (metal_host::SIMD_WIDTH - 1))
+template <class T>
+MSL_UNCHECKED T simd_broadcast_first(T x, Place place = here("simd_broadcast_first")) {
+  const metal_host::Lanes& lanes = msl_exchange(x, place);
+  return msl_value<T>(lanes, __builtin_ctz(lanes.active));
+}
+
+}  // namespace metal
+
+// MLX's own header, which comes before every custom kernel, has this.
+using namespace metal;
+
+// threadgroup float a[2][3]; is made MSL_THREADGROUP(a, float[2][3]); before g++ sees it.
+template <class T>
+T& msl_threadgroup(const char* name, int line = __builtin_LINE()) {
+  using Item = std::remove_all_extents_t<T>;
+  return *static_cast<T*>(metal_host::threadgroup_array(name, sizeof(T), sizeof(Item), line));
+}
+#define MSL_THREADGROUP(name, ...) auto& name = msl_threadgroup<__VA_ARGS__>(#name)
+
+// g++ has one address space; address_spaces.py is the check of these words.
+#define device
+#define constant
+#define threadgroup
+#define thread
+#define kernel gnu::noinline
+
+// What Metal has not.
+#pragma GCC poison double std new delete goto virtual throw try catch
+#pragma GCC poison printf malloc free memcpy memset
