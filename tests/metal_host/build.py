@@ -14,7 +14,7 @@ from .signature import Parameter, Signature
 
 HERE = Path(__file__).parent
 RUNTIME = [HERE / name for name in ("runtime.cpp", "memory.h", "host.h")]
-HEADERS = [HERE / name for name in ("msl.h", "host.h")]
+HEADERS = [HERE / name for name in ("msl.h", "types.h", "host.h")]
 
 RUNTIME_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions"]
 KERNEL_FLAGS = [

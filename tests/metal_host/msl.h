@@ -13,6 +13,12 @@ typedef unsigned int uint;
 typedef unsigned long ulong;
 typedef _Float16 half;
 
+#ifdef MSL_ADDRESS_SPACES
+#include "address_spaces.h"
+#else
+#include "types.h"
+#endif
+
 // Functions that meet other lanes read what belongs to the runtime: no checks within.
 #define MSL_UNCHECKED __attribute__((noinline, no_sanitize("thread"), no_sanitize("undefined")))
 #define METAL_FUNC inline __attribute__((always_inline))
@@ -31,55 +37,8 @@ typedef _Float16 half;
 #define M_LN2_F 0.693147181f
 #define M_LOG2E_F 1.44269504f
 
-// --- bfloat: to float by itself, from float only where it is asked for, as in Metal ---------
-
-template <class T>
-using msl_if_integer = std::enable_if_t<std::is_integral<T>::value>;
-
-struct bfloat {
-  uint16_t bits;
-
-  bfloat() = default;
-  explicit constexpr bfloat(float value) : bits(rounded(value)) {}
-  explicit constexpr bfloat(double value) : bits(rounded(float(value))) {}
-  explicit constexpr bfloat(half value) : bits(rounded(float(value))) {}
-  template <class T, class = msl_if_integer<T>>
-  constexpr bfloat(T value) : bits(rounded(float(value))) {}
-
-  constexpr operator float() const { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
-  constexpr bfloat operator-() const { return bfloat(-float(*this)); }
-
-  // To the nearest, ties to even; NaN stays NaN.
-  static constexpr uint16_t rounded(float value) {
-    uint32_t word = __builtin_bit_cast(uint32_t, value);
-    if ((word & 0x7fffffffu) > 0x7f800000u) return uint16_t((word >> 16) | 0x40u);
-    return uint16_t((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
-  }
-};
-
-#define MSL_BFLOAT_OPERATOR(op)                                    \
-  constexpr bfloat operator op(bfloat a, bfloat b) {               \
-    return bfloat(float(a) op float(b));                           \
-  }                                                                \
-  template <class T, class = msl_if_integer<T>>                    \
-  constexpr bfloat operator op(bfloat a, T b) {                    \
-    return a op bfloat(b);                                         \
-  }                                                                \
-  template <class T, class = msl_if_integer<T>>                    \
-  constexpr bfloat operator op(T a, bfloat b) {                    \
-    return bfloat(a) op b;                                         \
-  }                                                                \
-  constexpr bfloat& operator op##=(bfloat& a, bfloat b) { return a = a op b; }
-MSL_BFLOAT_OPERATOR(+)
-MSL_BFLOAT_OPERATOR(-)
-MSL_BFLOAT_OPERATOR(*)
-MSL_BFLOAT_OPERATOR(/)
-
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wliteral-suffix"
 constexpr half operator""h(long double value) { return half(value); }
 constexpr bfloat operator""bf(long double value) { return bfloat(float(value)); }
-#pragma GCC diagnostic pop
 
 // The names that MLX gives to its element types.
 typedef half float16_t;
@@ -122,113 +81,6 @@ MSL_INTEGER_LIMITS(uint, 0, ~0u)
 MSL_INTEGER_LIMITS(long, -__LONG_MAX__ - 1, __LONG_MAX__)
 MSL_INTEGER_LIMITS(ulong, 0, ~0ul)
 
-// --- vectors --------------------------------------------------------------------------------
-
-template <class T, int N>
-struct vec_items;
-template <class T>
-struct vec_items<T, 2> {
-  union {
-    T items[2];
-    struct { T x, y; };
-  };
-};
-template <class T>
-struct vec_items<T, 3> {
-  union {
-    T items[3];
-    struct { T x, y, z; };
-  };
-};
-template <class T>
-struct vec_items<T, 4> {
-  union {
-    T items[4];
-    struct { T x, y, z, w; };
-  };
-};
-
-template <class T, int N>
-struct alignas(sizeof(T) * (N == 3 ? 4 : N)) vec : vec_items<T, N> {
-  using vec_items<T, N>::items;
-
-  vec() = default;
-  constexpr vec(T all) : vec_items<T, N>{} {
-    for (int i = 0; i < N; i++) items[i] = all;
-  }
-  template <class... Items, class = enable_if_t<sizeof...(Items) == N>>
-  constexpr vec(Items... each) : vec_items<T, N>{{{static_cast<T>(each)...}}} {}
-  template <class From>
-  explicit constexpr vec(const vec<From, N>& other) : vec_items<T, N>{} {
-    for (int i = 0; i < N; i++) items[i] = static_cast<T>(other[i]);
-  }
-
-  constexpr T& operator[](int i) { return items[i]; }
-  constexpr const T& operator[](int i) const { return items[i]; }
-};
-
-template <class T>
-struct msl_same {
-  using type = T;
-};
-// The type of a vector's elements, from which no template argument is deduced: a number of another
-// type beside the vector is converted.
-template <class T>
-using msl_item = typename msl_same<T>::type;
-
-#define MSL_VECTOR_OPERATOR(op, Result)                                                       \
-  template <class T, int N>                                                                   \
-  constexpr vec<Result, N> operator op(const vec<T, N>& a, const vec<T, N>& b) {              \
-    vec<Result, N> result{};                                                                  \
-    for (int i = 0; i < N; i++) result[i] = static_cast<Result>(a[i] op b[i]);                \
-    return result;                                                                            \
-  }                                                                                           \
-  template <class T, int N>                                                                   \
-  constexpr vec<Result, N> operator op(const vec<T, N>& a, msl_item<T> b) {                   \
-    return a op vec<T, N>(b);                                                                 \
-  }                                                                                           \
-  template <class T, int N>                                                                   \
-  constexpr vec<Result, N> operator op(msl_item<T> a, const vec<T, N>& b) {                   \
-    return vec<T, N>(a) op b;                                                                 \
-  }
-#define MSL_VECTOR_ARITHMETIC(op)                            \
-  MSL_VECTOR_OPERATOR(op, T)                                 \
-  template <class T, int N, class Other>                     \
-  constexpr vec<T, N>& operator op##=(vec<T, N>& a, const Other& b) { return a = a op b; }
-MSL_VECTOR_ARITHMETIC(+)
-MSL_VECTOR_ARITHMETIC(-)
-MSL_VECTOR_ARITHMETIC(*)
-MSL_VECTOR_ARITHMETIC(/)
-MSL_VECTOR_OPERATOR(==, bool)
-MSL_VECTOR_OPERATOR(!=, bool)
-MSL_VECTOR_OPERATOR(<, bool)
-MSL_VECTOR_OPERATOR(<=, bool)
-MSL_VECTOR_OPERATOR(>, bool)
-MSL_VECTOR_OPERATOR(>=, bool)
-
-template <class T, int N>
-constexpr vec<T, N> operator-(const vec<T, N>& a) {
-  return vec<T, N>(T(0)) - a;
-}
-template <int N>
-constexpr bool any(const vec<bool, N>& v) {
-  for (int i = 0; i < N; i++)
-    if (v[i]) return true;
-  return false;
-}
-template <int N>
-constexpr bool all(const vec<bool, N>& v) {
-  for (int i = 0; i < N; i++)
-    if (!v[i]) return false;
-  return true;
-}
-template <class T, int N>
-constexpr T dot(const vec<T, N>& a, const vec<T, N>& b) {
-  T sum = a[0] * b[0];
-  for (int i = 1; i < N; i++) sum = sum + a[i] * b[i];
-  return sum;
-}
-
 }  // namespace metal
 
 #define MSL_VECTORS(T)              \
@@ -249,7 +101,7 @@ MSL_VECTORS(long)
 MSL_VECTORS(ulong)
 
 template <class To, class From>
-constexpr To as_type(const From& from) {
+constexpr To as_type(From from) {
   static_assert(sizeof(To) == sizeof(From), "as_type needs types of one size");
   return __builtin_bit_cast(To, from);
 }
@@ -257,7 +109,8 @@ constexpr To as_type(const From& from) {
 namespace metal {
 using ::as_type;
 
-// --- mathematics: one overload for each type, so that max(float, int) is ambiguous as in Metal 
+// --- mathematics ----------------------------------------------------------------------------
+// One overload for each type, so that max(float, int) is ambiguous as it is in Metal.
 
 #define MSL_UNARY(name, expression)                                       \
   inline float name(float x) { return expression; }                       \
@@ -285,7 +138,7 @@ using ::as_type;
     return bfloat(float(expression));                                     \
   }                                                                       \
   template <class T, int N>                                               \
-  vec<T, N> name(vec<T, N> v, const vec<T, N>& w) {                       \
+  vec<T, N> name(vec<T, N> v, vec<T, N> w) {                              \
     for (int i = 0; i < N; i++) v[i] = name(v[i], w[i]);                  \
     return v;                                                             \
   }
@@ -342,6 +195,12 @@ MSL_OF_INTEGERS(ulong)
 inline int abs(int x) { return x < 0 ? -x : x; }
 inline long abs(long x) { return x < 0 ? -x : x; }
 
+template <class T, int N>
+constexpr T dot(vec<T, N> a, vec<T, N> b) {
+  T sum = a[0] * b[0];
+  for (int i = 1; i < N; i++) sum = sum + a[i] * b[i];
+  return sum;
+}
 template <class T>
 constexpr T select(T if_false, T if_true, bool condition) {
   return condition ? if_true : if_false;
@@ -460,21 +319,29 @@ MSL_UNCHECKED T simd_broadcast_first(T x, Place place = here("simd_broadcast_fir
 
 }  // namespace metal
 
-// MLX's own header, which comes before every custom kernel, has this.
-using namespace metal;
-
-// threadgroup float a[2][3]; is made MSL_THREADGROUP(a, float[2][3]); before g++ sees it.
 template <class T>
 T& msl_threadgroup(const char* name, int line = __builtin_LINE()) {
   using Item = std::remove_all_extents_t<T>;
   return *static_cast<T*>(metal_host::threadgroup_array(name, sizeof(T), sizeof(Item), line));
 }
-#define MSL_THREADGROUP(name, ...) auto& name = msl_threadgroup<__VA_ARGS__>(#name)
 
-// g++ has one address space; address_spaces.py is the check of these words.
+// MLX's own header, which comes before every custom kernel, has this.
+using namespace metal;
+
+// --- words of the language: nothing is included after them ----------------------------------
+
+#ifdef MSL_ADDRESS_SPACES
+#define device __attribute__((address_space(1)))
+#define constant __attribute__((address_space(2)))
+#define threadgroup __attribute__((address_space(3)))
+#define MSL_THREADGROUP(name, ...) static threadgroup msl_type<__VA_ARGS__> name
+#else
 #define device
 #define constant
 #define threadgroup
+// What build.py makes of "threadgroup float name[2][3];", with float[2][3] for the dots.
+#define MSL_THREADGROUP(name, ...) auto& name = msl_threadgroup<__VA_ARGS__>(#name)
+#endif
 #define thread
 #define kernel gnu::noinline
 
