@@ -54,6 +54,9 @@ LOGSUMEXP = """
 
 ONE_THREAD_EACH = {"shape": (1, 32), "threads": 32, "outputs": 32}  # for kernels without rows
 INDEX = "uint i = thread_position_in_grid.x; "
+IN_ARRAY = INDEX + (
+    "threadgroup float b[32]; b[i] = x[i]; simdgroup_barrier(mem_flags::mem_threadgroup);"
+)
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 IN_LOOP = BARRIER + " // in the loop"
 FLUSH = "if (lid < o) buf[lid] += buf[lid + o];"
@@ -159,6 +162,27 @@ RACES = [
         {"outputs": 2},
     ),
     Case(
+        "write while other lanes may still read",
+        "race",
+        IN_ARRAY + "float v = b[31 - i]; b[i] = v; simdgroup_barrier(mem_flags::mem_threadgroup);"
+        "out[i] = b[i];",
+        ONE_THREAD_EACH,
+    ),
+    Case(
+        "simd_sum taken for a barrier",
+        "race",
+        IN_ARRAY + "float v = simd_sum(b[0]); if (i == 0) b[0] = v; out[i] = v;",
+        ONE_THREAD_EACH,
+    ),
+    Case(
+        "write after reads of two simdgroups, barrier for no memory",
+        "race",
+        INDEX + "threadgroup float b[1]; if (i == 0) b[0] = x[0];"
+        f"{BARRIER} float v = i % 32 == 0 ? b[0] : 0.0f; threadgroup_barrier(mem_flags::mem_none);"
+        "if (i == 0) b[0] = 1.0f; out[i] = v;",
+        {"shape": (1, 64), "threads": 64, "outputs": 64},
+    ),
+    Case(
         "output read without a barrier for it",
         "race",
         INDEX + f"out[i] = x[i]; {BARRIER} if (i == 0) out[0] = out[5];",
@@ -262,11 +286,24 @@ RIGHT = [
         "if (i == 0) out[0] = out[5];",
         ONE_THREAD_EACH,
     ),
+    Case("lanes with a barrier between", None, IN_ARRAY + "out[i] = b[31 - i];", ONE_THREAD_EACH),
     Case(
-        "lanes with a barrier between",
+        "write after a barrier for all reads",
         None,
-        INDEX + "threadgroup float b[32]; b[i] = x[i];"
-        "simdgroup_barrier(mem_flags::mem_threadgroup); out[i] = b[31 - i];",
+        IN_ARRAY + "float v = b[0] + b[31 - i]; simdgroup_barrier(mem_flags::mem_threadgroup);"
+        "b[i] = v; if (i == 0) b[0] += 1.0f; out[i] = b[i];",
         ONE_THREAD_EACH,
     ),
+    Case(
+        "a barrier for both memories",
+        None,
+        INDEX + "threadgroup float b[64]; b[i] = x[i]; out[i] = x[i];"
+        "threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);"
+        "float v = b[63 - i] + out[63 - i];"
+        "threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);"
+        "b[i] = v; out[i] = b[i];",
+        {"shape": (1, 64), "threads": 64, "outputs": 64},
+    ),
+    Case("half a simdgroup has returned", None, INDEX + "if (i >= 16) { out[i] = 0; return; }"
+         "out[i] = simd_sum(x[i]);", ONE_THREAD_EACH),
 ]  # fmt: skip

@@ -222,6 +222,36 @@ def test_a_problem_names_its_line_and_thread() -> None:
     assert "read of buffer 'x' at element 8 of 8" in str(error.value)
 
 
+@pytest.mark.parametrize("writer", range(3))
+def test_threadgroups_do_not_wait_for_each_other(writer: int) -> None:
+    """One writes what all have read, in whatever order they run: nothing can make it right."""
+    source = f"""
+        uint group = threadgroup_position_in_grid.x;
+        seen[group] = sum[0];
+        if (group == {writer}) sum[0] += x;
+    """
+    kernel = metal_kernel("across", ["x"], ["sum", "seen"], source)
+    with pytest.raises(MetalError, match="by another threadgroup") as error:
+        kernel(
+            inputs=[1.0],
+            grid=(3, 1, 1),
+            threadgroup=(1, 1, 1),
+            output_shapes=[(1,), (3,)],
+            output_dtypes=[mx.float32] * 2,
+            init_value=0,
+        )
+    assert error.value.kinds == {"race"}
+
+
+def test_the_outputs_of_all_orders_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit. Whatever makes them differ is found earlier, as far as is known."""
+    outputs = iter([[np.array([1, 2])], [np.array([1, 3])]])
+    monkeypatch.setattr(metal_host.launch, "_run_once", lambda *_: next(outputs))
+    with pytest.raises(MetalError, match="differs from element 1 on") as error, stand_in((0, 1)):
+        by_rows(SUM, normal(1, 2))
+    assert error.value.kinds == {"order-dependent"}
+
+
 # --- in place of MLX's -----------------------------------------------------------------------
 
 

@@ -217,6 +217,8 @@ def test_threadgroup_memory_belongs_in_the_kernel() -> None:
     header = "inline void f() {\n  threadgroup float b[4];\n}"
     with pytest.raises(MetalError, match="header:2: threadgroup variables"):
         each("out[i] = a[i];", some(mx.float32)[0], out=mx.float32, header=header)
+    with pytest.raises(MetalError, match="source:2: threadgroup variables"):
+        each("\n threadgroup float b[64] = {0.0f}; out[i] = b[i];", mx.zeros(64), out=mx.float32)
 
 
 def test_constants_outside_of_functions() -> None:

@@ -1,5 +1,5 @@
-// What types.h has, for clang++ -fsyntax-only with address spaces that are part of a type: there the
-// functions of a class take no object in an address space. Nothing here is executed.
+// What types.h has, for clang++ -fsyntax-only with address spaces that are part of a type: there
+// the functions of a class take no object in an address space. Nothing here is executed.
 #pragma once
 
 typedef __bf16 bfloat;

@@ -13,9 +13,10 @@ from pathlib import Path
 from .signature import Parameter, Signature
 
 HERE = Path(__file__).parent
-RUNTIME = [HERE / name for name in ("runtime.cpp", "memory.h", "host.h")]
-HEADERS = [HERE / name for name in ("msl.h", "types.h", "host.h")]
+RUNTIME = [HERE / n for n in ("runtime.cpp", "threads.h", "memory.h", "report.h", "host.h")]
+HEADERS = [HERE / n for n in ("msl.h", "types.h", "simd.h", "host.h")]
 
+OLDEST_COMPILER = 12  # the first that knows _Float16 and can mark variables that were never set
 RUNTIME_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions"]
 KERNEL_FLAGS = [
     "-std=gnu++17",
@@ -45,7 +46,7 @@ KERNEL_FLAGS = [
 
 # msl.h stands for all of them.
 INCLUDES = re.compile(r"^[ \t]*#[ \t]*(include[ \t]*<metal_\w+>|pragma[ \t]+once).*", re.MULTILINE)
-# threadgroup float a[32], b[2][8];  a pointer has a star, which matches nowhere here.
+# threadgroup float a[32], b[2][8]; a pointer has a star, which matches nowhere here.
 THREADGROUP_ARRAYS = re.compile(
     r"""\bthreadgroup \s+
     (?P<type> [A-Za-z_][\w:]* (?: \s* <[^;(){}]*?> )? ) \s+
@@ -54,6 +55,8 @@ THREADGROUP_ARRAYS = re.compile(
     ;""",
     re.VERBOSE,
 )
+# Any other way to declare one: g++ would make it a variable of each thread.
+STRAY = re.compile(r"\bthreadgroup\s+[A-Za-z_][\w:]*(\s*<[^;(){}]*?>)?\s+[A-Za-z_]\w*\s*[\[=;,]")
 
 
 class MetalError(RuntimeError):
@@ -68,11 +71,21 @@ class MetalError(RuntimeError):
         super().__init__("\n  ".join([f"kernel {kernel!r}:", *lines]))
 
 
+@cache
+def _said_by(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@cache
 def missing() -> str | None:
     """Why no kernel can be executed on this machine, or None."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return "the Metal host needs Linux on x86-64"
-    return None if shutil.which("g++") else "the Metal host needs g++, which is not installed"
+    if not shutil.which("g++"):
+        return f"the Metal host needs g++ {OLDEST_COMPILER}, which is not installed"
+    version = _said_by("g++", "-dumpversion").strip()
+    is_new = int(version.split(".")[0]) >= OLDEST_COMPILER
+    return None if is_new else f"the Metal host needs g++ {OLDEST_COMPILER}, not {version}"
 
 
 def _declare_arrays(match: re.Match[str]) -> str:
@@ -95,10 +108,12 @@ def _argument(position: int, parameter: Parameter) -> str:
 def host_text(signature: Signature, source: str, header: str) -> str:
     """The C++ for g++. Lines keep their numbers, in files called "header" and "source"."""
     header = INCLUDES.sub("", header)
-    if outside := THREADGROUP_ARRAYS.search(header):
-        where = header.count("\n", 0, outside.start()) + 1
-        problem = f"header:{where}: threadgroup variables belong in a kernel's own function"
-        raise MetalError(signature.name, [("compile", problem)])
+    body = THREADGROUP_ARRAYS.sub(_declare_arrays, source)
+    for file, text in {"header": header, "source": body}.items():
+        if found := STRAY.search(text):
+            where = f"{file}:{text.count(chr(10), 0, found.start()) + 1}"
+            problem = f"{where}: threadgroup variables are a kernel's own and have no initial value"
+            raise MetalError(signature.name, [("compile", problem)])
     arguments = [_argument(i, p) for i, p in enumerate(signature.parameters)]
     return f"""#include "msl.h"
 #line 1 "header"
@@ -106,7 +121,7 @@ def host_text(signature: Signature, source: str, header: str) -> str:
 #line 1 "signature"
 {signature.declaration}
 #line 1 "source"
-{THREADGROUP_ARRAYS.sub(_declare_arrays, source)}
+{body}
 }}
 MSL_UNCHECKED void metal_host::call_kernel(void* const* buffers, const Attributes& thread_) {{
   {signature.name}{signature.arguments}({", ".join(arguments)});
@@ -144,15 +159,10 @@ def _compile(kernel: str, output: Path, arguments: list[str], text: str | None =
 @cache
 def _runtime() -> Path:
     texts = [path.read_text(encoding="utf-8") for path in RUNTIME]
-    built = _kept("runtime", ".o", *texts, *RUNTIME_FLAGS, _compiler())
+    built = _kept("runtime", ".o", *texts, *RUNTIME_FLAGS, _said_by("g++", "--version"))
     if not built.exists():
         _compile("runtime", built, [*RUNTIME_FLAGS, "-c", str(RUNTIME[0])])
     return built
-
-
-@cache
-def _compiler() -> str:
-    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
 
 
 @cache
@@ -173,8 +183,7 @@ def library(name: str, text: str) -> Path:
 
 def line_of(library: Path, offset: int) -> str:
     """Where an instruction comes from: "header:12, from source:3" if a function was inlined."""
-    command = ["addr2line", "-i", "-e", str(library), hex(offset)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")
+    found = _said_by("addr2line", "-i", "-e", str(library), hex(offset)).split("\n")
     places = [re.sub(r" \(.*", "", Path(place).name) for place in found if place]
     ours = [place for place in places if not place.startswith("msl.h")]
     return ", from ".join(ours or places)

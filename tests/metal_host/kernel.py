@@ -11,7 +11,7 @@ import numpy as np
 
 from . import launch
 from .build import host_text
-from .signature import Parameter, Template, signature
+from .signature import Signature, Template, signature
 
 Scalar = bool | int | float
 SEEDS = (0, 1, 7)
@@ -39,6 +39,18 @@ def _spread_out(array: np.ndarray, generator: np.random.Generator) -> tuple[np.n
     in_bytes = [stride * array.itemsize for stride in strides]
     np.lib.stride_tricks.as_strided(memory, array.shape, in_bytes)[...] = array
     return memory, strides
+
+
+def _empty(size: int, dtype: mx.Dtype, init_value: Scalar | None) -> np.ndarray:
+    """What an output holds before the kernel runs, as unsigned integers."""
+    bits = np.dtype(f"uint{8 * dtype.size}")
+    if init_value is not None:
+        return _to_numpy(mx.full((size,), init_value, dtype)).view(bits)
+    return np.full(size * dtype.size, launch.NEVER_WRITTEN, np.uint8).view(bits)
+
+
+def _refuse_gradient(*_: object) -> None:
+    raise ValueError("a custom kernel has no gradient, as MLX says too: give it one")
 
 
 def _check_sizes(what: str, given: Sequence[Any], names: Sequence[str]) -> None:
@@ -78,61 +90,53 @@ class MetalKernel:
             raise ValueError(f"a threadgroup has at most {MAX_THREADS} threads, not {threadgroup}")
 
         def execute(*arrays: mx.array) -> list[mx.array]:
-            made = self._execute(
-                arrays, output_shapes, output_dtypes, grid, threadgroup, template or (), init_value
+            described = signature(
+                self.name,
+                self.source,
+                self.input_names,
+                [(a.dtype, a.shape) for a in arrays],
+                self.output_names,
+                output_dtypes,
+                template or (),
+            )
+            outputs = [
+                _empty(math.prod(shape), dtype, init_value)
+                for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+            ]
+            made = launch.run(
+                self.name,
+                host_text(described, self.source, self.header),
+                self._buffers(described, arrays, outputs, init_value is not None),
+                grid,
+                tuple(map(min, threadgroup, grid)),  # as MLX does
+                _seeds,
             )
             return [
                 _to_mlx(bits, dtype, shape)
                 for bits, dtype, shape in zip(made, output_dtypes, output_shapes, strict=True)
             ]
 
-        def refuse(*_: object) -> None:
-            raise ValueError("a custom kernel has no gradient, as MLX says too: give it one")
-
         # Without it gradients through the kernel would be zero, not an error.
         differentiable = mx.custom_function(execute)
-        differentiable.vjp(refuse)
+        differentiable.vjp(_refuse_gradient)
         return differentiable(*map(mx.array, inputs))
 
-    def _execute(
+    def _buffers(
         self,
+        described: Signature,
         arrays: Sequence[mx.array],
-        output_shapes: Sequence[Sequence[int]],
-        output_dtypes: Sequence[mx.Dtype],
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
-        template: Template,
-        init_value: Scalar | None,
-    ) -> list[np.ndarray]:
-        described = signature(
-            self.name,
-            self.source,
-            self.input_names,
-            [(a.dtype, a.shape) for a in arrays],
-            self.output_names,
-            output_dtypes,
-            template,
-        )
-        given = self._inputs(arrays)
-        outputs = [
-            self._output(math.prod(shape), dtype, init_value)
-            for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+        outputs: Sequence[np.ndarray],
+        is_initialised: bool,
+    ) -> list[launch.Buffer]:
+        """What the function's parameters are given, but for the attributes."""
+        inputs = self._inputs(arrays)
+        return [
+            launch.Buffer(p.name, outputs[p.index], True, is_initialised)
+            if p.kind == "output"
+            else launch.Buffer(p.name, inputs[p.index][p.kind])
+            for p in described.parameters
+            if p.kind != "attribute"
         ]
-
-        def buffer(p: Parameter) -> launch.Buffer:
-            if p.kind == "output":
-                return launch.Buffer(p.name, outputs[p.index], True, init_value is not None)
-            return launch.Buffer(p.name, given[p.index][p.kind])
-
-        return launch.run(
-            self.name,
-            host_text(described, self.source, self.header),
-            [buffer(p) for p in described.parameters if p.kind != "attribute"],
-            grid,
-            # As MLX does.
-            tuple(map(min, threadgroup, grid)),
-            _seeds,
-        )
 
     def _inputs(self, arrays: Sequence[mx.array]) -> list[dict[str, np.ndarray]]:
         """For each input what its parameters may be given, by their kind."""
@@ -152,14 +156,6 @@ class MetalKernel:
                 }
             )
         return found
-
-    @staticmethod
-    def _output(size: int, dtype: mx.Dtype, init_value: Scalar | None) -> np.ndarray:
-        """What the output holds before the kernel runs, as unsigned integers."""
-        bits = np.dtype(f"uint{8 * dtype.size}")
-        if init_value is not None:
-            return _to_numpy(mx.full((size,), init_value, dtype)).view(bits)
-        return np.full(size * dtype.size, launch.NEVER_WRITTEN, np.uint8).view(bits)
 
 
 def metal_kernel(
