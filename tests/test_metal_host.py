@@ -198,6 +198,8 @@ def test_wrong_calls() -> None:
         kernel(inputs=[], **call)
     with pytest.raises(ValueError, match="at most 1024 threads"):
         kernel(inputs=[1.0], **{**call, "threadgroup": (64, 32, 1)})
+    with pytest.raises(ValueError, match="no threads"):
+        kernel(inputs=[1.0], **{**call, "grid": (0, 1, 1)})
     with pytest.raises(ValueError, match="complex64"):
         kernel(inputs=[mx.array(1j)], **call)
     with pytest.raises(NotImplementedError, match="atomic"):

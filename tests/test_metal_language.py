@@ -131,7 +131,7 @@ def test_vectors(dtype: mx.Dtype) -> None:
     x, truth = some(dtype, 256)
     body = """
         vec<T, 4> v = reinterpret_cast<const device vec<T, 4>*>(a)[i];
-        float4 f = float4(v) * 2 + float4(1, 0, 0, 0);
+        metal::float4 f = float4(v) * 2 + float4(1, 0, 0, 0);
         f.w -= f[0];
         f += float4(0.5f);
         float2 top = max(float2(f.x, f.y), float2(3.0f));

@@ -82,10 +82,17 @@ class MetalKernel:
         verbose: bool = False,
         stream: mx.Stream | mx.Device | None = None,
     ) -> list[mx.array]:
-        """The outputs, evaluated; a MetalError tells what is wrong with the kernel."""
+        """The outputs, evaluated; ``verbose`` and ``stream`` change nothing.
+
+        Raises:
+            MetalError: the kernel does not compile, or a check of its execution has failed.
+            ValueError: it cannot be called like this.
+        """
         _check_sizes("inputs", inputs, self.input_names)
         _check_sizes("output shapes", output_shapes, self.output_names)
         _check_sizes("output types", output_dtypes, self.output_names)
+        if min(*grid, *threadgroup) < 1:
+            raise ValueError(f"no threads: grid {grid}, threadgroup {threadgroup}")
         if math.prod(threadgroup) > MAX_THREADS:
             raise ValueError(f"a threadgroup has at most {MAX_THREADS} threads, not {threadgroup}")
 

@@ -19,6 +19,8 @@ typedef _Float16 half;
 #include "types.h"
 #endif
 
+#define __METAL__ 1
+#define __METAL_VERSION__ 320
 #define METAL_FUNC inline __attribute__((always_inline))
 
 #undef INFINITY
@@ -79,12 +81,10 @@ MSL_INTEGER_LIMITS(uint, 0, ~0u)
 MSL_INTEGER_LIMITS(long, -__LONG_MAX__ - 1, __LONG_MAX__)
 MSL_INTEGER_LIMITS(ulong, 0, ~0ul)
 
-}  // namespace metal
-
-#define MSL_VECTORS(T)              \
-  using T##2 = metal::vec<T, 2>;    \
-  using T##3 = metal::vec<T, 3>;    \
-  using T##4 = metal::vec<T, 4>;
+#define MSL_VECTORS(T)       \
+  using T##2 = vec<T, 2>;    \
+  using T##3 = vec<T, 3>;    \
+  using T##4 = vec<T, 4>;
 MSL_VECTORS(float)
 MSL_VECTORS(half)
 MSL_VECTORS(bfloat)
@@ -97,6 +97,8 @@ MSL_VECTORS(int)
 MSL_VECTORS(uint)
 MSL_VECTORS(long)
 MSL_VECTORS(ulong)
+
+}  // namespace metal
 
 template <class To, class From>
 constexpr To as_type(From from) {
