@@ -3,14 +3,14 @@
 import mlx.core as mx
 import pytest
 
-from kernels.matrix import DTYPES, assert_right, case, hard_rows, shapes
+from kernels.matrix import DTYPES, SHAPES, assert_right, case, hard_rows
 from mlx_simpo.kernels.built_in import built_in
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 @pytest.mark.parametrize("scale", [1.0, 1 / 16])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "rows"), shapes())
+@pytest.mark.parametrize(("size", "rows"), SHAPES)
 def test_matrix(size: int, rows: int, dtype: mx.Dtype, scale: float, softcap: float) -> None:
     given = case(size, rows, dtype, scale, softcap)
     found = built_in(*given[:2], scale=scale, softcap=softcap, gradient=True)

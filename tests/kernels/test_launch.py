@@ -117,7 +117,7 @@ def test_a_wrong_kernel_is_refused(
     assert text.count(right) == 1
     (tmp_path / KERNEL.name).write_text(text.replace(right, wrong))
     monkeypatch.setattr(launch, "_FOLDER", tmp_path)
-    with pytest.raises(SimPOError, match=f"Metal kernel .*{words}.*logps.impl=mlx"):
+    with pytest.raises(SimPOError, match=f"(?s)Metal kernel .*{words}.*logps.impl=mlx"):
         choice.choose()
 
 
