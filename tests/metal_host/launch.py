@@ -120,18 +120,21 @@ def run(
     text: str,
     buffers: Sequence[Buffer],
     grid: Triple,
-    group: Triple,
+    threadgroup: Triple,
     seeds: Sequence[int],
 ) -> list[np.ndarray]:
     """The outputs of the kernel whose C++ is ``text``.
 
-    grid: the number of threads along x, y and z; group: of a threadgroup's.
+    grid: the number of threads along x, y and z.
+    threadgroup: the number of those in a group, where the grid is not smaller.
     seeds: one run for each; 0 is the order of indices, 1 the reverse, others are random.
 
     Raises:
         MetalError: it does not compile, a check has failed, or the outputs of two seeds differ.
     """
     path = library(name, text)
+    x, y, z = map(min, threadgroup, grid)
+    group = (x, y, z)
     outputs = [_run_once(name, path, buffers, grid, group, seed) for seed in seeds]
     labels = [buffer.name for buffer in buffers if buffer.is_output]
     for seed, others in zip(seeds[1:], outputs[1:], strict=True):
