@@ -85,9 +85,13 @@ def _described(buffer: Buffer, data: np.ndarray) -> _Buffer:
 
 
 def _problem(path: Path, report: _Report) -> tuple[str, str]:
-    file = Path(report.file.decode()).name
-    where = f"{file}:{report.line}" if file else line_of(path, report.offset)
-    return report.kind.decode(), f"{where}: {report.message.decode()}".removeprefix(": ")
+    """Its kind, and the line it is about, if any, with what is said of it."""
+    message = report.message.decode()
+    if report.file:
+        message = f"{Path(report.file.decode()).name}:{report.line}: {message}"
+    elif report.offset:
+        message = f"{line_of(path, report.offset)}: {message}"
+    return report.kind.decode(), message
 
 
 def _run_once(
