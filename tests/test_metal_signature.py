@@ -1,13 +1,12 @@
 """The signatures of custom kernels, compared with what MLX itself prints."""
 
 import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from metal_host.signature import signature
+from metal_host.signature import ATTRIBUTES, signature
 
 NAMES_EVERYTHING = """
     uint i = thread_position_in_grid.x;
@@ -17,6 +16,7 @@ NAMES_EVERYTHING = """
 SOURCES = {
     "nothing": "y[0] = 1;",
     "everything": NAMES_EVERYTHING,
+    "all attributes": "// " + " ".join(ATTRIBUTES),
     "scalar": "y[0] = s_ndim + x_ndim; // dispatch_threads_per_threadgroup",
 }
 TEMPLATES = {
@@ -35,8 +35,8 @@ INPUTS = {
 }
 
 
-def printed(call: dict[str, Any], definition: dict[str, Any], folder: Path) -> Iterator[None]:
-    """Makes MLX print the text it would compile: exporting a function prints and compiles none."""
+def make_mlx_print(definition: dict[str, Any], call: dict[str, Any], folder: Path) -> None:
+    """The text it would compile: exporting a function prints it, and needs no GPU."""
     kernel = mx.fast.metal_kernel(**definition)
 
     def function(*inputs: mx.array) -> list[mx.array]:
@@ -50,9 +50,13 @@ def printed(call: dict[str, Any], definition: dict[str, Any], folder: Path) -> I
 @pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_the_text_is_mlxs(
-    source: str, template: list, header: str, outputs: int, tmp_path: Path,
+    source: str,
+    template: list,
+    header: str,
+    outputs: int,
+    tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     names, dtypes = ["y", "z"][:outputs], [mx.int32, mx.float32][:outputs]
     definition = {
         "name": "foo",
@@ -68,7 +72,7 @@ def test_the_text_is_mlxs(
         "output_dtypes": dtypes,
         **({"template": template} if template else {}),
     }
-    printed(call, definition, tmp_path)
+    make_mlx_print(definition, call, tmp_path)
     ctypes.CDLL(None).fflush(None)
     theirs = capfd.readouterr().out.split("```\n")[1]
     inputs = [(a.dtype, a.shape) for a in INPUTS.values()]

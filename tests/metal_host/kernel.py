@@ -75,12 +75,12 @@ class MetalKernel:
         inputs: Sequence[mx.array | Scalar],
         output_shapes: Sequence[Sequence[int]],
         output_dtypes: Sequence[mx.Dtype],
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
+        grid: launch.Triple,
+        threadgroup: launch.Triple,
         template: Template | None = None,
         init_value: Scalar | None = None,
         verbose: bool = False,
-        stream: mx.Stream | mx.Device | None = None,
+        stream: object = None,
     ) -> list[mx.array]:
         """The outputs, evaluated; ``verbose`` and ``stream`` change nothing.
 
@@ -115,7 +115,7 @@ class MetalKernel:
                 host_text(described, self.source, self.header),
                 self._buffers(described, arrays, outputs, init_value is not None),
                 grid,
-                tuple(map(min, threadgroup, grid)),  # as MLX does
+                threadgroup,
                 _seeds,
             )
             return [
@@ -124,7 +124,7 @@ class MetalKernel:
             ]
 
         # Without it gradients through the kernel would be zero, not an error.
-        differentiable = mx.custom_function(execute)
+        differentiable: Any = mx.custom_function(execute)
         differentiable.vjp(_refuse_gradient)
         return differentiable(*map(mx.array, inputs))
 

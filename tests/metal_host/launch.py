@@ -85,9 +85,13 @@ def _described(buffer: Buffer, data: np.ndarray) -> _Buffer:
 
 
 def _problem(path: Path, report: _Report) -> tuple[str, str]:
-    file = Path(report.file.decode()).name
-    where = f"{file}:{report.line}" if file else line_of(path, report.offset)
-    return report.kind.decode(), f"{where}: {report.message.decode()}".removeprefix(": ")
+    """Its kind, and the line it is about, if any, with what is said of it."""
+    message = report.message.decode()
+    if report.file:
+        message = f"{Path(report.file.decode()).name}:{report.line}: {message}"
+    elif report.offset:
+        message = f"{line_of(path, report.offset)}: {message}"
+    return report.kind.decode(), message
 
 
 def _run_once(
@@ -120,18 +124,21 @@ def run(
     text: str,
     buffers: Sequence[Buffer],
     grid: Triple,
-    group: Triple,
+    threadgroup: Triple,
     seeds: Sequence[int],
 ) -> list[np.ndarray]:
     """The outputs of the kernel whose C++ is ``text``.
 
-    grid: the number of threads along x, y and z; group: of a threadgroup's.
+    grid: the number of threads along x, y and z.
+    threadgroup: the number of those in a group, where the grid is not smaller.
     seeds: one run for each; 0 is the order of indices, 1 the reverse, others are random.
 
     Raises:
         MetalError: it does not compile, a check has failed, or the outputs of two seeds differ.
     """
     path = library(name, text)
+    x, y, z = map(min, threadgroup, grid)
+    group = (x, y, z)
     outputs = [_run_once(name, path, buffers, grid, group, seed) for seed in seeds]
     labels = [buffer.name for buffer in buffers if buffer.is_output]
     for seed, others in zip(seeds[1:], outputs[1:], strict=True):

@@ -123,16 +123,13 @@ void remember_read(Cell& cell, const Access& now, const Clock& clock, Space spac
 
 void report_race(const Region& region, uintptr_t address, const char* now, const char* before,
                  const Access& earlier, bool elsewhere, Where where) {
-  size_t index = region.index(address);
-  if (elsewhere)
-    report("race", where, Then::go_on,
-           "%s of %s '%s' element %zu, and an earlier %s by another threadgroup",
-           now, region.what(), region.name, index, before);
-  else
-    report("race", where, Then::go_on,
-           "%s of %s '%s' element %zu, and an earlier %s by thread %d: no barrier with %s between",
-           now, region.what(), region.name, index, before, earlier.thread,
-           region.space == DEVICE ? "mem_device" : "mem_threadgroup");
+  char who[32] = "another thread";  // one of several
+  if (earlier.thread != self->thread) snprintf(who, sizeof who, "thread %d", earlier.thread);
+  const char* barrier = region.space == DEVICE ? "mem_device" : "mem_threadgroup";
+  report("race", where, Then::go_on, "%s of %s '%s' element %zu, and an earlier %s by %s%s%s", now,
+         region.what(), region.name, region.index(address), before,
+         elsewhere ? "another threadgroup" : who,
+         elsewhere ? "" : ", between them no barrier with ", elsewhere ? "" : barrier);
 }
 
 void check_cell(Region& region, Cell& cell, uintptr_t address, bool write, Where where) {

@@ -49,8 +49,9 @@ ATTRIBUTES = {
     "threads_per_threadgroup": "uint3",
 }
 
+Kind = Literal["input", "shape", "strides", "ndim", "output", "attribute"]  # of a parameter
 # What MLX adds for an input x where the source speaks of x_shape, x_strides or x_ndim.
-EXTRAS = {
+EXTRAS: dict[Kind, str] = {
     "shape": "const constant int*",
     "strides": "const constant int64_t*",
     "ndim": "const constant int&",
@@ -58,7 +59,6 @@ EXTRAS = {
 
 Array = tuple[mx.Dtype, tuple[int, ...]]  # an input's type and shape
 Template = Sequence[tuple[str, bool | int | mx.Dtype]]
-Kind = Literal["input", "shape", "strides", "ndim", "output", "attribute"]
 
 
 @dataclass(frozen=True)
