@@ -89,6 +89,12 @@ def _threads(size: int, itemsize: int) -> int:
 @cache
 def _kernel(backend: str | None, gradient: bool) -> Any:
     """The kernel, compiled by MLX at its first launch for a dtype."""
+    make = mx.fast.cuda_kernel if backend == "CUDA" else mx.fast.metal_kernel
+    return make(**text(backend, gradient=gradient))
+
+
+def text(backend: str | None, *, gradient: bool) -> dict[str, Any]:
+    """The arguments of mx.fast.metal_kernel, or of mx.fast.cuda_kernel for "CUDA"."""
     words = _CUDA if backend == "CUDA" else _METAL
     source = _CALL.format(
         has_gradient=str(gradient).lower(),
@@ -96,14 +102,13 @@ def _kernel(backend: str | None, gradient: bool) -> Any:
         **words,
     )
     header = (_FOLDER / "response_logps.metal").read_text(encoding="utf-8")
-    options: dict[str, Any] = {
-        # MLX keeps compiled kernels by their name
+    if backend == "CUDA":
+        header = (_FOLDER / "cuda.h").read_text(encoding="utf-8") + header
+    return {
+        # MLX keeps compiled kernels by their name: one for each text.
         "name": "mlx_simpo_response_logps" + ("_and_gradient" if gradient else ""),
         "input_names": ["products", "targets", "settings"],
         "output_names": ["logps", "gradient"][: 1 + gradient],
         "source": source,
+        "header": header,
     }
-    if backend == "CUDA":
-        prelude = (_FOLDER / "cuda.h").read_text(encoding="utf-8")
-        return mx.fast.cuda_kernel(header=prelude + header, **options)
-    return mx.fast.metal_kernel(header=header, **options)

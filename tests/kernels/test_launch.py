@@ -6,7 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from metal_host import MetalError, stand_in
+from metal_host import MetalError, missing, stand_in
+from metal_host.address_spaces import address_spaces, clang
+from metal_host.signature import signature
 from tiny import tiny_model
 from tiny import token_pair as pair
 
@@ -23,6 +25,8 @@ KERNEL = Path(launch.__file__).with_name("response_logps.metal")
 @pytest.fixture
 def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The launcher believes that it runs on Metal, and its kernels run here."""
+    if reason := missing():
+        pytest.skip(reason)
     monkeypatch.setattr(launch, "backend", lambda: "Metal")
     monkeypatch.setattr(choice, "backend", lambda: "Metal")
     with stand_in(seeds=(0, 1, 7)):
@@ -82,6 +86,25 @@ def test_the_wrong_shape_or_dtype_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             launched(given._replace(products=products, targets=targets))
+
+
+@pytest.mark.skipif(clang() is None, reason="address spaces are checked by clang++ 19 or newer")
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 2), (3, 33), (9, 1027)])
+def test_address_spaces(rows: int, size: int, dtype: mx.Dtype, gradient: bool) -> None:
+    """Small inputs are put into ``constant``; a pointer that could not lead there is refused."""
+    text = launch.text("Metal", gradient=gradient)
+    described = signature(
+        text["name"],
+        text["source"],
+        text["input_names"],
+        [(dtype, (rows, size)), (mx.int32, (rows,)), (mx.float32, (2,))],
+        text["output_names"],
+        [mx.float32, dtype][: 1 + gradient],
+        [("T", dtype)],
+    )
+    assert address_spaces(described, text["source"], text["header"]) == ""
 
 
 # --- the choice ------------------------------------------------------------------------------
