@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 import pytest
+from logit_rows import DTYPES, SHAPES, assert_right, case, hard_rows
 
-from kernels.matrix import DTYPES, SHAPES, assert_right, case, hard_rows
 from mlx_simpo.kernels.built_in import built_in
 
 

@@ -1,23 +1,28 @@
 """The Metal kernel itself, executed on this machine (see metal_host), through its own launcher."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from logit_rows import DTYPES, Case, assert_right, case, hard_rows
 from metal_host import MetalError, missing, stand_in
 from metal_host.address_spaces import address_spaces, clang
 from metal_host.signature import signature
+from mlx.utils import tree_flatten
+from test_engine import greatest_difference, run
 from tiny import tiny_model
 from tiny import token_pair as pair
 
-from kernels.matrix import DTYPES, Case, assert_right, case, hard_rows
-from mlx_simpo import LoRAConfig
+from mlx_simpo import LoRAConfig, ObjectiveConfig, TrainConfig, logps
 from mlx_simpo.engine import REFERENCE, with_implementation
 from mlx_simpo.errors import SimPOError
 from mlx_simpo.kernels import choice, launch
 from mlx_simpo.model.lora import attach_lora
+from mlx_simpo.step import GradientFunction, make_step, step_gradients
 
 KERNEL = Path(launch.__file__).with_name("response_logps.metal")
 
@@ -201,10 +206,25 @@ def test_a_mutant_is_noticed(
 def test_a_step_through_the_kernel_equals_the_reference(
     model_type: tuple[str, dict[str, Any]], metal: None
 ) -> None:
-    from test_engine import greatest_difference, run
-
     model = tiny_model(model_type[0], **model_type[1])
     attach_lora(model, LoRAConfig(rank=4), seed=0)
     pairs = [pair(12, 5, 7), pair(9, 3, 8)]
     kernel = with_implementation(choice.choose("kernel"))
     assert greatest_difference(run(model, kernel, pairs), run(model, REFERENCE, pairs)) < 1e-4
+
+
+def test_micro_batches_and_chunks_through_the_kernel(
+    metal: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An optimizer step of SimPO: a pair at a time in small chunks, and plainly in one."""
+    model = tiny_model()
+    attach_lora(model, LoRAConfig(rank=4), seed=0)
+    pairs = [pair(12, 5, 90), pair(9, 70, 8), pair(4, 1, 1)]
+    gradients = []
+    for engine, size in ((REFERENCE, 3), (with_implementation(choice.choose("kernel")), 1)):
+        monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 1)
+        step = make_step(pairs, engine, TrainConfig(batch_size=size))
+        function = GradientFunction(model, asdict(ObjectiveConfig()), engine, compiled=False)
+        _, gradient = step_gradients(function, step)
+        gradients.append({name: np.array(value) for name, value in tree_flatten(gradient)})
+    assert greatest_difference(*gradients) < 1e-4
