@@ -129,6 +129,12 @@ BOUNDS = [
         ONE_THREAD_EACH,
     ),
     Case(
+        "vector that reaches past the end",
+        "out-of-bounds",
+        INDEX + "out[i] = dot(((const device float4*)x)[i], float4(1.0f));",
+        {"shape": (1, 30), "threads": 8, "outputs": 8},
+    ),
+    Case(
         "write to an input",
         "write-to-input",
         changed(SUM, ("buf[lid] = s;", "((device float*)x)[lid] = 0; buf[lid] = s;")),
@@ -148,6 +154,12 @@ RACES = [
         "barrier of a simdgroup only",
         "race",
         changed(SUM, (BARRIER, "simdgroup_barrier(mem_flags::mem_threadgroup);")),
+    ),
+    Case(
+        "barrier of a simdgroup for other memory",
+        "race",
+        changed(IN_ARRAY, ("mem_threadgroup", "mem_device")) + "out[i] = b[31 - i];",
+        ONE_THREAD_EACH,
     ),
     Case(
         "between lanes",
@@ -202,6 +214,22 @@ MEETING = [
         changed(SUM, (FLUSH, "if (lid < o) { buf[lid] += buf[lid + o];"), (IN_LOOP, BARRIER + "}")),
     ),
     Case(
+        "return from a loop with a barrier",
+        "divergent-barrier",
+        changed(SUM, (FLUSH, FLUSH + " if (lid > 100 && o < 32) return;")),
+    ),
+    Case(
+        "a barrier for each half",
+        "divergent-barrier",
+        changed(SUM, (BARRIER, f"if (lid < 64) {BARRIER} else\n {BARRIER}")),
+    ),
+    Case(
+        "return before a simdgroup's barrier",
+        "divergent-barrier",
+        INDEX + "out[i] = x[i]; if (i > 9) return; simdgroup_barrier(mem_flags::mem_none);",
+        ONE_THREAD_EACH,
+    ),
+    Case(
         "simd operation in a branch",
         "divergent-simd",
         changed(LOGSUMEXP, (SIMD_SUM, "if (lane < 16) " + SIMD_SUM)),
@@ -236,6 +264,11 @@ VALUES = [
         ),
     ),
     Case(
+        "left by another threadgroup",
+        "uninitialised-read",
+        changed(SUM, ("buf[lid] = s;", "if (row == 0 || lid < 64) buf[lid] = s;")),
+    ),
+    Case(
         "a row never written",
         "unwritten-output",
         changed(SUM, ("if (lid == 0) out", "if (lid == 0 && row != 2) out")),
@@ -259,6 +292,8 @@ VALUES = [
     ),
     Case("threadgroup memory over 32 KiB", "threadgroup-memory",
          changed(SUM, ("buf[256]", "buf[9000]"))),
+    Case("two arrays over 32 KiB", "threadgroup-memory",
+         changed(SUM, ("buf[256]", "buf[5000], more[5000]"))),
     Case("a loop without end", "runaway", INDEX + "while (x[0] == x[0]) out[i] = x[i];",
          ONE_THREAD_EACH),
 ]  # fmt: skip
@@ -293,6 +328,14 @@ RIGHT = [
         IN_ARRAY + "float v = b[0] + b[31 - i]; simdgroup_barrier(mem_flags::mem_threadgroup);"
         "b[i] = v; if (i == 0) b[0] += 1.0f; out[i] = b[i];",
         ONE_THREAD_EACH,
+    ),
+    Case(
+        "write after barriers for reads by all",
+        None,
+        INDEX + "threadgroup float b[1]; if (i == 0) b[0] = x[0];"
+        f"{BARRIER} float v = b[0]; {BARRIER} if (i == 0) b[0] = 1.0f;"
+        f"{BARRIER} v += b[0]; {BARRIER} if (i == 0) b[0] += 1.0f; {BARRIER} out[i] = v + b[0];",
+        {"shape": (1, 64), "threads": 64, "outputs": 64},
     ),
     Case(
         "a barrier for both memories",

@@ -39,23 +39,47 @@ def by_rows(source: str, x: mx.array, threads: int = 128, outputs: int | None = 
 # --- planted bugs ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "case", BOUNDS + RACES + MEETING + VALUES + LANGUAGE + RIGHT, ids=lambda case: case.title
-)
-def test_what_is_found(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metal_host.launch, "MAX_ACCESSES", 10_000_000)
+def run_case(case: Case, seeds: tuple[int, ...]) -> tuple[mx.array, mx.array]:
+    """The case's x, and what its kernel makes of it."""
     launch = dict(case.launch)
     x = normal(*launch.pop("shape", (4, 300))).astype(getattr(mx, launch.pop("dtype", "float32")))
-    with stand_in():
-        if case.found not in (None, "wrong-result"):
-            with pytest.raises(MetalError) as error:
-                by_rows(case.source, x, **launch)
-            assert case.found in error.value.kinds, error.value
-            return
-        out = float64(by_rows(case.source, x, **launch))
-    if case.launch.get("outputs") is None:
+    with stand_in(seeds):
+        return x, by_rows(case.source, x, **launch)
+
+
+titles = {"ids": lambda case: case.title}
+BUGS = BOUNDS + RACES + MEETING + VALUES + LANGUAGE
+
+
+@pytest.mark.parametrize("case", [c for c in BUGS if c.found != "wrong-result"], **titles)
+def test_a_bug_is_found_in_any_order(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metal_host.launch, "MAX_ACCESSES", 1_000_000)
+    for seed in (0, 1, 7):
+        with pytest.raises(MetalError) as error:
+            run_case(case, (seed,))
+        assert case.found in error.value.kinds, error.value
+
+
+@pytest.mark.parametrize("case", [c for c in BUGS if c.found == "wrong-result"] + RIGHT, **titles)
+def test_numbers_tell_what_is_left(case: Case) -> None:
+    x, out = run_case(case, (0, 1, 7))
+    if "outputs" not in case.launch:
         truth = float64(x).sum(1) if "buf" in case.source else np.log(np.exp(float64(x)).sum(1))
-        assert np.allclose(out, truth, atol=1e-4) == (case.found is None)
+        assert np.allclose(float64(out), truth, atol=1e-4) == (case.found is None)
+
+
+def test_seeds_are_orders() -> None:
+    """The first thread that fails is the first that runs."""
+    source = "uint i = thread_position_in_grid.x; out[i] = x[i + 1000];"
+    case = Case("", "out-of-bounds", source, {"shape": (3, 64), "threads": 64})
+    first = []
+    for seed in (0, 1, 2, 3, 3):
+        with pytest.raises(MetalError) as error:
+            run_case(case, (seed,))
+        first.append(str(error.value).split("(")[-1])
+    assert first[:2] == ["threadgroup 0 0 0, thread 0)", "threadgroup 2 0 0, thread 63)"]
+    assert len(set(first)) == 4
+    assert first[3] == first[4]
 
 
 # --- right kernels ---------------------------------------------------------------------------
@@ -226,14 +250,14 @@ def test_a_problem_names_its_line_and_thread() -> None:
 
 @pytest.mark.parametrize("writer", range(3))
 def test_threadgroups_do_not_wait_for_each_other(writer: int) -> None:
-    """One writes what all have read, in whatever order they run: nothing can make it right."""
+    """One writes what all have read: nothing can make it right, be it the last one."""
     source = f"""
         uint group = threadgroup_position_in_grid.x;
         seen[group] = sum[0];
         if (group == {writer}) sum[0] += x;
     """
     kernel = metal_kernel("across", ["x"], ["sum", "seen"], source)
-    with pytest.raises(MetalError, match="by another threadgroup") as error:
+    with pytest.raises(MetalError, match="by another threadgroup") as error, stand_in((0,)):
         kernel(
             inputs=[1.0],
             grid=(3, 1, 1),
