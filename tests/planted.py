@@ -1,56 +1,7 @@
-"""Two right Metal kernels and the ways to spoil them that the Metal host must notice."""
+"""Ways to spoil a Metal kernel that the Metal host must notice, and right kernels that it must not
+blame."""
 
-from dataclasses import dataclass, field
-from typing import Any
-
-# The sum of each row of x: every thread adds up some elements, then a tree over threadgroup memory.
-SUM = """
-    uint row = threadgroup_position_in_grid.x;
-    uint lid = thread_position_in_threadgroup.x;
-    uint n = threads_per_threadgroup.x;
-    threadgroup float buf[256];
-    float s = 0.0f;
-    for (uint i = lid; i < x_shape[1]; i += n) s += x[row * x_shape[1] + i];
-    buf[lid] = s;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint o = n / 2; o > 0; o /= 2) {
-        if (lid < o) buf[lid] += buf[lid + o];
-        threadgroup_barrier(mem_flags::mem_threadgroup); // in the loop
-    }
-    if (lid == 0) out[row] = buf[0];
-"""
-
-# log Σ exp of each row of x, in one pass: a greatest value and a sum for each thread, then for each
-# simdgroup, then for the threadgroup.
-LOGSUMEXP = """
-    uint row = threadgroup_position_in_grid.x;
-    uint lid = thread_position_in_threadgroup.x;
-    uint n = threads_per_threadgroup.x;
-    uint lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup;
-    threadgroup float part_m[32], part_s[32];
-    const device T* xs = x + size_t(row) * x_shape[1];
-    float m = -INFINITY, s = 0.0f;
-    for (uint i = lid; i < x_shape[1]; i += n) {
-        float v = float(xs[i]);
-        float greater = metal::max(m, v);
-        s = s * metal::exp(m - greater) + metal::exp(v - greater);
-        m = greater;
-    }
-    float greatest = metal::simd_max(m);
-    s = m == -INFINITY ? 0.0f : s * metal::exp(m - greatest);
-    s = metal::simd_sum(s);
-    if (lane == 0) { part_m[group] = greatest; part_s[group] = s; }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (group == 0) {
-        uint groups = (n + 31) / 32;
-        float pm = lane < groups ? part_m[lane] : -INFINITY;
-        float ps = lane < groups ? part_s[lane] : 0.0f;
-        float of_all = metal::simd_max(pm);
-        ps = pm == -INFINITY ? 0.0f : ps * metal::exp(pm - of_all);
-        ps = metal::simd_sum(ps);
-        if (lane == 0) out[row] = of_all + metal::log(ps);
-    }
-"""
+from metal_kernels import LOGSUMEXP, SUM, Case, changed
 
 ONE_THREAD_EACH = {"shape": (1, 32), "threads": 32, "outputs": 32}  # for kernels without rows
 INDEX = "uint i = thread_position_in_grid.x; "
@@ -61,25 +12,6 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 IN_LOOP = BARRIER + " // in the loop"
 FLUSH = "if (lid < o) buf[lid] += buf[lid + o];"
 SIMD_SUM = "s = metal::simd_sum(s);\n    if"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel, how it is launched, and what must be found: nothing, a MetalError of that kind, or
-    "wrong-result" where only the numbers tell."""
-
-    title: str
-    found: str | None
-    source: str
-    launch: dict[str, Any] = field(default_factory=dict)
-
-
-def changed(source: str, *replacements: tuple[str, str]) -> str:
-    """The source with the first of each text replaced, which must be there."""
-    for old, new in replacements:
-        assert old in source, old
-        source = source.replace(old, new, 1)
-    return source
 
 
 def butterfly(mask: int) -> str:
@@ -129,6 +61,12 @@ BOUNDS = [
         ONE_THREAD_EACH,
     ),
     Case(
+        "vector that reaches past the end",
+        "out-of-bounds",
+        INDEX + "out[i] = dot(((const device float4*)x)[i], float4(1.0f));",
+        {"shape": (1, 30), "threads": 8, "outputs": 8},
+    ),
+    Case(
         "write to an input",
         "write-to-input",
         changed(SUM, ("buf[lid] = s;", "((device float*)x)[lid] = 0; buf[lid] = s;")),
@@ -148,6 +86,12 @@ RACES = [
         "barrier of a simdgroup only",
         "race",
         changed(SUM, (BARRIER, "simdgroup_barrier(mem_flags::mem_threadgroup);")),
+    ),
+    Case(
+        "barrier of a simdgroup for other memory",
+        "race",
+        changed(IN_ARRAY, ("mem_threadgroup", "mem_device")) + "out[i] = b[31 - i];",
+        ONE_THREAD_EACH,
     ),
     Case(
         "between lanes",
@@ -202,6 +146,22 @@ MEETING = [
         changed(SUM, (FLUSH, "if (lid < o) { buf[lid] += buf[lid + o];"), (IN_LOOP, BARRIER + "}")),
     ),
     Case(
+        "return from a loop with a barrier",
+        "divergent-barrier",
+        changed(SUM, (FLUSH, FLUSH + " if (lid > 100 && o < 32) return;")),
+    ),
+    Case(
+        "a barrier for each half",
+        "divergent-barrier",
+        changed(SUM, (BARRIER, f"if (lid < 64) {BARRIER} else\n {BARRIER}")),
+    ),
+    Case(
+        "return before a simdgroup's barrier",
+        "divergent-barrier",
+        INDEX + "out[i] = x[i]; if (i > 9) return; simdgroup_barrier(mem_flags::mem_none);",
+        ONE_THREAD_EACH,
+    ),
+    Case(
         "simd operation in a branch",
         "divergent-simd",
         changed(LOGSUMEXP, (SIMD_SUM, "if (lane < 16) " + SIMD_SUM)),
@@ -236,6 +196,11 @@ VALUES = [
         ),
     ),
     Case(
+        "left by another threadgroup",
+        "uninitialised-read",
+        changed(SUM, ("buf[lid] = s;", "if (row == 0 || lid < 64) buf[lid] = s;")),
+    ),
+    Case(
         "a row never written",
         "unwritten-output",
         changed(SUM, ("if (lid == 0) out", "if (lid == 0 && row != 2) out")),
@@ -259,6 +224,8 @@ VALUES = [
     ),
     Case("threadgroup memory over 32 KiB", "threadgroup-memory",
          changed(SUM, ("buf[256]", "buf[9000]"))),
+    Case("two arrays over 32 KiB", "threadgroup-memory",
+         changed(SUM, ("buf[256]", "buf[5000], more[5000]"))),
     Case("a loop without end", "runaway", INDEX + "while (x[0] == x[0]) out[i] = x[i];",
          ONE_THREAD_EACH),
 ]  # fmt: skip
@@ -293,6 +260,14 @@ RIGHT = [
         IN_ARRAY + "float v = b[0] + b[31 - i]; simdgroup_barrier(mem_flags::mem_threadgroup);"
         "b[i] = v; if (i == 0) b[0] += 1.0f; out[i] = b[i];",
         ONE_THREAD_EACH,
+    ),
+    Case(
+        "write after barriers for reads by all",
+        None,
+        INDEX + "threadgroup float b[1]; if (i == 0) b[0] = x[0];"
+        f"{BARRIER} float v = b[0]; {BARRIER} if (i == 0) b[0] = 1.0f;"
+        f"{BARRIER} v += b[0]; {BARRIER} if (i == 0) b[0] += 1.0f; {BARRIER} out[i] = v + b[0];",
+        {"shape": (1, 64), "threads": 64, "outputs": 64},
     ),
     Case(
         "a barrier for both memories",

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from metal_host.address_spaces import address_spaces, clang
 from metal_host.signature import Signature, signature
-from planted import LOGSUMEXP, SUM, changed
+from metal_kernels import LOGSUMEXP, SUM, changed
 
 pytestmark = pytest.mark.skipif(
     clang() is None, reason="address spaces are checked by clang++ 19 or newer, not installed"

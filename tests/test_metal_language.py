@@ -160,7 +160,10 @@ def test_wide_reads_of_a_struct(dtype: mx.Dtype) -> None:
 
 
 def test_bits_and_roundings() -> None:
-    words = mx.array(np.random.default_rng(0).integers(0, 2**32, 64).astype(np.uint32))
+    # Ties between two bfloats, the greatest float, infinity, and NaN with few and with all bits.
+    special = [0x3F808000, 0x3F818000, 0xBF808000, 0x7F7FFFFF, 0xFF800000, 0x7F800001, 0x7FFFFFFF]
+    random = np.random.default_rng(0).integers(0, 2**32, 64 - len(special))
+    words = mx.array(np.append(special, random).astype(np.uint32))
     floats = words.view(mx.float32)
     made = each("out[i] = as_type<uint>(as_type<float>(a[i]));", words, out=mx.uint32)
     assert np.array_equal(made, np.array(words))
@@ -170,6 +173,11 @@ def test_bits_and_roundings() -> None:
         truth = np.array(floats.astype(dtype).astype(mx.float32))
         normal = ~(np.abs(truth) < 1e-4)  # denormals are flushed
         assert np.array_equal(made[normal], truth[normal], equal_nan=True), dtype
+
+
+def test_denormals_are_zero() -> None:
+    x = mx.full((64,), 1e-30)
+    assert (each("out[i] = (a[i] * 1e-10f) * 1e30f;", x, out=mx.float32) == 0).all()
 
 
 # --- simdgroups ------------------------------------------------------------------------------

@@ -103,9 +103,6 @@ void report_absent_lane(Place place, int lane) {
 
 constexpr size_t THREADGROUP_MEMORY = 32 << 10;
 
-// Every bit set, as floats NaN.
-void spoil(const Region& region) { memset((void*)region.begin, 0xFF, region.end - region.begin); }
-
 void* threadgroup_array(const char* name, size_t bytes, size_t item_bytes, int line) {
   size_t total = bytes;
   for (const Region& region : regions) {
@@ -121,7 +118,6 @@ void* threadgroup_array(const char* name, size_t bytes, size_t item_bytes, int l
   Region* region = add_region(name, bytes, item_bytes, THREADGROUP, true);
   if (!region) report("no-memory", where, Then::abort, "threadgroup array '%s'", name);
   region->line = line;
-  spoil(*region);
   return (void*)region->begin;
 }
 
@@ -208,8 +204,6 @@ void run_threadgroup() {
     clock.start = ++clock.epoch;
     std::fill(std::begin(clock.step), std::end(clock.step), 0);
   }
-  for (Region& region : regions)
-    if (region.space == THREADGROUP) spoil(region);
   for (int i = 0; i < thread_count; i++) begin(fibers[i]);
   int simdgroups = (thread_count + SIMD_WIDTH - 1) / SIMD_WIDTH;
   do {
