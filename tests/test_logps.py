@@ -241,7 +241,7 @@ def test_in_half_precision_the_targets_logit_comes_off_before_rounding(dtype: mx
 
     def error(head: Head) -> float:
         response_logps = partial(built_in, scale=1.0, softcap=0.0, gradient=False)
-        return float(np.std(forward_logps(head, response_logps)(rows, targets) - expected))
+        return float(mx.std(forward_logps(head, response_logps)(rows, targets) - expected))
 
     assert head_of(model).weight is not None
     assert error(head_of(model)) < 0.25 * error(Head(narrow, 1.0, 0.0))
