@@ -6,6 +6,7 @@
 
 from .config import (
     DataConfig,
+    LogpsConfig,
     LoRAConfig,
     ObjectiveConfig,
     SimPOConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "Encoder",
     "Evaluation",
     "LoRAConfig",
+    "LogpsConfig",
     "ObjectiveConfig",
     "Session",
     "SimPOConfig",

@@ -1,4 +1,4 @@
-"""The command line: ``mlx-simpo train | evaluate | generate | data inspect``.
+"""The command line: ``mlx-simpo train | evaluate | generate | data inspect | doctor``.
 
 Results go to stdout, everything else to stderr. Settings are given as ``section.name=value``, the
 same names as in the YAML files.
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: train, evaluate, generate, data inspect."""
+    """The command line: train, evaluate, generate, data inspect, doctor."""
     parser = Parser(
         prog="mlx-simpo", description="SimPO LoRA fine-tuning of language models on MLX."
     )
@@ -89,6 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--model", help="Hub id or folder, whose tokenizer is used")
     inspect.add_argument("--split", help="split of a folder or Hub data set")
     inspect.add_argument("--pair", type=int, default=0, help="which pair to show, from 0")
+
+    about = "Show the machine, which kernel runs and why, whether it is right, and how fast it is."
+    doctor = commands.add_parser("doctor", help="check this machine", description=about)
+    doctor.set_defaults(run=run_doctor)
+    doctor.add_argument("--json", action="store_true", help="print it all as one JSON object")
     return parser
 
 
@@ -220,6 +225,23 @@ def run_inspect(options: argparse.Namespace) -> None:
         title = f" of {pair.source}: {side.scored} scored tokens, between ⟦ and ⟧"
         console.print(Text.assemble("\n", (name, "bold"), title))
         console.print(marked(side, found.encoder.tokenizer, style))
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    """The doctor command; an error if a check fails."""
+    from .doctor import as_text, examine
+
+    if options.config or options.settings:
+        raise SimPOError("doctor looks at the machine and takes no settings; leave them out")
+    found = examine()
+    if options.json:
+        print_json(found)
+    else:
+        sys.stdout.write(as_text(found))
+    if not all(check["right"] for check in found["checks"]):
+        raise SimPOError(
+            "log-probabilities are wrong on this machine; please report the lines above"
+        )
 
 
 def counts_table(summary: dict[str, Any]) -> Table:

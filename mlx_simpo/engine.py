@@ -9,6 +9,7 @@ import numpy as np
 from .data.batching import plan_stacked, stack
 from .data.encode import EncodedPair, Scored
 from .data.sharing import plan_shared, share
+from .kernels.choice import BUILT_IN, Implementation, Name, choose
 from .logps import average_logps, shared_logps
 from .model.loading import dtype_of
 from .model.prefix import why_not_shared
@@ -61,34 +62,46 @@ REFERENCE = Engine(
     lambda model, arrays, training: average_logps(model, *arrays),
     compiled=True,
 )
-SHARED_PREFIX = Engine(
-    "shared_prefix",
-    "shared_prefix (each prompt runs once, only scored rows reach the head)",
-    plan_shared,
-    _shared,
-    lambda model, arrays, training: shared_logps(model, *arrays, training=training),
-    compiled=False,  # its shapes are the data's own, and each would be traced
-)
 
 
-def choose_engine(name: str, model: Any) -> Engine:
-    """The engine of that name, or the reference with the reason why this model needs it."""
+def with_implementation(implementation: Implementation) -> Engine:
+    """The shared-prefix engine with log-probabilities made so."""
+    return Engine(
+        "shared_prefix",
+        "shared_prefix (each prompt runs once, only scored rows reach the head); "
+        f"log-probabilities: {implementation.note}",
+        plan_shared,
+        _shared,
+        lambda model, arrays, training: shared_logps(
+            model, *arrays, training=training, implementation=implementation
+        ),
+        compiled=False,  # its shapes are the data's own, and each would be traced
+    )
+
+
+SHARED_PREFIX = with_implementation(BUILT_IN)
+
+
+def choose_engine(name: str, model: Any, impl: Name = "auto") -> Engine:
+    """The engine of that name, with log-probabilities made by ``impl`` (see `kernels.choice`), or
+    the reference with the reason why this model needs it."""
     if name == "reference":
         return REFERENCE
-    reason = why_not_shared(model) or why_not_equal(model)
+    engine = with_implementation(choose(impl))
+    reason = why_not_shared(model) or why_not_equal(model, engine)
     if reason is None:
-        return SHARED_PREFIX
+        return engine
     return REFERENCE._replace(note=f"{REFERENCE.note}: the prefix cannot be shared, {reason}")
 
 
-def why_not_equal(model: Any) -> str | None:
-    """What a trial on two short sequences shows; None where both engines agree.
+def why_not_equal(model: Any, engine: Engine) -> str | None:
+    """What a trial on two short sequences shows; None where ``engine`` agrees with the reference.
 
     Of an architecture that nobody has tried, no more is known than what it computes.
     """
     tokens = np.arange(1, PROBE + 10, dtype=np.int32)
     pair = [EncodedPair(Scored(tokens[: PROBE + 3], PROBE), Scored(tokens, PROBE))]
-    engines = (REFERENCE, SHARED_PREFIX)
+    engines = (REFERENCE, engine)
     was_training = model.training
     model.eval()
     try:

@@ -12,10 +12,12 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from .model.head import head_is_frozen, head_logits, outside_blocks
+from .kernels.built_in import BLOCK
+from .kernels.choice import BUILT_IN, Implementation
+from .kernels.launch import MOST_ROWS
+from .model.head import Head, head_is_frozen, head_of, outside_blocks
 from .model.prefix import run_continuations, run_prefix
 
-BLOCK = 256
 CHUNK_ELEMENTS = 2**24  # logits in memory at once, a few times over
 
 
@@ -39,42 +41,6 @@ def logsumexp(logits: mx.array) -> mx.array:
 def _softmax(logits: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     """Softmax in one pass; that of the two levels is 0/0 in a block of nothing but −inf."""
     return cotangent[..., None] * mx.exp(logits - output[..., None])
-
-
-@partial(mx.compile, shapeless=True)
-def _exponentials(logits: mx.array, greatest: mx.array) -> mx.array:
-    """In one pass over the logits."""
-    return mx.exp(logits - greatest)
-
-
-@mx.custom_function
-def token_logps(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """log softmax(logits)[target] of each row, and what its gradient is made of.
-
-    Args:
-        logits: float32 [N, V]. targets: int32 [N].
-
-    Returns:
-        log p(target) [N]; exp(z − max z) [N, V], once for value and gradient; its row sums [N].
-    """
-    greatest = logits.max(axis=-1, keepdims=True)
-    exponentials = _exponentials(logits, greatest)
-    # Short sums are more exact than one long one; what is left of an odd size is one as well.
-    rows, size = logits.shape
-    whole = size - size % BLOCK
-    blocks = exponentials[:, :whole].reshape(rows, BLOCK, whole // BLOCK)
-    sums = blocks.sum(axis=1).sum(axis=1) + exponentials[:, whole:].sum(axis=1)
-    picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
-    return (picked - greatest).squeeze(-1) - mx.log(sums), exponentials, sums
-
-
-@token_logps.vjp
-def _one_hot_minus_softmax(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple:
-    targets, (_, exponentials, sums) = primals[1], outputs
-    slope = cotangents[0]
-    gradient = exponentials * (-slope / sums)[:, None]
-    gradient = gradient.at[mx.arange(targets.size), targets].add(slope)
-    return gradient, mx.zeros_like(targets)
 
 
 def average_logps(model: Any, tokens: mx.array, start: mx.array, end: mx.array) -> mx.array:
@@ -108,6 +74,7 @@ def shared_logps(
     lengths: mx.array,
     *,
     training: bool,
+    implementation: Implementation = BUILT_IN,
 ) -> mx.array:
     """The same averages [2B] from a `SharedBatch`: each prompt runs once, and only the rows that
     predict a scored token become logits, a chunk at a time.
@@ -117,12 +84,19 @@ def shared_logps(
     recorded = run_prefix(model, prefix)
     hidden = [run_continuations(model, tokens, recorded, owner) for tokens, owner in groups]
     flat = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])
-    logps = row_logps(model, flat[rows], targets, training=training)
+    logps = row_logps(model, flat[rows], targets, training=training, implementation=implementation)
     scored = mx.arange(places.shape[1]) < lengths[:, None]
     return mx.where(scored, logps[places], 0.0).sum(axis=-1) / lengths
 
 
-def row_logps(model: Any, rows: mx.array, targets: mx.array, *, training: bool) -> mx.array:
+def row_logps(
+    model: Any,
+    rows: mx.array,
+    targets: mx.array,
+    *,
+    training: bool,
+    implementation: Implementation = BUILT_IN,
+) -> mx.array:
     """log p(targets) of hidden rows, at most CHUNK_ELEMENTS logits at a time.
 
     Args:
@@ -133,14 +107,17 @@ def row_logps(model: Any, rows: mx.array, targets: mx.array, *, training: bool) 
     Returns:
         float32 [N], in nats.
     """
+    head, response_logps = head_of(model), implementation.response_logps
+    settings = {"scale": head.scale, "softcap": head.softcap}
     if not training:
-        chunk_logps = partial(forward_logps, model)
+        chunk_logps = forward_logps(head, partial(response_logps, **settings, gradient=False))
     elif head_is_frozen(model):
-        chunk_logps = frozen_head_logps(model)
+        chunk_logps = frozen_head_logps(head, partial(response_logps, **settings, gradient=True))
     else:
-        chunk_logps = trained_head_logps(model)
-    vocabulary = head_logits(model, rows[:1]).shape[-1]
-    size = max(64, CHUNK_ELEMENTS // vocabulary // 64 * 64)
+        with_gradient = partial(response_logps, **settings, gradient=True)
+        chunk_logps = trained_head_logps(model, head, with_gradient)
+    vocabulary = head.product(rows[:1]).shape[-1]
+    size = min(MOST_ROWS, max(64, CHUNK_ELEMENTS // vocabulary // 64 * 64))
     found: list[mx.array] = []
     for at in range(0, rows.shape[0], size):
         chunk = rows[at : at + size]
@@ -150,27 +127,26 @@ def row_logps(model: Any, rows: mx.array, targets: mx.array, *, training: bool) 
     return mx.concatenate(found)
 
 
-def forward_logps(model: Any, rows: mx.array, targets: mx.array) -> mx.array:
-    """log p(targets) [N] of rows [N, D] in plain operations."""
-    return token_logps(head_logits(model, rows).astype(mx.float32), targets)[0]  # type: ignore
+ChunkLogps = Callable[[mx.array, mx.array], mx.array]
+OfProducts = Callable[[mx.array, mx.array], tuple[mx.array, Any]]
 
 
-def frozen_head_logps(model: Any) -> Callable[[mx.array, mx.array], mx.array]:
-    """`forward_logps` with a gradient to the rows alone, at the price of one more product.
+def forward_logps(head: Head, response_logps: OfProducts) -> ChunkLogps:
+    """log p(targets) [N] of rows [N, D], without a gradient."""
+    return lambda rows, targets: response_logps(head.centred(rows, targets), targets)[0]
+
+
+def frozen_head_logps(head: Head, response_logps: OfProducts) -> ChunkLogps:
+    """The same with a gradient to the rows alone, at the price of one more product.
 
     ∂ log p/∂row does not depend on what is made of log p, so it is formed while the row's logits
     are at hand; the backward pass scales it.
     """
 
-    def total(rows: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        logps = forward_logps(model, rows, targets)
-        return logps.sum(), logps
-
-    slope = mx.value_and_grad(total)
-
     @mx.custom_function
     def chunk_logps(rows: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        (_, logps), gradient = slope(rows, targets)
+        logps, slope = response_logps(head.centred(rows, targets), targets)
+        _, (gradient,) = mx.vjp(head.product, [rows], [slope])
         return logps, gradient
 
     @chunk_logps.vjp
@@ -182,18 +158,35 @@ def frozen_head_logps(model: Any) -> Callable[[mx.array, mx.array], mx.array]:
     return lambda rows, targets: chunk_logps(rows, targets)[0]  # type: ignore[index]
 
 
-def trained_head_logps(model: Any) -> Callable[[mx.array, mx.array], mx.array]:
-    """`forward_logps` with gradients to the rows and to whatever trains outside the blocks.
+def trained_head_logps(model: Any, head: Head, response_logps: OfProducts) -> ChunkLogps:
+    """The same with gradients to the rows and to whatever trains outside the blocks.
 
     Those of the weights need the loss's slope, so a chunk's logits are made again for them.
     """
     trained = outside_blocks(model)
+    differentiable = token_logps(response_logps)
 
     @mx.checkpoint
     def chunk_logps(weights: dict, rows: mx.array, targets: mx.array) -> mx.array:
         model.update(tree_unflatten(list(weights.items())))  # inputs, or no gradient reaches them
-        logps = forward_logps(model, rows, targets)
+        logps = differentiable(head.product(rows), targets)
         model.update(tree_unflatten(list(trained.items())))
         return logps
 
     return partial(chunk_logps, trained)
+
+
+def token_logps(response_logps: OfProducts) -> ChunkLogps:
+    """log p(targets) [C] of products [C, V], with the gradient that is made along with it."""
+
+    @mx.custom_function
+    def both(products: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        return response_logps(products, targets)
+
+    @both.vjp
+    def _(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
+        products, targets = primals
+        scaled = cotangents[0][:, None] * outputs[1]
+        return scaled.astype(products.dtype), mx.zeros_like(targets)
+
+    return lambda products, targets: both(products, targets)[0]  # type: ignore[index]

@@ -180,7 +180,7 @@ def evaluate(
     )
     pairs = encode(make_encoder(tokenizer, config, report), found, config.data.valid, report)
     model, _ = read_model(config, report)
-    engine = choose_engine(config.train.engine, model)
+    engine = choose_engine(config.train.engine, model, config.logps.impl)
     report.note(f"engine: {engine.note}")
     results = {"base": evaluate_with_bar(model, pairs, config, engine, report, "Base model")}
     if adapter is not None:

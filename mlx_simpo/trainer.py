@@ -81,7 +81,7 @@ def train_steps(
     if not pairs:
         raise SimPOError("there are no pairs to train on")
     options = config.train
-    engine = engine or choose_engine(options.engine, model)
+    engine = engine or choose_engine(options.engine, model, config.logps.impl)
     steps = total_steps(options, len(pairs))
     optimizer = build_optimizer(options, steps)
     optimizer.init(model.trainable_parameters())

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mlx_simpo import (
     DataConfig,
+    LogpsConfig,
     LoRAConfig,
     ObjectiveConfig,
     SimPOConfig,
@@ -26,7 +27,7 @@ from mlx_simpo.strict import Section, all_settings
 
 SETTINGS = {name: (item, hint) for name, item, hint in all_settings(SimPOConfig)}
 SECTIONS = {"data": DataConfig, "objective": ObjectiveConfig, "lora": LoRAConfig}
-SECTIONS |= {"train": TrainConfig}
+SECTIONS |= {"train": TrainConfig, "logps": LogpsConfig}
 RULES = {
     # A rule's words: (values that break it, values at its edge)
     "greater than 0": ([0, -1], [1]),
@@ -292,6 +293,8 @@ def configs(draw: st.DrawFn) -> SimPOConfig:
         drawn["train.epochs"] = None
     if drawn["train.engine"] == "shared_prefix" and drawn["train.compile"]:
         drawn["train.compile"] = None
+    if drawn["train.engine"] == "reference":
+        drawn["logps.impl"] = "auto"
     groups: dict[str, dict] = {"": {}, **{section: {} for section in SECTIONS}}
     for name, value in drawn.items():
         section, _, leaf = name.rpartition(".")
@@ -334,6 +337,8 @@ def test_the_defaults_read_back() -> None:
 def test_the_engine_that_is_never_compiled_says_so() -> None:
     with pytest.raises(SimPOError, match=r"train\.compile is true, but only the reference engine"):
         load_config(None, ["model=x", "train.compile=true"])
+    with pytest.raises(SimPOError, match=r"logps\.impl is mlx, but train\.engine=reference"):
+        load_config(None, ["model=x", "logps.impl=mlx", "train.engine=reference"])
     assert load_config(None, ["model=x", "train.compile=false"]).train.compile is False
 
 

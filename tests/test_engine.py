@@ -103,7 +103,7 @@ def greatest_difference(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equals_the_reference(name: str) -> None:
     model = with_lora(tiny_model(name, **ARCHITECTURES[name]))
-    assert choose_engine("shared_prefix", model) is SHARED_PREFIX
+    assert choose_engine("shared_prefix", model).name == "shared_prefix"
     expected = run(model, REFERENCE, PAIRS)
     for checkpointing in (nullcontext, gradient_checkpointing):
         with checkpointing(model):

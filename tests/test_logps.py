@@ -1,6 +1,10 @@
 """Average log-probabilities against float64 NumPy, and what must not change them."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +14,9 @@ from tiny import tiny_model
 from mlx_simpo import logps
 from mlx_simpo.data.batching import stack
 from mlx_simpo.data.encode import EncodedPair, Scored
-from mlx_simpo.logps import average_logps, logsumexp, token_logps
+from mlx_simpo.kernels.built_in import built_in
+from mlx_simpo.logps import average_logps, forward_logps, logsumexp, row_logps, token_logps
+from mlx_simpo.model.head import Head, head_of
 
 MODEL = tiny_model()
 
@@ -113,6 +119,7 @@ def test_logsumexp_and_its_gradient(vocabulary: int) -> None:
 @pytest.mark.parametrize("vocabulary", [1, 2, 255, 256, 257, 1000, 49152, 50257])
 def test_token_logps_and_their_gradient(vocabulary: int) -> None:
     """What the shared engine makes of its logits: value and slope against float64."""
+    logps = token_logps(partial(built_in, scale=1.0, softcap=0.0, gradient=True))
     rng = np.random.default_rng(vocabulary)
     values = (3 * rng.normal(size=(40, vocabulary))).astype(np.float32)
     values[1] += 1e4
@@ -129,9 +136,9 @@ def test_token_logps_and_their_gradient(vocabulary: int) -> None:
     one_hot[each, targets] = 1
 
     def weighted(logits: mx.array) -> mx.array:
-        return (token_logps(logits, mx.array(targets))[0] * mx.array(slopes)).sum()  # type: ignore
+        return (logps(logits, mx.array(targets)) * mx.array(slopes)).sum()
 
-    found = np.array(token_logps(mx.array(values), mx.array(targets))[0])  # type: ignore[index]
+    found = np.array(logps(mx.array(values), mx.array(targets)))
     gradient = np.array(mx.grad(weighted)(mx.array(values)))
     np.testing.assert_allclose(found, expected[each, targets], rtol=3e-7, atol=3e-6)
     exact = slopes[:, None] * (one_hot - np.exp(expected))
@@ -150,3 +157,91 @@ def test_bfloat16_logits_are_reduced_in_float32() -> None:
     logits = np.array(model(tokens[:, :-1]).astype(mx.float32))[0]
     assert found.dtype == mx.float32
     assert found.item() == pytest.approx(numpy_logps(logits, list(range(12)), 1), abs=1e-5)
+
+
+# --- rows of the trunk → log-probabilities, a chunk at a time ----------------------------------
+
+
+class Headed(nn.Module):
+    """A head and nothing else, in the shape of an mlx-lm model."""
+
+    def __init__(self, head: nn.Module, width: int) -> None:
+        super().__init__()
+        self.lm_head = head
+        self.model = SimpleNamespace(embed_tokens=nn.Embedding(4, width))
+        self.layers: list[nn.Module] = []
+        self.freeze()
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.lm_head(self.model(tokens))
+
+
+def weighted_logps(model: Headed, targets: mx.array, *, chunked: bool) -> tuple[mx.array, mx.array]:
+    """The log-probabilities of some rows and the gradient of a sum of them."""
+    width = model.model.embed_tokens.weight.shape[1]
+    rows = mx.random.normal((targets.size, width), key=mx.random.key(1))
+    rows = rows.astype(model.model.embed_tokens.weight.dtype)
+    weights = mx.random.normal((targets.size,), key=mx.random.key(2))
+
+    def logps_of(rows: mx.array) -> mx.array:
+        if chunked:
+            return row_logps(model, rows, targets, training=True)
+        logits = model.lm_head(rows).astype(mx.float32)
+        picked = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
+        return picked - mx.logsumexp(logits, axis=-1)
+
+    gradient = mx.grad(lambda rows: (logps_of(rows) * weights).sum())(rows)
+    if chunked:
+        forward = row_logps(model, rows, targets, training=False)
+        np.testing.assert_array_equal(forward, logps_of(rows))
+    return logps_of(rows), gradient
+
+
+@pytest.mark.parametrize("width", [8, 31, 896])
+@pytest.mark.parametrize("count", [1, 7, 63, 64, 65])
+def test_rows_and_chunks(count: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 1)  # 64 rows
+    model = Headed(nn.Linear(width, 1027, bias=False), width)
+    targets = mx.random.randint(0, 1027, (count,), key=mx.random.key(3)).astype(mx.int32)
+    found, expected = (weighted_logps(model, targets, chunked=c) for c in (True, False))
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+
+
+AFFINE = [("affine", bits, group) for bits in (4, 8) for group in (32, 64, 128)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "group"), [*AFFINE, ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+)
+def test_quantized_heads(mode: str, bits: int, group: int) -> None:
+    head = nn.Linear(256, 1024, bias=False).to_quantized(group, bits, mode)
+    targets = mx.arange(0, 1024, 11, dtype=mx.int32)
+    model = Headed(head, 256)
+    found, expected = (weighted_logps(model, targets, chunked=c) for c in (True, False))
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_in_half_precision_the_targets_logit_comes_off_before_rounding(dtype: mx.Dtype) -> None:
+    """Against the same weights and rows in float32: several times nearer than rounded logits."""
+    wide = nn.Linear(896, 5000, bias=False)
+    narrow = nn.Linear(896, 5000, bias=False)
+    narrow.weight = (12 * wide.weight).astype(dtype)
+    wide.weight = narrow.weight.astype(mx.float32)
+    model, exact = Headed(narrow, 896), Headed(wide, 896)
+    model.model.embed_tokens.set_dtype(dtype)
+    noise = 0.5 * mx.random.normal((40, 896), key=mx.random.key(1))
+    rows = (0.25 * wide.weight[:40] + noise).astype(
+        dtype
+    )  # logits of 12 at the target, ±3 elsewhere
+    targets = mx.arange(40, dtype=mx.int32)
+    expected = row_logps(exact, rows.astype(mx.float32), targets, training=False)
+
+    def error(head: Head) -> float:
+        response_logps = partial(built_in, scale=1.0, softcap=0.0, gradient=False)
+        return float(mx.std(forward_logps(head, response_logps)(rows, targets) - expected))
+
+    assert head_of(model).weight is not None
+    assert error(head_of(model)) < 0.25 * error(Head(narrow, 1.0, 0.0))

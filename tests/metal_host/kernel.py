@@ -1,0 +1,202 @@
+"""A kernel as mx.fast.metal_kernel makes it, for the host."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import launch
+from .build import host_text
+from .signature import Signature, Template, signature
+
+Scalar = bool | int | float
+SEEDS = (0, 1, 7)
+MAX_THREADS = 1024
+
+_seeds: tuple[int, ...] = SEEDS
+
+
+def _to_numpy(array: mx.array) -> np.ndarray:
+    """The same elements; NumPy has no bfloat16, its bits stand for it."""
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+
+def _to_mlx(bits: np.ndarray, dtype: mx.Dtype, shape: Sequence[int]) -> mx.array:
+    return mx.array(bits).view(dtype).reshape(shape)
+
+
+def _spread_out(array: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+    """The array with its axes exchanged in memory and room between rows; strides in elements."""
+    strides, size = [0] * array.ndim, 1
+    for axis in generator.permutation(array.ndim):
+        strides[axis] = size
+        size *= array.shape[axis] + int(generator.integers(0, 3))
+    memory = np.zeros(max(1, size), array.dtype)
+    in_bytes = [stride * array.itemsize for stride in strides]
+    np.lib.stride_tricks.as_strided(memory, array.shape, in_bytes)[...] = array
+    return memory, strides
+
+
+def _empty(size: int, dtype: mx.Dtype, init_value: Scalar | None) -> np.ndarray:
+    """What an output holds before the kernel runs, as unsigned integers."""
+    bits = np.dtype(f"uint{8 * dtype.size}")
+    if init_value is not None:
+        return _to_numpy(mx.full((size,), init_value, dtype)).view(bits)
+    return np.full(size * dtype.size, launch.NEVER_WRITTEN, np.uint8).view(bits)
+
+
+def _refuse_gradient(*_: object) -> None:
+    raise ValueError("a custom kernel has no gradient, as MLX says too: give it one")
+
+
+def _check_sizes(what: str, given: Sequence[Any], names: Sequence[str]) -> None:
+    if len(given) != len(names):
+        raise ValueError(f"expected {len(names)} {what}, one for each name, but got {len(given)}")
+
+
+@dataclass(frozen=True)
+class MetalKernel:
+    """What metal_kernel returns; call it as the result of mx.fast.metal_kernel."""
+
+    name: str
+    input_names: Sequence[str]
+    output_names: Sequence[str]
+    source: str
+    header: str
+    ensure_row_contiguous: bool
+
+    def __call__(
+        self,
+        *,
+        inputs: Sequence[mx.array | Scalar],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+        grid: launch.Triple,
+        threadgroup: launch.Triple,
+        template: Template | None = None,
+        init_value: Scalar | None = None,
+        verbose: bool = False,
+        stream: object = None,
+    ) -> list[mx.array]:
+        """The outputs, evaluated; ``verbose`` and ``stream`` change nothing.
+
+        Raises:
+            MetalError: the kernel does not compile, or a check of its execution has failed.
+            ValueError: it cannot be called like this.
+        """
+        _check_sizes("inputs", inputs, self.input_names)
+        _check_sizes("output shapes", output_shapes, self.output_names)
+        _check_sizes("output types", output_dtypes, self.output_names)
+        if min(*grid, *threadgroup) < 1:
+            raise ValueError(f"no threads: grid {grid}, threadgroup {threadgroup}")
+        if math.prod(threadgroup) > MAX_THREADS:
+            raise ValueError(f"a threadgroup has at most {MAX_THREADS} threads, not {threadgroup}")
+
+        def execute(*arrays: mx.array) -> list[mx.array]:
+            described = signature(
+                self.name,
+                self.source,
+                self.input_names,
+                [(a.dtype, a.shape) for a in arrays],
+                self.output_names,
+                output_dtypes,
+                template or (),
+            )
+            outputs = [
+                _empty(math.prod(shape), dtype, init_value)
+                for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+            ]
+            made = launch.run(
+                self.name,
+                host_text(described, self.source, self.header),
+                self._buffers(described, arrays, outputs, init_value is not None),
+                grid,
+                threadgroup,
+                _seeds,
+            )
+            return [
+                _to_mlx(bits, dtype, shape)
+                for bits, dtype, shape in zip(made, output_dtypes, output_shapes, strict=True)
+            ]
+
+        # Without it gradients through the kernel would be zero, not an error.
+        differentiable: Any = mx.custom_function(execute)
+        differentiable.vjp(_refuse_gradient)
+        return differentiable(*map(mx.array, inputs))
+
+    def _buffers(
+        self,
+        described: Signature,
+        arrays: Sequence[mx.array],
+        outputs: Sequence[np.ndarray],
+        is_initialised: bool,
+    ) -> list[launch.Buffer]:
+        """What the function's parameters are given, but for the attributes."""
+        inputs = self._inputs(arrays)
+        return [
+            launch.Buffer(p.name, outputs[p.index], True, is_initialised)
+            if p.kind == "output"
+            else launch.Buffer(p.name, inputs[p.index][p.kind])
+            for p in described.parameters
+            if p.kind != "attribute"
+        ]
+
+    def _inputs(self, arrays: Sequence[mx.array]) -> list[dict[str, np.ndarray]]:
+        """For each input what its parameters may be given, by their kind."""
+        generator = np.random.default_rng(0)
+        found = []
+        for array in map(_to_numpy, arrays):
+            strides = [s // array.itemsize for s in np.empty_like(array, order="C").strides]
+            memory = np.ascontiguousarray(array).reshape(-1)
+            if not self.ensure_row_contiguous and array.ndim:
+                memory, strides = _spread_out(array, generator)
+            found.append(
+                {
+                    "input": memory,
+                    "shape": np.array(array.shape, np.int32),
+                    "strides": np.array(strides, np.int64),
+                    "ndim": np.array([array.ndim], np.int32),
+                }
+            )
+        return found
+
+
+def metal_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    atomic_outputs: bool = False,
+) -> MetalKernel:
+    """The same as mx.fast.metal_kernel, for a kernel that is executed, and checked, on the host.
+
+    Raises:
+        NotImplementedError: outputs are atomic.
+    """
+    if atomic_outputs:
+        raise NotImplementedError("kernels with atomic outputs are not executed here")
+    return MetalKernel(name, input_names, output_names, source, header, ensure_row_contiguous)
+
+
+@contextmanager
+def stand_in(seeds: Sequence[int] = SEEDS) -> Iterator[None]:
+    """Within it mx.fast.metal_kernel is ``metal_kernel``, and nothing is compiled by mx.compile:
+    these kernels run where they are called, not where a graph is evaluated.
+
+    seeds: the orders of threads in which each kernel runs, see launch.run.
+    """
+    global _seeds
+    before, _seeds = (mx.fast.metal_kernel, _seeds), tuple(seeds)
+    mx.fast.metal_kernel = metal_kernel
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.fast.metal_kernel, _seeds = before
+        mx.enable_compile()

@@ -1,0 +1,173 @@
+"""The Metal function that mx.fast.metal_kernel makes of a kernel's source, word for word.
+
+After mlx/backend/common/metal_kernel.cpp of MLX 0.32; the tests compare it with what MLX prints.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+TYPES = {
+    mx.bool_: "bool",
+    mx.uint8: "uint8_t",
+    mx.uint16: "uint16_t",
+    mx.uint32: "uint32_t",
+    mx.uint64: "uint64_t",
+    mx.int8: "int8_t",
+    mx.int16: "int16_t",
+    mx.int32: "int32_t",
+    mx.int64: "int64_t",
+    mx.float16: "float16_t",
+    mx.bfloat16: "bfloat16_t",
+    mx.float32: "float",
+}  # no complex64: no kernel here needs it
+
+# In MLX's order.
+ATTRIBUTES = {
+    "dispatch_quadgroups_per_threadgroup": "uint",
+    "dispatch_simdgroups_per_threadgroup": "uint",
+    "dispatch_threads_per_threadgroup": "uint3",
+    "grid_origin": "uint3",
+    "grid_size": "uint3",
+    "quadgroup_index_in_threadgroup": "uint",
+    "quadgroups_per_threadgroup": "uint",
+    "simdgroup_index_in_threadgroup": "uint",
+    "simdgroups_per_threadgroup": "uint",
+    "thread_execution_width": "uint",
+    "thread_index_in_quadgroup": "uint",
+    "thread_index_in_simdgroup": "uint",
+    "thread_index_in_threadgroup": "uint",
+    "thread_position_in_grid": "uint3",
+    "thread_position_in_threadgroup": "uint3",
+    "threadgroup_position_in_grid": "uint3",
+    "threadgroups_per_grid": "uint3",
+    "threads_per_grid": "uint3",
+    "threads_per_simdgroup": "uint",
+    "threads_per_threadgroup": "uint3",
+}
+
+Kind = Literal["input", "shape", "strides", "ndim", "output", "attribute"]  # of a parameter
+# What MLX adds for an input x where the source speaks of x_shape, x_strides or x_ndim.
+EXTRAS: dict[Kind, str] = {
+    "shape": "const constant int*",
+    "strides": "const constant int64_t*",
+    "ndim": "const constant int&",
+}
+
+Array = tuple[mx.Dtype, tuple[int, ...]]  # an input's type and shape
+Template = Sequence[tuple[str, bool | int | mx.Dtype]]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the function; ``index`` is that of the input or output it belongs to."""
+
+    kind: Kind
+    type: str
+    name: str
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The function's name, template and parameters."""
+
+    name: str
+    template: str  # "template <typename T, int N>\n", or nothing
+    arguments: str  # "<float, 3>", or nothing
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def declaration(self) -> str:
+        """Everything that MLX puts before the source."""
+        buffers = [p for p in self.parameters if p.kind != "attribute"]
+        attributes = [p for p in self.parameters if p.kind == "attribute"]
+        arrays = sum(p.kind in ("input", "output") for p in buffers)
+        lines = [f"{self.template}[[kernel]] void {self.name}(\n"]
+        for i, p in enumerate(buffers):
+            # MLX means the last buffer, but counts without the extras: a kernel without attributes
+            # that has both extras and several outputs does not compile with MLX either.
+            last = p.kind == "output" and not attributes and i >= arrays - 1
+            lines.append(f"  {p.type} {p.name} [[buffer({i})]]" + (") {\n" if last else ",\n"))
+        lines += [f"  {p.type} {p.name} [[{p.name}]],\n" for p in attributes]
+        if attributes:
+            lines[-1] = lines[-1].removesuffix(",\n") + ") {\n"
+        return "".join(lines)
+
+    def text(self, source: str, header: str = "") -> str:
+        """The whole text that MLX compiles."""
+        text = f"{header}{self.declaration}{source}\n}}\n"
+        if self.template:
+            function = self.name + self.arguments
+            text += f'\ntemplate [[host_name("{self.name}")]] [[kernel]] '
+            text += f"decltype({function}) {function};\n"
+        return text
+
+
+def type_name(dtype: mx.Dtype) -> str:
+    """A type's name in Metal; a ValueError for those that kernels here do not use."""
+    if dtype not in TYPES:
+        raise ValueError(f"kernels with {dtype} are not executed here")
+    return TYPES[dtype]
+
+
+def _template_argument(value: bool | int | mx.Dtype) -> tuple[str, str]:
+    """How a template's parameter is declared, and the argument."""
+    if isinstance(value, bool):
+        return "bool", str(int(value))
+    if isinstance(value, int):
+        return "int", str(value)
+    if isinstance(value, mx.Dtype):
+        return "typename", type_name(value)
+    raise ValueError("a template argument must be an mlx.core.Dtype, an int or a bool")
+
+
+def _input_parameters(index: int, name: str, array: Array, source: str) -> list[Parameter]:
+    dtype, shape = array
+    space = "constant" if math.prod(shape) < 8 else "device"
+    how = "*" if shape else "&"
+    found = [Parameter("input", f"const {space} {type_name(dtype)}{how}", name, index)]
+    if shape:
+        found += [
+            Parameter(kind, type, f"{name}_{kind}", index)
+            for kind, type in EXTRAS.items()
+            if f"{name}_{kind}" in source
+        ]
+    return found
+
+
+def signature(
+    name: str,
+    source: str,
+    input_names: Sequence[str],
+    inputs: Sequence[Array],
+    output_names: Sequence[str],
+    output_dtypes: Sequence[mx.Dtype],
+    template: Template = (),
+) -> Signature:
+    """The signature for one call. Names are looked for in ``source`` alone, not in the header."""
+    declared = [(_template_argument(value), label) for label, value in template]
+    parameters = ", ".join(f"{how} {label}" for (how, _), label in declared)
+    arguments = ", ".join(argument for (_, argument), _ in declared)
+    words = ["custom_kernel", name]
+    if declared:
+        words.append("_" + arguments.replace(", ", "_").replace("-", "_"))
+    for dtype, shape in inputs:
+        size = "c" if math.prod(shape) < 8 else ""
+        words.append(type_name(dtype) + (size if shape else "s"))
+    words += [type_name(dtype) for dtype in output_dtypes]
+    found: list[Parameter] = []
+    for i, (label, array) in enumerate(zip(input_names, inputs, strict=True)):
+        found += _input_parameters(i, label, array, source)
+    for i, (label, dtype) in enumerate(zip(output_names, output_dtypes, strict=True)):
+        found.append(Parameter("output", f"device {type_name(dtype)}*", label, i))
+    found += [Parameter("attribute", type, a) for a, type in ATTRIBUTES.items() if a in source]
+    return Signature(
+        "_".join(words),
+        f"template <{parameters}>\n" if declared else "",
+        f"<{arguments}>" if declared else "",
+        tuple(found),
+    )
