@@ -189,6 +189,8 @@ def stand_in(seeds: Sequence[int] = SEEDS) -> Iterator[None]:
     """Within it mx.fast.metal_kernel is ``metal_kernel``, and nothing is compiled by mx.compile:
     these kernels run where they are called, not where a graph is evaluated.
 
+    A kernel that was made outside of it stays what it is: empty what keeps one, before and after.
+
     seeds: the orders of threads in which each kernel runs, see launch.run.
     """
     global _seeds
