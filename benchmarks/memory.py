@@ -19,7 +19,7 @@ from provenance import provenance, write_result
 from step import Worker
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
-LONGEST = {"mlx_simpo": 8192, "stacked, compiled": 4096, "unsloth_zoo": 8192}
+LONGEST = {"mlx_simpo": 8192, "stacked, compiled": 4096, "unsloth_zoo": 4096}
 
 
 def shallow(model: str, layers: int, folder: Path) -> str:

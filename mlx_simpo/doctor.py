@@ -67,13 +67,14 @@ def check(
 ) -> dict[str, Any]:
     """One line of `checks`: errors are the largest, of nats and of the gradient's entries."""
     products = (4 * mx.random.normal((5, size), key=mx.random.key(size))).astype(dtype)
-    targets = mx.array([0, size - 1, size // 2, IGNORED, size], mx.int32)
+    tokens = [0, size - 1, size // 2, IGNORED, size]
+    targets = mx.array(tokens, mx.int32)
     found = implementation.response_logps(
         products, targets, scale=0.5, softcap=softcap, gradient=True
     )
     logps, slope = (np.array(a.astype(mx.float32), np.float64) for a in found)  # type: ignore
     right = logps[3] == 0 and not slope[3].any() and np.isnan(logps[4]) and np.isnan(slope[4]).all()
-    exact = truth(np.array(products.astype(mx.float32), np.float64), targets.tolist(), softcap)
+    exact = truth(np.array(products.astype(mx.float32), np.float64), tokens, softcap)
     plain = by_plain_operations(products, targets, softcap)
     errors = [largest(f[:3] - e) for f, e in zip((logps, slope), exact, strict=True)]
     limits = [largest(p - e) for p, e in zip(plain, exact, strict=True)]
