@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/engine.md from benchmarks/results (needs matplotlib).
+"""Writes tables and plots of docs/engine.md and docs/kernel.md from results/ (needs matplotlib).
 
     python benchmarks/document.py
 
@@ -17,7 +17,7 @@ mpl.rcParams["svg.hashsalt"] = "mlx_simpo"  # the same file for the same numbers
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "engine.md"
+PAGES = [ROOT / "docs" / name for name in ("engine.md", "kernel.md")]
 IMAGES = ROOT / "docs" / "img"
 RESULTS = ROOT / "benchmarks" / "results"
 QUICKEST = ("natural", "long_prompts", "short_balanced")  # comparisons of the quickest libraries
@@ -132,7 +132,7 @@ def overhead() -> dict[str, str]:
         return {}
     runs = [
         f"| {r['batch_size']} × {r['accumulation']} | {r['seconds'] / r['steps']:.1f} | "
-        f"{100 * r['outside']:.2f} % |"
+        f"{100 * r['outside']:.2f} % | {100 * r['idle']:.2f} % |"
         for r in record["runs"]
     ]
     epochs = [
@@ -143,7 +143,7 @@ def overhead() -> dict[str, str]:
     ]
     return {
         "overhead": "\n".join(
-            ["| batch × accumulation | s a step | outside |", "|---|---|---|", *runs]
+            ["| batch × accumulation | s a step | outside | idle |", "|---|---|---|---|", *runs]
         ),
         "padding": "\n".join(
             [
@@ -156,15 +156,31 @@ def overhead() -> dict[str, str]:
     }
 
 
+def head() -> dict[str, str]:
+    record = load("head")
+    if record is None:
+        return {}
+    lines = [
+        "| rows | vocabulary | ours | all logits at once | mx.fast.cross_entropy |",
+        "|---|---|---|---|---|",
+    ]
+    for m in record["memory"]:
+        cells = [f"{m[way]:.2f} GB" for way in ("ours", "whole", "fused")]
+        lines.append(f"| {m['rows']} | {m['vocabulary']} | " + " | ".join(cells) + " |")
+    return {"head": "\n".join(lines)}
+
+
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
-    page = PAGE.read_text(encoding="utf-8")
-    for name, text in {**steps(), **memory(), **overhead()}.items():
-        block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
-        page = re.sub(
-            rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, page, flags=re.S
-        )
-    PAGE.write_text(page, encoding="utf-8")
+    blocks = {**steps(), **memory(), **overhead(), **head()}
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        for name, text in blocks.items():
+            block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
+            page = re.sub(
+                rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, page, flags=re.S
+            )
+        path.write_text(page, encoding="utf-8")
     plot_steps()
 
 

@@ -3,9 +3,9 @@
     python benchmarks/overhead.py --model FOLDER --data train.jsonl [--steps 6]
 
 Trains through `mlx_simpo.prepare` and `Session.steps`, with a line of metrics written a step, and
-counts all time that is not spent inside mx.eval or mx.async_eval: reading pairs, making batches,
-building graphs, metrics. An upper bound, as a device goes on working meanwhile. Then counts one
-epoch's positions without running it: padding, and prompt tokens that run more than once.
+counts all time that is not spent inside mx.eval or mx.async_eval (reading pairs, making batches,
+building graphs, metrics), and the part of it in which nothing was handed over to the device. Then
+counts one epoch's positions without running it: padding, and prompt tokens that run more than once.
 """
 
 import argparse
@@ -24,30 +24,53 @@ from mlx_simpo.data.batching import epoch_steps, plan_stacked, stack
 from mlx_simpo.data.sharing import plan_shared, run_length, share, shared_length
 
 
-def timed(spent: list[float], function: Any) -> Any:
-    """``function``, adding the seconds of its calls to ``spent``."""
+class Clock:
+    """Wall time inside of mx.eval and mx.async_eval, and with nothing handed over to the device."""
 
-    def call(*args: Any) -> None:
+    def __init__(self) -> None:
+        self.queue: list[tuple] = []  # what has been handed over and not been waited for
+        self.inside = self.idle = 0.0
+        self._emptied = time.perf_counter()
+
+    def hand_over(self, *arrays: Any) -> None:
+        """mx.async_eval, in which operations are handed over one by one, the first at once."""
         started = time.perf_counter()
-        function(*args)
-        spent.append(time.perf_counter() - started)
+        self.idle += 0 if self.queue else started - self._emptied
+        ASYNC_EVAL(*arrays)
+        self.inside += time.perf_counter() - started
+        self.queue.append(arrays)
 
-    return call
+    def wait(self, *arrays: Any) -> None:
+        """mx.eval of something that has been handed over, and so of all before it."""
+        started = time.perf_counter()
+        if not self.queue:
+            self.idle += started - self._emptied
+        EVAL(*arrays)
+        self._emptied = time.perf_counter()
+        self.inside += self._emptied - started
+        places = [i for i, given in enumerate(self.queue) if any(a is arrays[0] for a in given)]
+        self.queue = self.queue[places[0] + 1 :] if places else []
+
+
+EVAL, ASYNC_EVAL = mx.eval, mx.async_eval
 
 
 def overhead(session: Any, steps: int) -> dict[str, float]:
-    """Seconds of all steps but the first, and the share of them outside of evaluation."""
-    spent: list[float] = []
-    mx.eval, mx.async_eval = timed(spent, mx.eval), timed(spent, mx.async_eval)
+    """Seconds of all steps but the first; the share of them outside of evaluation; the share in
+    which the device had nothing to do."""
+    clock = Clock()
+    mx.eval, mx.async_eval = clock.wait, clock.hand_over
     with tempfile.TemporaryFile("w") as log:
         running = session.steps()
         next(running)
-        spent.clear()
+        clock.inside = clock.idle = 0.0
         started = time.perf_counter()
         for step in itertools.islice(running, steps):
             log.write(json.dumps(step.as_dict()) + "\n")
         seconds = time.perf_counter() - started
-    return {"steps": steps, "seconds": seconds, "outside": 1 - sum(spent) / seconds}
+    mx.eval, mx.async_eval = EVAL, ASYNC_EVAL
+    outside, idle = 1 - clock.inside / seconds, clock.idle / seconds
+    return {"steps": steps, "seconds": seconds, "outside": outside, "idle": idle}
 
 
 def epoch_counts(pairs: Any, batch_size: int, step_pairs: int, seed: int) -> dict[str, Any]:
