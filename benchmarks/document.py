@@ -21,6 +21,7 @@ PAGES = [ROOT / "docs" / name for name in ("engine.md", "kernel.md")]
 IMAGES = ROOT / "docs" / "img"
 RESULTS = ROOT / "benchmarks" / "results"
 QUICKEST = ("natural", "long_prompts", "short_balanced")  # comparisons of the quickest libraries
+COLOURS = {"mlx_simpo": "#c2410c", "stacked, compiled": "#334155"}
 SHAPE_NAMES = {
     "natural": "data as they are",
     "long_prompts": "long prompts, short answers",
@@ -111,7 +112,7 @@ def memory() -> dict[str, str]:
             [int(n) for n in found],
             [r.get("peak_gb") for r in found.values()],
             marker="o",
-            color="#c2410c" if name == "mlx_simpo" else "#64748b",
+            color=COLOURS.get(name, "#94a3b8"),
             label=name,
         )
     for n in lengths:

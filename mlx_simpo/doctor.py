@@ -1,6 +1,7 @@
 """What `mlx-simpo doctor` finds: the machine, which implementation runs and why, whether it is
 right and how fast it is."""
 
+import os
 import platform
 import statistics
 import time
@@ -40,10 +41,10 @@ def examine() -> dict[str, Any]:
 def machine() -> dict[str, str]:
     """Chip, memory, system and versions, in words."""
     device = mx.device_info()
-    memory = device.get("memory_size")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = {
         "chip": str(device.get("device_name", platform.processor() or "unknown")),
-        "memory": f"{int(memory) / 2**30:.0f} GiB" if memory else "unknown",
+        "memory": f"{memory / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
         "processor": platform.machine(),
         "MLX's device": str(mx.default_device()),

@@ -25,6 +25,7 @@ def test_everything_it_says_is_about_this_machine(capsys: Capture) -> None:
     assert ran.status == 0
     for words in (f"mlx: {mx.__version__}", "chip: ", "memory: ", "as MLX runs on the CPU"):
         assert words in ran.out
+    assert re.search(r"memory: [1-9]\d* GiB", ran.out)
     assert "checks: 12 of 12 right" in ran.out
     assert len(re.findall(r"ms +[\d.]+ GB/s", ran.out)) == 3
 
