@@ -18,6 +18,7 @@ from .engine import choose_engine
 from .errors import SimPOError
 from .evaluation import Evaluation
 from .generation import answer
+from .kernels.choice import choose
 from .model.adapters import load_adapter
 from .model.loading import load_only_tokenizer
 from .report import Report, step_note
@@ -174,6 +175,7 @@ def evaluate(
     report = report or Report()
     if config.data.valid is None:
         raise SimPOError("data.valid is missing; name the pairs to evaluate on")
+    choose(config.logps.impl)
     found = read_pairs(config, config.data.valid, config.data.valid_split)
     tokenizer = load_only_tokenizer(
         config.model, config.revision, trust_remote_code=config.trust_remote_code

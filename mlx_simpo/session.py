@@ -22,6 +22,7 @@ from .data.tokens import TokenizedPairs
 from .engine import Engine, choose_engine
 from .errors import SimPOError
 from .evaluation import Evaluation, evaluate_pairs
+from .kernels.choice import choose
 from .model.adapters import save_adapter
 from .model.loading import load_model, load_only_tokenizer
 from .model.lora import attach_lora
@@ -91,6 +92,7 @@ def prepare(config: SimPOConfig, report: Report | None = None) -> Session:
     data = config.data
     if data.train is None:
         raise SimPOError("data.train is missing; name a file, folder or Hugging Face data set")
+    choose(config.logps.impl)  # what cannot run here is said before anything is read
     training = read_pairs(config, data.train, data.train_split)
     validation = None if data.valid is None else read_pairs(config, data.valid, data.valid_split)
     # All records are looked at before a model of gigabytes is fetched.
@@ -112,7 +114,7 @@ def prepare(config: SimPOConfig, report: Report | None = None) -> Session:
     model, _ = read_model(config, report)  # the weights are read when first used
     adapter = attach_lora(model, config.lora, config.seed)
     maybe_set_recommended_wired_limit()
-    engine = choose_engine(config.train.engine, model)
+    engine = choose_engine(config.train.engine, model, config.logps.impl)
     return Session(
         config, model, tokenizer, encoder, adapter, train, valid, left_out, engine, report
     )

@@ -16,6 +16,7 @@ from mlx_simpo import (
     Session,
     SimPOConfig,
     SimPOError,
+    evaluate,
     evaluate_pairs,
     load_config,
     load_pairs,
@@ -50,6 +51,19 @@ def weights(session: Session) -> dict[str, np.ndarray]:
 
 
 # --- made ready ------------------------------------------------------------------------------
+
+
+def test_the_implementation_that_was_asked_for_runs_and_is_said(made: Any) -> None:
+    """On a CPU: MLX's operations, by choice or for want of a GPU, and no kernel."""
+    assert "as MLX runs on the CPU" in made().engine.note
+    assert "as logps.impl=mlx asks" in made("logps.impl=mlx").engine.note
+
+
+@pytest.mark.parametrize("command", [prepare, evaluate])
+def test_a_kernel_that_cannot_run_is_refused_before_anything_is_read(command: Any) -> None:
+    settings = ["model=nobody/nothing", "data.train=none.jsonl", "data.valid=none.jsonl"]
+    with pytest.raises(SimPOError, match=r"logps\.impl is kernel, but MLX runs on the CPU"):
+        command(load_config(None, [*settings, "logps.impl=kernel"]))
 
 
 def test_preparing_writes_nothing(made: Any, tmp_path: Path) -> None:
