@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .errors import SimPOError
 from .kernels.built_in import IGNORED
 from .kernels.choice import Implementation, choose
 
@@ -23,12 +24,12 @@ REPEATS = 5
 
 
 def examine() -> dict[str, Any]:
-    """The machine, the implementation, its checks and its timings, for JSON.
-
-    Raises:
-        SimPOError: the kernel is meant to run here and cannot, or is wrong.
-    """
-    implementation = choose()
+    """The machine, the implementation, its checks and its timings, for JSON; "problem" says why
+    there are none, if the kernel is meant to run here and cannot, or is wrong."""
+    try:
+        implementation = choose()
+    except SimPOError as error:
+        return {"machine": machine(), "problem": str(error)}
     return {
         "machine": machine(),
         "implementation": implementation.name,
@@ -125,6 +126,7 @@ def by_plain_operations(
 
 
 def largest(values: np.ndarray) -> float:
+    """The largest magnitude."""
     return float(np.abs(values).max())
 
 
@@ -188,6 +190,8 @@ def median_seconds(run: Callable[[], Any]) -> float:
 def as_text(found: dict[str, Any]) -> str:
     """A block to read, and to paste into an issue."""
     lines = [f"{name}: {value}" for name, value in found["machine"].items()]
+    if "problem" in found:
+        return "\n".join([*lines, found["problem"]]) + "\n"
     lines.append(f"log-probabilities: {found['why']}")
     wrong = [c for c in found["checks"] if not c["right"]]
     worst = max(c["error"] for c in found["checks"] if c["dtype"] == "float32")

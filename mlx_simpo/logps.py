@@ -143,19 +143,12 @@ def frozen_head_logps(head: Head, response_logps: OfProducts) -> ChunkLogps:
     are at hand; the backward pass scales it.
     """
 
-    @mx.custom_function
-    def chunk_logps(rows: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    def both(rows: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
         logps, slope = response_logps(head.centred(rows, targets), targets)
         _, (gradient,) = mx.vjp(head.product, [rows], [slope])
         return logps, gradient
 
-    @chunk_logps.vjp
-    def _(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
-        rows, targets = primals
-        scaled = cotangents[0][:, None] * outputs[1]
-        return scaled.astype(rows.dtype), mx.zeros_like(targets)
-
-    return lambda rows, targets: chunk_logps(rows, targets)[0]  # type: ignore[index]
+    return differentiable(both)
 
 
 def trained_head_logps(model: Any, head: Head, response_logps: OfProducts) -> ChunkLogps:
@@ -164,29 +157,27 @@ def trained_head_logps(model: Any, head: Head, response_logps: OfProducts) -> Ch
     Those of the weights need the loss's slope, so a chunk's logits are made again for them.
     """
     trained = outside_blocks(model)
-    differentiable = token_logps(response_logps)
+    token_logps = differentiable(response_logps)
 
     @mx.checkpoint
     def chunk_logps(weights: dict, rows: mx.array, targets: mx.array) -> mx.array:
         model.update(tree_unflatten(list(weights.items())))  # inputs, or no gradient reaches them
-        logps = differentiable(head.product(rows), targets)
+        logps = token_logps(head.product(rows), targets)
         model.update(tree_unflatten(list(trained.items())))
         return logps
 
     return partial(chunk_logps, trained)
 
 
-def token_logps(response_logps: OfProducts) -> ChunkLogps:
-    """log p(targets) [C] of products [C, V], with the gradient that is made along with it."""
+def differentiable(both: OfProducts) -> ChunkLogps:
+    """Of a function (x [C, …], targets [C]) → (log p [C], ∂ log p/∂x), the log p alone, with that
+    gradient for autodiff."""
+    made = mx.custom_function(both)
 
-    @mx.custom_function
-    def both(products: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        return response_logps(products, targets)
-
-    @both.vjp
+    @made.vjp
     def _(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
-        products, targets = primals
+        x, targets = primals
         scaled = cotangents[0][:, None] * outputs[1]
-        return scaled.astype(products.dtype), mx.zeros_like(targets)
+        return scaled.astype(x.dtype), mx.zeros_like(targets)
 
-    return lambda products, targets: both(products, targets)[0]  # type: ignore[index]
+    return lambda x, targets: made(x, targets)[0]  # type: ignore[index]

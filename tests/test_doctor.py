@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from commands import command
 
-from mlx_simpo import doctor
+from mlx_simpo import SimPOError, doctor
 from mlx_simpo.kernels.choice import BUILT_IN
 
 Capture = pytest.CaptureFixture[str]
@@ -61,7 +61,21 @@ def test_a_wrong_implementation_is_noticed(
     ran = command(capsys, "doctor")
     assert ran.status == 2
     assert "WRONG: float32, vocabulary 1027" in ran.out
-    assert "log-probabilities are wrong on this machine" in ran.err
+    assert "log-probabilities are not right on this machine" in ran.err
+
+
+def test_a_kernel_that_does_not_run_is_shown_with_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def failing() -> None:
+        raise SimPOError("the Metal kernel does not run: line 7")
+
+    monkeypatch.setattr(doctor, "choose", failing)
+    ran = command(capsys, "doctor")
+    assert ran.status == 2
+    assert "chip: " in ran.out
+    assert ran.out.endswith("the Metal kernel does not run: line 7\n")
+    assert "please report the lines above" in ran.err
 
 
 def test_settings_would_be_ignored_and_are_refused(capsys: Capture) -> None:

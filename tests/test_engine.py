@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
 from tiny import tiny_model
 from tiny import token_pair as pair
@@ -248,6 +249,24 @@ def test_products_of_the_head() -> None:
     assert products(row_logps(model, rows, targets, training=False)) == 1
     assert products(slope(model)) == 2
     assert products(slope(trained_head("dense"))) == 3
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whose_attention_is_made_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every architecture's, but Gemma 2's, which has a softcap in code of its own; and that of no
+    other cache."""
+    model, calls = tiny_model(name, **ARCHITECTURES[name]), []
+
+    def counted(*given: Any) -> mx.array:
+        calls.append(given)
+        return attention.attention(*given)
+
+    monkeypatch.setattr(prefix, "attention", counted)
+    run(with_lora(model), SHARED_PREFIX, PAIRS[:1])
+    assert bool(calls) == (name != "gemma2")
+    calls.clear()
+    mx.eval(model(mx.arange(9)[None], cache=make_prompt_cache(model)), model(mx.arange(9)[None]))
+    assert calls == []
 
 
 @pytest.mark.parametrize("kept", [0, attention.KEPT])

@@ -15,7 +15,7 @@ from mlx_simpo import logps
 from mlx_simpo.data.batching import stack
 from mlx_simpo.data.encode import EncodedPair, Scored
 from mlx_simpo.kernels.built_in import built_in
-from mlx_simpo.logps import average_logps, forward_logps, logsumexp, row_logps, token_logps
+from mlx_simpo.logps import average_logps, differentiable, forward_logps, logsumexp, row_logps
 from mlx_simpo.model.head import Head, head_of
 
 MODEL = tiny_model()
@@ -119,7 +119,7 @@ def test_logsumexp_and_its_gradient(vocabulary: int) -> None:
 @pytest.mark.parametrize("vocabulary", [1, 2, 255, 256, 257, 1000, 49152, 50257])
 def test_token_logps_and_their_gradient(vocabulary: int) -> None:
     """What the shared engine makes of its logits: value and slope against float64."""
-    logps = token_logps(partial(built_in, scale=1.0, softcap=0.0, gradient=True))
+    logps = differentiable(partial(built_in, scale=1.0, softcap=0.0, gradient=True))
     rng = np.random.default_rng(vocabulary)
     values = (3 * rng.normal(size=(40, vocabulary))).astype(np.float32)
     values[1] += 1e4

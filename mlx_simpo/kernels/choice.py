@@ -101,6 +101,6 @@ def _difference(one: mx.array | None, two: mx.array | None) -> float:
 
 def _report(where: str, what: str) -> str:
     return (
-        f"the {where} kernel for log-probabilities {what}. Training goes on with logps.impl=mlx; "
-        "please report this with what `mlx-simpo doctor` prints"
+        f"the {where} kernel for log-probabilities {what}. Please report this with what "
+        "`mlx-simpo doctor` prints; logps.impl=mlx trains without the kernel"
     )
