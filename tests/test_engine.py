@@ -94,10 +94,9 @@ def run(model: nn.Module, engine: Engine, pairs: Sequence[EncodedPair]) -> dict[
 
 
 def greatest_difference(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
-    """Relative to the largest entry of each array; where that is nearly nothing (the gradient of a
-    softmax over one key is 0), to a thousandth of the largest of all: 1e-4 is then its float32."""
+    """Relative to the largest entry of each array (or, where that is nearly nothing, of all)."""
     assert one.keys() == two.keys()
-    least = 1e-3 * max(np.abs(value).max() for value in two.values())
+    least = 1e-4 * max(np.abs(value).max() for value in two.values())
     return max(float(np.abs(one[k] - two[k]).max() / max(np.abs(two[k]).max(), least)) for k in two)
 
 

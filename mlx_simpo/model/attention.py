@@ -7,8 +7,9 @@ kept for the backward pass; those of a long one are made again, so that memory g
 length and not with its square.
 
 The backward pass (Dao et al., FlashAttention, 2022, appendix B.2), with P = softmax(scale · QKᵀ),
-O = PV and δ the row sums of dO ∘ O: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − δ), dQ = scale · dS K,
-dK = scale · dSᵀ Q.
+O = PV, dP = dO Vᵀ and δ the row sums of P ∘ dP: dV = Pᵀ dO, dS = P ∘ (dP − δ), dQ = scale · dS K,
+dK = scale · dSᵀ Q. (The row sums of dO ∘ O are the same δ for less, but not to the last bit: the
+gradient of a softmax over one key would not be 0.)
 """
 
 from itertools import pairwise
@@ -54,9 +55,7 @@ def attention(
     @run.vjp
     def _(given: tuple, slopes: tuple, made: tuple) -> tuple[mx.array, ...]:
         queries, keys, values = given
-        (out, *weights), slope = made, slopes[0]
-        delta = (slope.astype(mx.float32) * out).sum(axis=-1, keepdims=True).astype(slope.dtype)
-        return _backward(queries, keys, values, slope, delta, weights, blocks, scale, mask)
+        return _backward(queries, keys, values, slopes[0], made[1:], blocks, scale, mask)
 
     return run(queries, keys, values)[0]  # type: ignore[index]
 
@@ -86,25 +85,24 @@ def _backward(
     keys: mx.array,
     values: mx.array,
     slope: mx.array,
-    delta: mx.array,
-    kept: list[mx.array],
+    kept: tuple[mx.array, ...],
     blocks: list[Block],
     scale: float,
     mask: mx.array | str | None,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Gradients of queries, keys and values from ``slope``, that of the output, and δ."""
+    """Gradients of queries, keys and values from ``slope``, that of the output."""
     of_queries, before = [], []
     of_keys, of_values = (mx.zeros(a.shape, mx.float32) for a in (keys, values))
     for number, block in enumerate(blocks):
-        rows, slopes, deltas = (
-            _rows(array, block, keys.shape[1], before) for array in (queries, slope, delta)
-        )
+        rows, slopes = (_rows(array, block, keys.shape[1], before) for array in (queries, slope))
         if kept:
             weights = kept[number]
         else:
             weights = _probabilities(rows, queries.shape[2], keys, block, scale, mask)
         seen_keys, seen_values = keys[:, :, : block.keys], values[:, :, : block.keys]
-        of_scores = weights * (slopes @ seen_values.swapaxes(-1, -2) - deltas)
+        of_weights = slopes @ seen_values.swapaxes(-1, -2)
+        delta = (weights * of_weights).sum(axis=-1, keepdims=True)
+        of_scores = weights * (of_weights - delta)
         of_rows = of_scores @ seen_keys * scale
         of_queries.append(of_rows.reshape(*queries.shape[:2], -1, queries.shape[3]))
         places = (slice(None), slice(None), slice(block.keys))
