@@ -13,20 +13,22 @@ from .config import (
     TrainConfig,
     load_config,
 )
+from .convert import Conversion, from_hf, from_peft, fuse, to_peft
 from .data.encode import EncodedPair, Encoder, encode_pairs
 from .data.pairs import load_pairs
 from .errors import SimPOError
 from .evaluation import Evaluation, evaluate_pairs
+from .hub import Push, push
 from .model.adapters import load_adapter
 from .model.loading import load_model
 from .objectives import simpo_loss
 from .run import TrainResult, evaluate, generate, inspect, train
 from .session import Session, prepare
 from .trainer import StepMetrics, train_steps
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
+    "Conversion",
     "DataConfig",
     "EncodedPair",
     "Encoder",
@@ -34,6 +36,7 @@ __all__ = [
     "LoRAConfig",
     "LogpsConfig",
     "ObjectiveConfig",
+    "Push",
     "Session",
     "SimPOConfig",
     "SimPOError",
@@ -43,6 +46,9 @@ __all__ = [
     "encode_pairs",
     "evaluate",
     "evaluate_pairs",
+    "from_hf",
+    "from_peft",
+    "fuse",
     "generate",
     "inspect",
     "load_adapter",
@@ -50,7 +56,9 @@ __all__ = [
     "load_model",
     "load_pairs",
     "prepare",
+    "push",
     "simpo_loss",
+    "to_peft",
     "train",
     "train_steps",
 ]

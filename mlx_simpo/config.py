@@ -54,15 +54,19 @@ class SimPOConfig(Section):
                 "log-probabilities; leave one of the two out"
             )
 
-    def to_yaml(self) -> str:
-        """The whole configuration as YAML that `load_config` reads back to an equal one."""
+    def as_dict(self) -> dict[str, Any]:
+        """The whole configuration as plain values, for YAML and JSON."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: plain(v) for k, v in value.items()}
             return list(value) if isinstance(value, tuple) else value
 
-        return dump_yaml(plain(asdict(self)))
+        return plain(asdict(self))
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML that `load_config` reads back to an equal one."""
+        return dump_yaml(self.as_dict())
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> SimPOConfig:

@@ -142,7 +142,11 @@ def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Tabl
 
 def format_metric(evaluation: Evaluation, name: str) -> str:
     """One metric as the table shows it."""
-    value = evaluation.metrics[name]
+    return metric_text(name, evaluation.metrics[name])
+
+
+def metric_text(name: str, value: float) -> str:
+    """A metric's value with the digits that are worth reading."""
     if name == "rewards/accuracies":
         return f"{value:.1%}"
     return f"{value:.1f}" if name.endswith("_tokens") else f"{value:.4f}"

@@ -30,6 +30,7 @@ from .session import (
     prepare,
     read_model,
     read_pairs,
+    warn_of_mismatch,
 )
 from .trainer import StepMetrics, total_steps
 
@@ -180,13 +181,15 @@ def evaluate(
     tokenizer = load_only_tokenizer(
         config.model, config.revision, trust_remote_code=config.trust_remote_code
     )
-    pairs = encode(make_encoder(tokenizer, config, report), found, config.data.valid, report)
-    model, _ = read_model(config, report)
+    encoder = make_encoder(tokenizer, config, report)
+    pairs = encode(encoder, found, config.data.valid, report)
+    loaded = read_model(config, report)
+    model = loaded.model
     engine = choose_engine(config.train.engine, model, config.logps.impl)
     report.note(f"engine: {engine.note}")
     results = {"base": evaluate_with_bar(model, pairs, config, engine, report, "Base model")}
     if adapter is not None:
-        load_adapter(model, adapter)
+        warn_of_mismatch(load_adapter(model, adapter), loaded, encoder.renderer.text, report)
         results["adapter"] = evaluate_with_bar(model, pairs, config, engine, report, "Adapter")
     return results
 
@@ -208,11 +211,12 @@ def generate(
         SimPOError: unusable model or adapter.
     """
     report = report or Report()
-    model, tokenizer = read_model(config, report)
+    loaded = read_model(config, report)
+    model, tokenizer = loaded.model, loaded.tokenizer
     encoder = make_encoder(tokenizer, config, report)
     answers = {"base": answer(model, tokenizer, encoder, prompt, max_tokens)}
     if adapter is not None:
-        load_adapter(model, adapter)
+        warn_of_mismatch(load_adapter(model, adapter), loaded, encoder.renderer.text, report)
         answers["adapter"] = answer(model, tokenizer, encoder, prompt, max_tokens)
     return answers
 

@@ -23,9 +23,10 @@ from .engine import Engine, choose_engine
 from .errors import SimPOError
 from .evaluation import Evaluation, evaluate_pairs
 from .kernels.choice import choose
-from .model.adapters import save_adapter
-from .model.loading import load_model, load_only_tokenizer
+from .model.adapters import read_adapter_config, save_adapter
+from .model.loading import Loaded, load_model, load_only_tokenizer
 from .model.lora import attach_lora
+from .model.record import RECORD, mismatches, table, training_record
 from .paths import local_path
 from .report import Report
 from .trainer import StepMetrics, train_steps
@@ -52,6 +53,7 @@ class Session:
     left_out: list[Quarantined]
     engine: Engine
     report: Report
+    record: dict[str, Any]
 
     def steps(self) -> Iterator[StepMetrics]:
         """Train; see `trainer.train_steps`."""
@@ -75,7 +77,8 @@ class Session:
         Raises:
             SimPOError: the folder cannot be written.
         """
-        path = save_adapter(folder, self.model, {"model": self.config.model, **self.adapter})
+        known = {"model": self.config.model, RECORD: self.record}
+        path = save_adapter(folder, self.model, {**known, **self.adapter})
         write_text(path / "config.yaml", self.config.to_yaml())
         if self.encoder.renderer.text is not None:
             write_text(path / "chat_template.jinja", self.encoder.renderer.text)
@@ -111,12 +114,16 @@ def prepare(config: SimPOConfig, report: Report | None = None) -> Session:
             f"train.eval_every is {config.train.eval_every}, but there are no validation pairs; "
             "give data.valid or a data.valid_fraction above 0"
         )
-    model, _ = read_model(config, report)  # the weights are read when first used
+    loaded = read_model(config, report)  # the weights are read when first used
+    model, template = loaded.model, encoder.renderer.text
+    if config.lora.init_from is not None:
+        warn_of_mismatch(read_adapter_config(config.lora.init_from), loaded, template, report)
     adapter = attach_lora(model, config.lora, config.seed)
     maybe_set_recommended_wired_limit()
     engine = choose_engine(config.train.engine, model, config.logps.impl)
+    record = training_record(loaded, config, template)
     return Session(
-        config, model, tokenizer, encoder, adapter, train, valid, left_out, engine, report
+        config, model, tokenizer, encoder, adapter, train, valid, left_out, engine, report, record
     )
 
 
@@ -180,8 +187,8 @@ def encode(encoder: Encoder, found: Records, name: str, report: Report) -> Token
     return made.pairs
 
 
-def read_model(config: SimPOConfig, report: Report) -> tuple[nn.Module, Any]:
-    """(model, tokenizer); says what will be slow."""
+def read_model(config: SimPOConfig, report: Report) -> Loaded:
+    """The model of these settings; says what will be slow."""
     loaded = load_model(
         config.model,
         revision=config.revision,
@@ -192,7 +199,15 @@ def read_model(config: SimPOConfig, report: Report) -> tuple[nn.Module, Any]:
     report.advise(advice.slow_on_cpu(loaded.dtype, "quantization" in loaded.config))
     caches = make_prompt_cache(loaded.model)
     report.advise(advice.ignored_window(loaded.config, caches, config.data.max_length))
-    return loaded.model, loaded.tokenizer
+    return loaded
+
+
+def warn_of_mismatch(
+    adapter: dict[str, Any], loaded: Loaded, template: str | None, report: Report
+) -> None:
+    """Say where a model differs from the one that an adapter's record names."""
+    for difference in mismatches(table(adapter, RECORD), loaded, template):
+        report.warn(f"{difference}: the adapter may not fit")
 
 
 def evaluate_with_bar(

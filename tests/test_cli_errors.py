@@ -151,7 +151,7 @@ def config_json(**changes: object) -> str:
         ({"config__json": "{}"}, "model_type"),
         ({"config__json": config_json(model_type="bert")}, "Model type bert not supported"),
         ({"config__json": config_json(hidden_size=64)}, "received shape (512, 32)"),
-        ({"model__safetensors": None}, "No safetensors found"),
+        ({"model__safetensors": None}, "holds no model*.safetensors"),
         ({"config__json": config_json(hidden_size="x")}, "TypeError"),
         ({"tokenizer__json": None, "tokenizer_config__json": None}, "tokenizer"),
         ({"tokenizer__json": '{"a":'}, "tokenizer.json"),

@@ -1,6 +1,7 @@
 """Adapter folders in mlx-lm's format: adapters.safetensors and adapter_config.json."""
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -13,9 +14,11 @@ from mlx_lm.tuner.utils import load_adapters
 
 from ..errors import SimPOError
 from ..paths import local_path
+from .files import load_safetensors, read_header, read_json
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
+MAX_RANK = 65_536
 
 
 def flat_arrays(tree: Any) -> dict[str, mx.array]:
@@ -24,7 +27,12 @@ def flat_arrays(tree: Any) -> dict[str, mx.array]:
 
 
 def save_adapter(folder: str | Path, model: nn.Module, config: dict[str, Any]) -> Path:
-    """Write the trainable weights and their adapter_config.json; ``mlx_lm.generate --adapter-path``
+    """Write the trainable weights of a model and their adapter_config.json; see `write_adapter`."""
+    return write_adapter(folder, flat_arrays(model.trainable_parameters()), config)
+
+
+def write_adapter(folder: str | Path, weights: dict[str, mx.array], config: dict[str, Any]) -> Path:
+    """Write an adapter's weights and its adapter_config.json; ``mlx_lm.generate --adapter-path``
     takes the folder as it is.
 
     Each file is written under another name and then moved into place, so that a reader never meets
@@ -34,7 +42,6 @@ def save_adapter(folder: str | Path, model: nn.Module, config: dict[str, Any]) -
         SimPOError: the folder cannot be written.
     """
     folder = local_path(folder)
-    weights = flat_arrays(model.trainable_parameters())
     text = json.dumps(config, indent=4, sort_keys=True) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,18 +62,38 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         SimPOError: no such folder or file, or an adapter of another library.
     """
-    path = local_path(folder) / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SimPOError(f"{folder} is no adapter folder: cannot read {CONFIG}: {error}") from None
-    if not isinstance(config, dict):
-        raise SimPOError(f"{folder}/{CONFIG} is no adapter's configuration: {str(config)[:40]}")
+        config = read_json(local_path(folder) / CONFIG)
+    except SimPOError as error:
+        raise SimPOError(f"{folder} is no adapter folder: {error}") from None
     if "peft_type" in config:
-        raise SimPOError(f"{folder} holds a PEFT adapter; an mlx-lm adapter is wanted")
-    if not isinstance(config.get("lora_parameters"), dict):
-        raise SimPOError(f"{folder}/{CONFIG} has no lora_parameters; is it an mlx-lm LoRA adapter?")
+        raise SimPOError(
+            f"{folder} holds a PEFT adapter; convert it first: mlx-simpo convert from-peft"
+        )
+    if config.get("fine_tune_type", "lora") not in ("lora", "dora"):
+        raise SimPOError(
+            f"{folder} has fine_tune_type {str(config['fine_tune_type'])[:40]!r}; it must be lora "
+            "or dora"
+        )
+    check_parameters(config, f"{folder}/{CONFIG}")
     return config
+
+
+def check_parameters(config: dict[str, Any], where: str) -> None:
+    """SimPOError if what mlx-lm builds layers from is missing or impossible."""
+    parameters = config.get("lora_parameters")
+    if not isinstance(parameters, dict):
+        raise SimPOError(f"{where} has no lora_parameters; is it an mlx-lm LoRA adapter?")
+    rank, scale, keys = (parameters.get(name) for name in ("rank", "scale", "keys"))
+    layers = config.get("num_layers")
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise SimPOError(f"{where}: rank is {str(rank)[:40]}; it must be 1 to {MAX_RANK}")
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise SimPOError(f"{where}: scale is {str(scale)[:40]}; it must be a finite number")
+    if type(layers) is not int:
+        raise SimPOError(f"{where}: num_layers is {str(layers)[:40]}; it must be a whole number")
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(k, str) for k in keys)):
+        raise SimPOError(f"{where}: keys must be a list of names, not {str(keys)[:40]}")
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
@@ -82,6 +109,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
         SimPOError: unreadable, of another model, or incomplete.
     """
     config = read_adapter_config(folder)
+    read_header(local_path(folder) / WEIGHTS)
     model.freeze()
     try:
         load_adapters(model, str(local_path(folder)))
@@ -107,11 +135,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 def check_complete(model: nn.Module, folder: str | Path) -> dict[str, mx.array]:
     """The file's weights, if names and shapes are the model's trainable ones; SimPOError if not."""
     path = local_path(folder) / WEIGHTS
-    try:
-        weights = mx.load(str(path))
-    except (OSError, RuntimeError) as error:
-        raise SimPOError(f"cannot read {path}: {error}") from None
-    assert isinstance(weights, dict)
+    weights = load_safetensors([path])
     wanted = {name: p.shape for name, p in flat_arrays(model.trainable_parameters()).items()}
     missing = sorted(wanted.keys() - weights.keys())
     unknown = sorted(weights.keys() - wanted.keys())

@@ -1,5 +1,6 @@
 """A model and its tokenizer from a local folder or the Hugging Face Hub, by mlx_lm's loader."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 from ..errors import SimPOError
 from ..paths import local_path
 from .adapters import flat_arrays
+from .files import read_header, weight_files
 from .rope import repaired_rope
 
 # What loaders raise at a config.json, tokenizer or weights that are not what they expect.
@@ -29,13 +31,21 @@ LOAD_ERRORS = (
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
+# Types that mlx-lm reads as another: of text-only checkpoints whose files are for the whole model.
+READ_AS = {"qwen3_5_text": "qwen3_5"}
+
+
 class Loaded(NamedTuple):
-    """A model ready to run. config: its config.json, repaired; dtype: of its weights."""
+    """A model ready to run. config: its config.json, repaired; dtype: of its weights; folder: where
+    it was read from; name and revision: as asked for, the revision of a Hub model as its commit."""
 
     model: nn.Module
     tokenizer: Any
     config: dict
     dtype: str
+    folder: Path
+    name: str
+    revision: str | None
 
 
 def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -86,8 +96,14 @@ def load_model(
         SimPOError: no such model, or one that mlx_lm cannot load as a language model.
     """
     folder = model_folder(name, revision)
+    for path in weight_files(folder):
+        read_header(path)
     try:
-        repaired = repaired_rope(load_config(folder))
+        config = load_config(folder)
+        check_model_type(config)
+        repaired = repaired_rope(config)
+        if config["model_type"] in READ_AS:
+            repaired["model_type"] = READ_AS[config["model_type"]]
         model, tokenizer, config = mlx_lm_load(  # type: ignore[misc]
             str(folder),
             lazy=True,
@@ -105,7 +121,15 @@ def load_model(
         raise SimPOError(f"{name} is a {config.get('model_type')} model without transformer blocks")
     if dtype != "auto":
         model.set_dtype(DTYPES[dtype])
-    return Loaded(model, tokenizer, config, dtype_of(model))
+    commit = folder.name if folder.parent.name == "snapshots" else revision
+    return Loaded(model, tokenizer, config, dtype_of(model), folder, name, commit)
+
+
+def check_model_type(config: dict[str, Any]) -> None:
+    """ValueError if the model type cannot be one: mlx-lm imports a module of that name."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", kind):
+        raise ValueError(f"model_type is {str(kind)[:60]!r} in its config.json, which is no name")
 
 
 def load_only_tokenizer(

@@ -33,3 +33,23 @@ def repaired_rope(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(text, dict) and (inner := repaired_rope(text)):
         changes["text_config"] = {**text, **inner}
     return changes
+
+
+def both_ways(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json's content with its rotary settings for transformers 4 and mlx-lm and for
+    transformers 5.
+
+    Groups by kind of layer (Gemma 3) are left to transformers 5's own reading of the older names.
+    """
+    config = {**config, **repaired_rope(config)}
+    if "rope_parameters" in config or "rope_theta" not in config:
+        return config
+    scaling = config.get("rope_scaling") or {}
+    if "rope_local_base_freq" in config or not isinstance(scaling, dict):
+        return config
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    parameters = {**scaling, "rope_type": kind, "rope_theta": config["rope_theta"]}
+    parameters.pop("type", None)
+    if "partial_rotary_factor" in config:
+        parameters["partial_rotary_factor"] = config["partial_rotary_factor"]
+    return {**config, "rope_parameters": parameters}

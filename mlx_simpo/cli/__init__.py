@@ -1,4 +1,4 @@
-"""The command line: ``mlx-simpo train | evaluate | generate | data inspect | doctor``.
+"""The command line: ``mlx-simpo train | evaluate | generate | fuse | convert | push | …``.
 
 Results go to stdout, everything else to stderr. Settings are given as ``section.name=value``, the
 same names as in the YAML files.
@@ -10,17 +10,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from . import __version__
-from .checkpoint import write_text
-from .config import SimPOConfig, load_config
-from .errors import SimPOError
-from .paths import local_path
-from .report import evaluation_table
-from .strict import all_settings, is_required, nearest_name
+from ..checkpoint import write_text
+from ..config import SimPOConfig, load_config
+from ..errors import SimPOError
+from ..paths import local_path
+from ..report import evaluation_table
+from ..strict import all_settings, is_required, nearest_name
+from ..version import __version__
+from .convert import add_convert, add_fuse
+from .output import counts_table, lengths_table, plain_console, print_json, refuse_settings
+from .push import add_push
 
 SETTINGS_HELP = "settings, name=value: objective.beta=10 lora.rank=16 (train --help lists them)"
 
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: train, evaluate, generate, data inspect, doctor."""
+    """The command line with all its commands."""
     parser = Parser(
         prog="mlx-simpo", description="SimPO LoRA fine-tuning of language models on MLX."
     )
@@ -89,6 +90,10 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--model", help="Hub id or folder, whose tokenizer is used")
     inspect.add_argument("--split", help="split of a folder or Hub data set")
     inspect.add_argument("--pair", type=int, default=0, help="which pair to show, from 0")
+
+    add_fuse(commands)
+    add_convert(commands)
+    add_push(commands)
 
     about = "Show the machine, which kernel runs and why, whether it is right, and how fast it is."
     doctor = commands.add_parser("doctor", help="check this machine", description=about)
@@ -144,7 +149,7 @@ def yaml_text(value: Any) -> str:
 
 def run_train(options: argparse.Namespace) -> None:
     """The train command: the table to stderr, the result with --json to stdout."""
-    from .run import train
+    from ..run import train
 
     result = train(load_config(options.config, options.settings))
     if options.json:
@@ -172,7 +177,7 @@ def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """The evaluate command."""
-    from .run import evaluate
+    from ..run import evaluate
 
     settings = [f"data.valid={options.data}"]
     # A split that a CONFIG.yaml names is that of its own validation pairs.
@@ -191,7 +196,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 def run_generate(options: argparse.Namespace) -> None:
     """The generate command."""
-    from .run import generate
+    from ..run import generate
 
     answers = generate(
         adapter_config(options), options.prompt, options.adapter, max_tokens=options.max_tokens
@@ -205,8 +210,8 @@ def run_generate(options: argparse.Namespace) -> None:
 
 def run_inspect(options: argparse.Namespace) -> None:
     """The data inspect command."""
-    from .data.inspection import marked
-    from .run import inspect
+    from ..data.inspection import marked
+    from ..run import inspect
 
     given = [f"model={options.model}"] if options.model else []
     config = load_config(options.config, [*given, *options.settings])
@@ -229,10 +234,9 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 def run_doctor(options: argparse.Namespace) -> None:
     """The doctor command; an error if a check fails."""
-    from .doctor import as_text, examine
+    from ..doctor import as_text, examine
 
-    if options.config or options.settings:
-        raise SimPOError("doctor looks at the machine and takes no settings; leave them out")
+    refuse_settings(options, "doctor looks at the machine")
     found = examine()
     if options.json:
         print_json(found)
@@ -242,45 +246,3 @@ def run_doctor(options: argparse.Namespace) -> None:
         raise SimPOError(
             "log-probabilities are not right on this machine; please report the lines above"
         )
-
-
-def counts_table(summary: dict[str, Any]) -> Table:
-    """How many pairs are used, cut and left out."""
-    table = Table(show_header=False, title="what will be trained on", title_justify="left")
-    table.add_column(justify="right")
-    table.add_column()
-    table.add_row(str(summary["records"]), "records")
-    table.add_row(str(summary["pairs"]), "pairs that can be used")
-    for reason, count in summary["left_out"].items():
-        first = next(q for q in summary["left_out_records"] if q["reason"] == reason)
-        table.add_row(str(count), f"left out: {reason}, e.g. {first['source']}")
-    table.add_row(str(summary["prompts_cut"]), "prompts cut on the left")
-    table.add_row(str(summary["answers_cut"]), "pairs with an answer cut on the right")
-    table.add_row(str(summary["tokens_cut"]), "tokens cut in all")
-    table.add_row(
-        str(summary["boundary_moved"]), "pairs in which a token crosses prompt and answer"
-    )
-    table.add_row(f"{summary['scored_tokens']:,}", f"scored tokens of {summary['tokens']:,}")
-    return table
-
-
-def lengths_table(summary: dict[str, Any]) -> Table:
-    """Quantiles of prompt and answer lengths, in tokens."""
-    table = Table(title="tokens", title_justify="left")
-    table.add_column("")
-    rows = summary["lengths"]
-    for label in next(iter(rows.values())):
-        table.add_column(label, justify="right")
-    for name, values in rows.items():
-        table.add_row(name, *(str(v) for v in values.values()))
-    return table
-
-
-def plain_console() -> Console:
-    """Standard output; what looks like markup or an emoji's name is neither."""
-    return Console(highlight=False, markup=False, emoji=False)
-
-
-def print_json(value: Any) -> None:
-    """JSON to stdout, for other programs."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,168 @@
+"""Adapters from mlx-lm's format to PEFT's and back, each proved by logits."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import SimPOError
+from ..model.adapters import read_adapter_config
+from ..model.loading import DTYPES, Loaded
+from ..model.record import RECORD, base_record, mismatches, table
+from ..paths import local_path
+from ..report import Report
+from ..version import __version__
+from .base import Base, architecture
+from .mlx_format import read_mlx, write_mlx
+from .names import refuse_tied
+from .peft_config import read_peft_config
+from .peft_read import read_peft
+from .peft_write import write_peft
+from .proof import prove_adapters
+from .staging import staged
+from .verify import Comparison, wanted
+
+RECORD_FILE = "mlx_simpo.json"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion came to. comparisons: empty if it was not verified."""
+
+    output: Path
+    comparisons: list[Comparison] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        checks = [{**c._asdict(), "passed": c.passed} for c in self.comparisons]
+        return {"output": str(self.output), "comparisons": checks}
+
+
+def to_peft(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    separate_experts: bool = False,
+    verify: bool | None = None,
+    trust_remote_code: bool = False,
+    report: Report | None = None,
+) -> Conversion:
+    """Write an mlx-lm adapter as a PEFT adapter.
+
+    Args:
+        adapter: folder with adapters.safetensors. output: a new folder. model: Hub id or folder of
+            its base; default: what the adapter's record says. dtype: of the tensors ("float32",
+            "bfloat16", "float16"; default: as they are). separate_experts: see
+            `peft_write.write_peft`. verify: compare logits (default: where the model fits).
+
+    Raises:
+        SimPOError: an adapter that cannot be read, does not fit the model or that PEFT has no name
+            for; a failed verification. Nothing is written then.
+    """
+    report = report or Report()
+    config = read_adapter_config(adapter)
+    record = table(config, RECORD)
+    base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
+    loaded = base.load()
+    for difference in mismatches(record, loaded):
+        report.warn(f"{difference}: the adapter may not fit")
+    rule = architecture(loaded)
+    updates = read_mlx(adapter, loaded.model)
+    bare = base.load()
+    refuse_tied(updates, bare.model)
+    with staged(output) as folder:
+        write_peft(
+            folder,
+            updates,
+            bare.model,
+            rule,
+            base=base.name,
+            revision=loaded.revision,
+            separate_experts=separate_experts,
+            dtype=DTYPES[dtype] if dtype else None,
+        )
+        write_record(folder, local_path(adapter), record, loaded)
+        found = []
+        if wanted(verify, bare.model, report.note):
+            found = prove_adapters(base, rule, local_path(adapter), folder, report, dtype is None)
+    if quantization := loaded.config.get("quantization"):
+        report.note(
+            f"the base is quantized to {quantization.get('bits')} bits: the adapter is exact on "
+            "its dequantized weights (mlx-simpo fuse without --adapter writes them) and not on the "
+            "original model's"
+        )
+    return Conversion(local_path(output), found)
+
+
+def from_peft(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    verify: bool | None = None,
+    trust_remote_code: bool = False,
+    report: Report | None = None,
+) -> Conversion:
+    """Write a PEFT LoRA adapter as an mlx-lm adapter.
+
+    Args:
+        as for `to_peft`; model: default: the adapter's base_model_name_or_path.
+
+    Raises:
+        SimPOError: an adapter that cannot be read, is not LoRA, DoRA or rsLoRA, or does not fit
+            the model; a failed verification. Nothing is written then.
+    """
+    report = report or Report()
+    folder = local_path(adapter)
+    content = read_peft_config(folder).content
+    named = content.get("base_model_name_or_path")
+    base = Base(*base_name(model, revision, named, {}), trust_remote_code)
+    loaded = base.load()
+    rule = architecture(loaded)
+    updates = read_peft(folder, loaded.model, rule)
+    refuse_tied(updates, loaded.model)
+    extra = {
+        "model": base.name,
+        RECORD: {"version": __version__, "base": base_record(loaded), "from": "peft"},
+    }
+    with staged(output) as written:
+        precision = DTYPES[dtype] if dtype else None
+        write_mlx(written, updates, loaded.model, extra, precision)
+        found = []
+        if wanted(verify, loaded.model, report.note):
+            found = prove_adapters(base, rule, written, folder, report, dtype is None)
+    return Conversion(local_path(output), found)
+
+
+def base_name(
+    model: str | None, revision: str | None, named: Any, record: dict[str, Any]
+) -> tuple[str, str | None]:
+    """(name, revision) of the base: what the caller says, else what the adapter says."""
+    if model is not None:
+        return model, revision
+    recorded = table(record, "base")
+    name = recorded.get("model") or named
+    if not isinstance(name, str) or not name:
+        raise SimPOError("the adapter does not say which model it belongs to; name it with --model")
+    return name, revision or recorded.get("revision")
+
+
+def write_record(folder: Path, adapter: Path, record: dict[str, Any], loaded: Loaded) -> None:
+    """Keep what is known of the training beside the PEFT adapter, where PEFT does not look."""
+    summary = adapter / "summary.json"
+    content = {
+        "version": record.get("version", __version__),
+        "base": record.get("base") or base_record(loaded),
+        "template_sha256": record.get("template_sha256"),
+        "training": {
+            "config": record.get("config"),
+            "summary": json.loads(summary.read_text("utf-8")) if summary.is_file() else None,
+        },
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    (folder / RECORD_FILE).write_text(text, encoding="utf-8")

@@ -1,0 +1,163 @@
+"""A model with its adapter merged in, as a folder that other libraries load."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm.utils import save_config
+
+from ..errors import SimPOError
+from ..model.adapters import flat_arrays, read_adapter_config
+from ..model.files import load_safetensors, weight_files
+from ..model.loading import DTYPES
+from ..model.record import RECORD, mismatches, table
+from ..paths import local_path
+from ..report import Report
+from .adapters import Conversion, base_name, write_record
+from .base import Base, architecture, config_of, in_mlx_names, layout_of
+from .folder import copy_companions, write_config, write_weights
+from .merge import Fused, fused_model
+from .proof import prove_fused
+from .staging import staged
+from .verify import wanted
+from .weights import Layout, checkpoint_tensors, sources_of
+
+FORMATS = ("hf", "mlx")
+
+
+def fuse(
+    output: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    format: str = "hf",
+    dequantize: bool = True,
+    dtype: str | None = None,
+    verify: bool | None = None,
+    trust_remote_code: bool = False,
+    report: Report | None = None,
+) -> Conversion:
+    """Write a base model with an mlx-lm adapter merged into its weights.
+
+    Args:
+        output: a new folder. adapter: None for the base model alone. model: Hub id or folder;
+            default: what the adapter's record says. format: "hf" (transformers' names, for vLLM
+            and llama.cpp's converter too) or "mlx". dequantize: unpack a quantized base, in
+            float32; False packs the changed layers again, for "mlx" only. dtype: of the weights
+            ("float32", "bfloat16", "float16"); default: as they are, float32 if unpacked.
+        verify: compare logits (default: where the model fits into memory).
+
+    Raises:
+        SimPOError: bad input, an architecture that cannot be written, a failed verification.
+            Nothing is written then.
+    """
+    report = report or Report()
+    if format not in FORMATS:
+        raise SimPOError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+    config = {} if adapter is None else read_adapter_config(adapter)
+    record = table(config, RECORD)
+    base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
+    loaded = base.load()
+    for difference in mismatches(record, loaded):
+        report.warn(f"{difference}: the adapter may not fit")
+    packed = loaded.config.get("quantization")
+    check_packing(packed, format, dequantize, dtype, report)
+    layout = layout_of(loaded, architecture(loaded)) if format == "hf" else None
+    template = None if adapter is None else trained_template(local_path(adapter))
+    precision = dtype or ("float32" if packed and dequantize else None)
+    with staged(output) as folder:
+        fused = fused_model(loaded, adapter, dequantize=dequantize)
+        if layout is not None:
+            write_hf(folder, base, fused, layout, precision, report)
+        else:
+            write_mlx_model(folder, base, fused, precision, keep=bool(packed) and not dequantize)
+        copy_companions(loaded.folder, folder, template, trusted=trust_remote_code)
+        if adapter is not None:
+            write_record(folder, local_path(adapter), record, loaded)
+        found = []
+        if wanted(verify, loaded.model, report.note):
+            found = prove_fused(folder, base, adapter, report)
+    return Conversion(local_path(output), found)
+
+
+def check_packing(
+    packed: Any, format: str, dequantize: bool, dtype: str | None, report: Report
+) -> None:
+    """Refuse what cannot be had of a quantized base, and say what is done with it and why."""
+    if not packed:
+        if not dequantize:
+            raise SimPOError(
+                "--quantize packs the layers of a quantized base again, but this base is not "
+                "quantized; fuse it, then `mlx-simpo convert from-hf --quantize` the result"
+            )
+        return
+    if dequantize:
+        report.note(
+            f"the base is quantized to {packed.get('bits')} bits and written unpacked, in "
+            f"{dtype or 'float32'}: packing it again would round most of a small tune away"
+        )
+    elif format == "hf":
+        raise SimPOError("transformers does not read MLX's packed weights; use --format mlx")
+    elif dtype is not None:
+        raise SimPOError(f"dtype is {dtype}, but the weights stay packed; leave it out")
+
+
+def trained_template(adapter: Path) -> str | None:
+    """The chat template that lies beside an adapter; None if there is none."""
+    path = adapter / "chat_template.jinja"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def write_hf(
+    folder: Path, base: Base, fused: Fused, layout: Layout, dtype: str | None, report: Report
+) -> None:
+    """Weights and config.json under transformers' names. What the adapter did not touch is copied
+    from the base bit for bit, where the base has these names."""
+    loaded = base.load()
+    config = config_of(loaded)
+    weights = flat_arrays(fused.model.parameters())
+    if in_mlx_names(loaded) or "quantization_config" in config:
+        tensors = checkpoint_tensors(weights, layout)
+        kept = loaded.dtype
+    else:
+        there = load_safetensors(weight_files(loaded.folder))
+        tensors = {name: tensor for name, tensor in there.items() if goes_along(name, layout)}
+        if beside := sorted(tensors.keys() - layout.shapes.keys()):
+            report.note(f"copied as they are, not run by MLX: {len(beside)}, e.g. {beside[0]}")
+        new = checkpoint_tensors(weights, layout, sources_of(layout, fused.changed))
+        tensors |= {name: tensor.astype(there[name].dtype) for name, tensor in new.items()}
+        kept = loaded.dtype
+    precision = dtype or kept
+    if dtype is not None or in_mlx_names(loaded):
+        tensors = {name: as_float(tensor, precision) for name, tensor in tensors.items()}
+    write_weights(folder, tensors, "pt")
+    write_config(folder, config, precision, trusted=base.trust_remote_code)
+
+
+def goes_along(name: str, layout: Layout) -> bool:
+    """Whether a tensor of the base's checkpoint belongs into the new one: not a tied head, nor
+    rotary frequencies that old versions of transformers stored."""
+    stale = name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+    return name in layout.shapes or not stale
+
+
+def as_float(tensor: mx.array, dtype: str) -> mx.array:
+    """The tensor in ``dtype`` if it holds floats."""
+    return tensor.astype(DTYPES[dtype]) if mx.issubdtype(tensor.dtype, mx.floating) else tensor
+
+
+def write_mlx_model(
+    folder: Path, base: Base, fused: Fused, dtype: str | None, *, keep: bool
+) -> None:
+    """Weights and config.json under MLX's names. keep: the weights stay packed."""
+    loaded = base.load()
+    precision = dtype or loaded.dtype
+    fused.model.update(tree_map(lambda p: as_float(p, precision), fused.model.parameters()))
+    write_weights(folder, flat_arrays(fused.model.parameters()), "mlx")
+    config = dict(loaded.config)
+    if not keep:
+        for name in ("quantization", "quantization_config"):
+            config.pop(name, None)
+    save_config(config, folder / "config.json")

@@ -1,0 +1,42 @@
+"""An adapter merged into a model's weights, by mlx-lm's own layers."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.utils import dequantize_model
+
+from ..model.adapters import load_adapter
+from ..model.loading import Loaded
+from .updates import updates_of
+
+
+class Fused(NamedTuple):
+    """A model with the adapter in its weights, in float32 (or re-quantized), and what changed."""
+
+    model: nn.Module
+    changed: set[str]
+
+
+def fused_model(loaded: Loaded, adapter: str | Path | None, *, dequantize: bool) -> Fused:
+    """Merge an adapter into a freshly loaded model, by mlx-lm's own layers, in float32.
+
+    Scales and offsets of packed weights are float32 before anything is unpacked: so the result is
+    the live model's to the last bit that float32 has (in bfloat16 4 % of SmolLM2's most likely
+    tokens change).
+    """
+    model = loaded.model
+    model.set_dtype(mx.float32)
+    changed: set[str] = set()
+    if adapter is not None:
+        load_adapter(model, adapter)
+        paths = updates_of(model)
+        layers = dict(model.named_modules())
+        merged = [(path, layers[path].fuse(dequantize=dequantize)) for path in paths]
+        model.update_modules(tree_unflatten(merged))
+        changed = {f"{path}.weight" for path in paths}
+    if dequantize:
+        dequantize_model(model)
+    return Fused(model, changed)

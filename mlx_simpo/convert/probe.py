@@ -1,0 +1,171 @@
+"""Where every element of an MLX model's weights comes from in its checkpoint.
+
+mlx-lm's ``sanitize`` renames, stacks, slices and transposes a checkpoint's tensors on the way in,
+and nothing undoes it on the way out. Here it is run on arrays that say where they are: one pass
+with the number of each tensor, one a axis with the position on it. What comes out tells what was
+done, and so how to undo it. The arrays are broadcasts of a few numbers: no pass holds a model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import SimPOError
+
+Shape = tuple[int, ...]
+Region = tuple[slice, ...]
+
+
+class Piece(NamedTuple):
+    """target[region] = source[source_region].transpose(axes).reshape(of the region) + offset."""
+
+    source: str
+    source_region: Region
+    region: Region
+    axes: tuple[int, ...]
+    offset: float
+
+
+class Traces(NamedTuple):
+    """The passes' results for one array of the model: what to add, which tensor, which place."""
+
+    offset: mx.array
+    tensor: mx.array
+    places: list[mx.array]
+
+
+def trace(
+    fresh: Callable[[], nn.Module], shapes: Mapping[str, Shape]
+) -> dict[str, tuple[Shape, list[Piece]]]:
+    """What ``sanitize`` makes of tensors of these names and shapes.
+
+    Args:
+        fresh: makes the model anew; sanitize may change it.
+        shapes: of the checkpoint's tensors.
+
+    Returns:
+        Of each array that the model would load: its shape, and the pieces it consists of.
+
+    Raises:
+        SimPOError: sanitize fails on them, or changes values in a way that cannot be undone.
+    """
+    numbers = {name: number for number, name in enumerate(shapes)}
+    passes: list[Callable[[str, Shape], mx.array]] = [
+        lambda _, shape: mx.broadcast_to(mx.array(0.0), shape),
+        lambda name, shape: mx.broadcast_to(mx.array(float(numbers[name])), shape),
+    ]
+    depth = max((len(shape) for shape in shapes.values()), default=0)
+    passes += [lambda _, shape, axis=axis: positions(shape, axis) for axis in range(depth)]
+    results = []
+    for encode in passes:
+        model = fresh()
+        weights = {name: encode(name, shape) for name, shape in shapes.items()}
+        sanitize = getattr(model, "sanitize", lambda weights: weights)
+        try:
+            results.append(sanitize(weights))
+        except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+            raise SimPOError(
+                f"mlx-lm cannot read a checkpoint with these tensors: {type(error).__name__}: "
+                f"{error}"
+            ) from None
+    names = list(shapes)
+    found = {}
+    for target in list(results[0]):
+        arrays = [result.pop(target) for result in results]
+        traces = Traces(arrays[0], arrays[1] - arrays[0], [a - arrays[0] for a in arrays[2:]])
+        whole = tuple(slice(0, size) for size in arrays[0].shape)
+        try:
+            found[target] = arrays[0].shape, list(pieces(traces, whole, names, shapes))
+        except ValueError:
+            raise SimPOError(
+                f"mlx-lm's sanitize makes {target} of the checkpoint's tensors in a way that "
+                "cannot be undone; convert this model with the library it came from"
+            ) from None
+    return found
+
+
+def positions(shape: Shape, axis: int) -> mx.array:
+    """An array whose elements are their position on ``axis``; zeros if there is no such axis."""
+    if axis >= len(shape):
+        return mx.broadcast_to(mx.array(0.0), shape)
+    line = mx.arange(shape[axis], dtype=mx.float32)
+    return mx.broadcast_to(line.reshape([-1 if a == axis else 1 for a in range(len(shape))]), shape)
+
+
+def pieces(
+    traces: Traces, region: Region, names: list[str], shapes: Mapping[str, Shape]
+) -> Iterator[Piece]:
+    """The pieces of a region of one array; ValueError if it is no rearrangement of tensors."""
+    tensor = traces.tensor[region]
+    lowest, highest = number(tensor.min()), number(tensor.max())
+    if lowest == highest and lowest == int(lowest):
+        piece = one_piece(traces, region, names[int(lowest)], shapes)
+        if piece is not None:
+            yield piece
+            return
+    parts = split(tensor, region)
+    if not parts:
+        raise ValueError
+    for part in parts:
+        yield from pieces(traces, part, names, shapes)
+
+
+def split(tensor: mx.array, region: Region) -> list[Region]:
+    """The region cut where the tensor changes along an axis; into single rows if it does not."""
+    for axis, size in enumerate(tensor.shape):
+        line = np.array(tensor[tuple(slice(None) if a == axis else 0 for a in range(tensor.ndim))])
+        cuts = [0, *(np.flatnonzero(np.diff(line)) + 1).tolist(), size]
+        if len(cuts) > 2:
+            return [cut(region, axis, a, b) for a, b in pairwise(cuts)]
+    for axis, size in enumerate(tensor.shape):
+        if size > 1:
+            return [cut(region, axis, a, a + 1) for a in range(size)]
+    return []
+
+
+def cut(region: Region, axis: int, start: int, stop: int) -> Region:
+    """The part of a region from ``start`` to ``stop`` on ``axis``, counted within it."""
+    inner = slice(region[axis].start + start, region[axis].start + stop)
+    return (*region[:axis], inner, *region[axis + 1 :])
+
+
+def one_piece(
+    traces: Traces, region: Region, source: str, shapes: Mapping[str, Shape]
+) -> Piece | None:
+    """The region as one transposed block of ``source``; None if it is not."""
+    sizes = [part.stop - part.start for part in region]
+    offset = traces.offset[region]
+    constant = number(offset.min())
+    if number(offset.max()) != constant:
+        return None
+    block: list[slice] = []
+    order: list[int] = []
+    for axis in range(len(shapes[source])):
+        place = traces.places[axis][region]
+        start = number(place.min())
+        target = next((a for a in range(len(sizes)) if runs_along(place, start, a, sizes)), None)
+        if start != int(start) or (target is None and number(place.max()) != start):
+            return None
+        length = 1 if target is None else sizes[target]
+        block.append(slice(int(start), int(start) + length))
+        order.append(len(sizes) if target is None else target)
+    if np.prod([b.stop - b.start for b in block]) != np.prod(sizes):
+        return None
+    axes = tuple(sorted(range(len(order)), key=lambda axis: order[axis]))
+    return Piece(source, tuple(block), region, axes, constant)
+
+
+def runs_along(place: mx.array, start: float, axis: int, sizes: list[int]) -> bool:
+    """Whether positions are start, start + 1, … along ``axis`` and constant along the others."""
+    if sizes[axis] == 1:
+        return False
+    return mx.all(place == start + positions(tuple(sizes), axis)).item() is True
+
+
+def number(array: mx.array) -> float:
+    """The value of an array with one element."""
+    return float(np.array(array))

@@ -1,0 +1,192 @@
+"""Sending an adapter or a model to the Hugging Face Hub, with its card.
+
+Files are listed one by one and go in a single commit; what lies in the repository beside them
+stays. The token is huggingface_hub's own business: it is not asked for, kept or shown here.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+# Of httpx, or of its successor: whichever this version of huggingface_hub uses.
+from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import SimPOError
+from ..report import Report
+from .card import make_card, users_card
+from .folders import open_folder
+from .outgoing import CARD, sort_files, without_paths
+
+# What huggingface_hub raises; RuntimeError: its uploader, which is not written in Python.
+HUB_ERRORS = (TransportError, OSError, ValueError, RuntimeError)
+# Should a server, a proxy or a library ever repeat a token in a message.
+_TOKEN = re.compile(r"hf_\w+|Bearer\s+[^\s'\"]+")
+
+
+class Entry(NamedTuple):
+    """One file of the commit. content: bytes that take its place on the way; None: as it lies.
+    size: bytes. note: what is special about it."""
+
+    name: str
+    content: bytes | None
+    size: int
+    note: str
+
+
+class Push(NamedTuple):
+    """What went, or would go. private: asked for. stays: (name, why). card: the text of README.md.
+    url: of the commit, None in a dry run."""
+
+    repo: str
+    private: bool
+    revision: str | None
+    kind: str
+    files: tuple[Entry, ...]
+    stays: tuple[tuple[str, str], ...]
+    card: str
+    url: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        files = [{"name": e.name, "bytes": e.size, "note": e.note} for e in self.files]
+        stays = [{"name": name, "why": why} for name, why in self.stays]
+        return {**self._asdict(), "files": files, "stays": stays}
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    report: Report | None = None,
+) -> Push:
+    """Send ``folder`` to the model repository ``repo`` (owner/name), which is made if need be.
+
+    Args:
+        private: make the repository private; if it is there and public, nothing is sent. Without
+            it, a new one is as its owner's account makes them, public as a rule. dry_run: neither
+            the network nor the folder is touched. revision: branch, made if need be. message: of
+            the commit.
+
+    Raises:
+        SimPOError: a folder or name that cannot be sent, or a Hub that does not take it.
+    """
+    report = report or Report()
+    check_names(repo, revision)
+    opened = open_folder(folder)
+    files = sort_files(opened)
+    own = users_card(opened)
+    card = make_card(opened, repo, revision) if own is None else own
+    entries = [entry(file, without_paths(file, opened)) for file in files.goes]
+    card_bytes = card.encode("utf-8", "backslashreplace")
+    note = "made for it" if own is None else "as you wrote it"
+    entries.append(Entry(CARD, card_bytes, len(card_bytes), note))
+    plan = Push(
+        repo, private, revision, opened.kind.name, tuple(entries), tuple(files.stays), card, None
+    )
+    if dry_run:
+        return plan
+    report.note(f"sending {len(entries)} files, {sum(e.size for e in entries):,} bytes, to {repo}")
+    try:
+        url = send(plan, opened.path, message or f"Upload {opened.kind.what}")
+    except HUB_ERRORS as error:
+        raise explained(error, plan) from None
+    return plan._replace(url=url)
+
+
+def check_names(repo: str, revision: str | None) -> None:
+    """SimPOError unless the repository's name, with its owner, and the branch's are possible."""
+    rule = "it must be owner/name, of letters, digits, -, _ and ."
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise SimPOError(f"the repository is {repo!r}; {rule}") from None
+    if "/" not in repo:
+        raise SimPOError(f"the repository is {repo!r}; {rule}: put your user name before it")
+    if revision is not None and not re.fullmatch(r"\w[\w./-]*", revision, re.ASCII):
+        raise SimPOError(
+            f"the revision is {revision!r}; it must be a branch's name, of letters, digits and _./-"
+        )
+
+
+def entry(file: Path, content: bytes | None) -> Entry:
+    """A file of the folder, with ``content`` in its place if there is any."""
+    if content is None:
+        return Entry(file.name, None, file.stat().st_size, "")
+    return Entry(file.name, content, len(content), "local paths cut")
+
+
+def send(plan: Push, folder: Path, message: str) -> str:
+    """Make the repository and the branch if need be and commit; the commit's address.
+
+    Raises:
+        SimPOError: it is to be private, and is there and public. And `HUB_ERRORS`.
+    """
+    api = HfApi()
+    # None: as the owner's account has it. True holds for a new repository only.
+    api.create_repo(plan.repo, private=True if plan.private else None, exist_ok=True)
+    if plan.private and not api.model_info(plan.repo).private:
+        raise SimPOError(
+            f"{plan.repo} exists and is public, so --private cannot hold and nothing was sent; "
+            "make it private in its settings on the Hub, or leave --private out"
+        )
+    if plan.revision is not None and not plan.revision.startswith("refs/"):
+        api.create_branch(plan.repo, branch=plan.revision, exist_ok=True)
+    operations = [
+        CommitOperationAdd(e.name, str(folder / e.name) if e.content is None else e.content)
+        for e in plan.files
+    ]
+    commit = api.create_commit(
+        plan.repo, operations, commit_message=message, revision=plan.revision
+    )
+    return str(commit.commit_url)
+
+
+def explained(error: Exception, plan: Push) -> SimPOError:
+    """What the user can do about an error of `HUB_ERRORS`."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HUB_ERRORS):
+        error = error.__cause__  # huggingface_hub: "error while uploading"; this one says which
+    begin, login = f"{plan.repo} cannot be sent: ", "log in with `hf auth login`"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, LocalTokenNotFoundError) or status == 401:
+        return SimPOError(f"{begin}the Hub does not know who you are; {login}")
+    if isinstance(error, UnicodeEncodeError):  # of the headers; the message shows a part of it
+        return SimPOError(f"{begin}the token is not plain text; {login}")
+    if isinstance(error, OfflineModeIsEnabled):
+        return SimPOError(f"{begin}HF_HUB_OFFLINE is set; unset it")
+    if isinstance(error, RevisionNotFoundError):
+        return SimPOError(f"{begin}there is no revision {plan.revision!r}; name a branch")
+    if status == 403 or isinstance(error, RepositoryNotFoundError):
+        return SimPOError(
+            f"{begin}your token may not write there; {login} with a token that may, or name "
+            "another repository"
+        )
+    if isinstance(error, HfHubHTTPError):
+        said = quoted(error.server_message or "no reason given")
+        return SimPOError(f"{begin}the Hub answered {status}: {said}; mend that and push again")
+    if isinstance(error, TransportError | ConnectionError | TimeoutError):
+        return SimPOError(
+            f"{begin}no connection to the Hub ({type(error).__name__}); look to the network and "
+            "push again"
+        )
+    reason = quoted(str(error) or type(error).__name__)
+    return SimPOError(f"{begin}{reason}; mend that and push again")
+
+
+def quoted(text: str) -> str:
+    """A message on one line of 300 characters at most, with nothing like a token in it."""
+    return _TOKEN.sub("…", " ".join(text.split()))[:300]
