@@ -30,6 +30,14 @@ def smollm2_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_4bit() -> Path:
+    """The same, in MLX's 4 bits (and 8 for a few layers): the very codes of the wheel's file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_SIMPO_CACHE", str(USERS_CACHE))
+        return smollm2("4bit")
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model that loads like any other."""
     return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")

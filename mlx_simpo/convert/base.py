@@ -79,16 +79,18 @@ def layout_of(loaded: Loaded, rule: Architecture) -> Layout:
     Raises:
         SimPOError: rule, checkpoint and mlx-lm's sanitize contradict each other.
     """
-    bare = fresh_model(loaded)
-    wanted = {name: array.shape for name, array in flat_arrays(bare.parameters()).items()}
-    shapes = checkpoint_shapes(flat_arrays(bare.parameters()), loaded.config, rule)
-    if not in_mlx_names(loaded) and "quantization_config" not in config_of(loaded):
-        there = checkpoint_on_disk(loaded.folder)
-        if absent := sorted(shapes.items() - there.items()):
-            raise SimPOError(
-                f"the checkpoint of {loaded.name} does not have {absent[0][0]} of shape "
-                f"{absent[0][1]}, which the rule for {rule.model_type} expects"
-            )
+    # sanitize may have taken layers out of the model when it was loaded (gemma3_text's tied head).
+    there = flat_arrays(loaded.model.parameters()).keys()
+    bare = flat_arrays(fresh_model(loaded).parameters())
+    wanted = {name: array.shape for name, array in bare.items() if name in there}
+    shapes = checkpoint_shapes({n: bare[n] for n in wanted}, rule)
+    plain = not in_mlx_names(loaded) and "quantization_config" not in config_of(loaded)
+    absent = sorted(shapes.items() - checkpoint_on_disk(loaded.folder).items()) if plain else []
+    if absent:
+        raise SimPOError(
+            f"the checkpoint of {loaded.name} does not have {absent[0][0]} of shape "
+            f"{absent[0][1]}, which the rule for {rule.model_type} expects"
+        )
     found = trace(lambda: fresh_model(loaded), shapes)
     made = {name: shape for name, (shape, _) in found.items()}
     if odd := sorted(wanted.items() ^ made.items()):

@@ -72,9 +72,7 @@ def stacked_projection(path: str, experts: Experts | None) -> tuple[str, str, Ex
     return (block, projection, experts) if found and projection in _FUSED else None
 
 
-def checkpoint_shapes(
-    weights: dict[str, mx.array], config: dict, architecture: Architecture
-) -> dict[str, Shape]:
+def checkpoint_shapes(weights: dict[str, mx.array], architecture: Architecture) -> dict[str, Shape]:
     """Names and shapes of a checkpoint's tensors for a model of this type.
 
     Args:

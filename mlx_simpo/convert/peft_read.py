@@ -24,6 +24,7 @@ _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\."
     r"(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?"
 )
+_BASE = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer\.weight")
 Tensors = dict[str, dict[str, mx.array]]  # by module, then by A, B, magnitude
 
 
@@ -35,8 +36,11 @@ def read_peft(folder: Path, model: nn.Module, architecture: Architecture) -> dic
             model has no layer for, or lacks some that its configuration promises.
     """
     config = read_peft_config(folder)
-    tensors = by_module(load_safetensors([folder / PEFT_WEIGHTS]), config)
+    everything = load_safetensors([folder / PEFT_WEIGHTS])
+    kept = {name: array for name, array in everything.items() if _BASE.fullmatch(name)}
+    tensors = by_module({n: a for n, a in everything.items() if n not in kept}, config)
     reader = Reader(config, tensors, model, architecture)
+    reader.check_base(kept)
     updates = reader.updates()
     reader.check_complete()
     for path, update in updates.items():
@@ -148,7 +152,10 @@ class Reader:
         # The number of the expert runs fastest in B and slowest in A (peft/tuners/lora/layer.py).
         a = update.a.reshape(experts, -1, inputs)
         b = update.b.reshape(outputs * parts, -1, experts).transpose(2, 0, 1)
-        return Update(a, b[:, part * outputs : (part + 1) * outputs], update.scale)
+        b = b[:, part * outputs : (part + 1) * outputs]
+        return (
+            Update(a, b, update.scale).without_zeros() if parts > 1 else Update(a, b, update.scale)
+        )
 
     def separate_experts(self, path: str) -> Update | None:
         """One projection of all experts, from adapters with a pair of matrices for each expert."""
@@ -178,6 +185,24 @@ class Reader:
         for old, new in self.architecture.renamed:
             now = now.replace(old, new)
         return list(dict.fromkeys((module, now)))
+
+    def check_base(self, kept: dict[str, mx.array]) -> None:
+        """SimPOError for weights of the base, which PEFT saves beside an adapter on the embedding
+        or the output layer, if they are not those of this model (a resized vocabulary, say)."""
+        paths = {target.module: path for path, target in self.targets.items()}
+        for name, array in kept.items():
+            found = _BASE.fullmatch(name)
+            path = paths.get(found["module"]) if found else None
+            layer = self.layers.get(path or "")
+            if layer is not None and layer_shape(layer) == array.shape:
+                weight = layer["weight"]
+                # Packed weights are another model's in any case, which the caller is told.
+                if "scales" in layer or mx.array_equal(weight.astype(array.dtype), array):
+                    continue
+            raise self.config.refusal(
+                f"{name[:120]} in {PEFT_WEIGHTS} is a weight of the base model and another than "
+                "in this one; merge the adapter with PEFT (merge_and_unload) and convert that"
+            )
 
     def check_complete(self) -> None:
         """SimPOError if the configuration names layers that have no tensors."""

@@ -58,7 +58,7 @@ def write_peft(
             f"the adapter has DoRA on {parameter}, which PEFT reaches as a parameter only, where "
             "it has no DoRA; fuse the model instead (mlx-simpo fuse)"
         )
-    settings, written = scales_of(written)
+    settings, written = scales_of(written, rslora=not separate_experts)
     tensors: dict[str, mx.array] = {}
     for module in written:
         tensors |= tensors_of(module, written)
@@ -133,14 +133,17 @@ def targets_of(
 
 
 def joined(target: Target, parts: dict[int, Update], outputs: int) -> Update:
-    """One update of a parameter that holds several projections: the ranks side by side, each B in
-    its own rows.
+    """One update of a parameter that holds several projections: each B in its own rows, the ranks
+    side by side, or together where all have the same A (as PEFT trains them).
 
     Args:
         outputs: rows of each projection.
     """
-    scale = next(iter(parts.values())).scale
-    count = target.part[1]
+    first = next(iter(parts.values()))
+    scale, count = first.scale, target.part[1]
+    same = [u for u in parts.values() if u.scale == scale and mx.array_equal(u.a, first.a)]
+    if len(same) == count:
+        return Update(first.a, mx.concatenate([parts[n].b for n in range(count)], axis=1), scale)
     rows = []
     for part, update in sorted(parts.items()):
         update = update.scaled_to(scale)
@@ -150,16 +153,20 @@ def joined(target: Target, parts: dict[int, Update], outputs: int) -> Update:
     return Update(a, mx.concatenate([side for _, side in rows], axis=2), scale)
 
 
-def scales_of(written: list[Written]) -> tuple[dict[str, Any], list[Written]]:
+def scales_of(written: list[Written], *, rslora: bool) -> tuple[dict[str, Any], list[Written]]:
     """(r, lora_alpha, use_rslora and patterns of the configuration, the modules scaled to them).
 
     lora_alpha is a whole number, since Ollama reads nothing else. Where scale × rank is none, what
     is left goes into B.
+
+    Args:
+        rslora: whether use_rslora may be set. PEFT (0.21) doubles the rank of single experts that
+            it joins, and with use_rslora their scale is then wrong by √2.
     """
     rank = int(common(w.update.rank for w in written))
     scale = common(w.update.scale for w in written)
     uniform = all(w.update.rank == rank and w.update.scale == scale for w in written)
-    rslora = uniform and not whole(scale * rank) and bool(whole(scale * math.sqrt(rank)))
+    rslora = rslora and uniform and not whole(scale * rank) and whole_at(scale, rank, True)
     ranks: dict[str, int] = {}
     alphas: dict[str, int] = {}
     scaled = []

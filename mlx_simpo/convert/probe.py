@@ -3,7 +3,8 @@
 mlx-lm's ``sanitize`` renames, stacks, slices and transposes a checkpoint's tensors on the way in,
 and nothing undoes it on the way out. Here it is run on arrays that say where they are: one pass
 with the number of each tensor, one a axis with the position on it. What comes out tells what was
-done, and so how to undo it. The arrays are broadcasts of a few numbers: no pass holds a model.
+done, and so how to undo it; a last pass with random numbers shows that it tells the truth, and that
+values were moved and not changed. The arrays are sums of a few vectors: no pass holds a model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,10 +32,12 @@ class Piece(NamedTuple):
 
 
 class Traces(NamedTuple):
-    """The passes' results for one array of the model: what to add, which tensor, which place."""
+    """The passes' results for one array of the model: what is added, which tensor, random numbers
+    in its place, and which place it is, an array an axis."""
 
     offset: mx.array
     tensor: mx.array
+    random: mx.array
     places: list[mx.array]
 
 
@@ -57,6 +60,7 @@ def trace(
     passes: list[Callable[[str, Shape], mx.array]] = [
         lambda _, shape: mx.broadcast_to(mx.array(0.0), shape),
         lambda name, shape: mx.broadcast_to(mx.array(float(numbers[name])), shape),
+        lambda name, shape: scattered(numbers[name], shape),
     ]
     depth = max((len(shape) for shape in shapes.values()), default=0)
     passes += [lambda _, shape, axis=axis: positions(shape, axis) for axis in range(depth)]
@@ -76,7 +80,9 @@ def trace(
     found = {}
     for target in list(results[0]):
         arrays = [result.pop(target) for result in results]
-        traces = Traces(arrays[0], arrays[1] - arrays[0], [a - arrays[0] for a in arrays[2:]])
+        offset, *others = arrays
+        tensor, random, *places = (array - offset for array in others)
+        traces = Traces(offset, tensor, random, places)
         whole = tuple(slice(0, size) for size in arrays[0].shape)
         try:
             found[target] = arrays[0].shape, list(pieces(traces, whole, names, shapes))
@@ -86,6 +92,18 @@ def trace(
                 "cannot be undone; convert this model with the library it came from"
             ) from None
     return found
+
+
+def scattered(number: int, shape: Shape) -> mx.array:
+    """Numbers of which hardly two are the same, in one tensor or in several; whole ones, so that
+    float32 holds them, and their sums with what sanitize may add, exactly."""
+    key = mx.random.key(number)
+    total = mx.broadcast_to(mx.random.randint(0, 1 << 20, key=key).astype(mx.float32), shape)
+    for axis, size in enumerate(shape):
+        key, now = mx.random.split(key)
+        line = mx.random.randint(0, 1 << 20, (size,), key=now).astype(mx.float32)
+        total = total + line.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return total
 
 
 def positions(shape: Shape, axis: int) -> mx.array:
@@ -101,10 +119,10 @@ def pieces(
 ) -> Iterator[Piece]:
     """The pieces of a region of one array; ValueError if it is no rearrangement of tensors."""
     tensor = traces.tensor[region]
-    lowest, highest = number(tensor.min()), number(tensor.max())
-    if lowest == highest and lowest == int(lowest):
+    lowest, highest = value(tensor.min()), value(tensor.max())
+    if lowest == highest and lowest in range(len(names)):
         piece = one_piece(traces, region, names[int(lowest)], shapes)
-        if piece is not None:
+        if piece is not None and holds(piece, traces, int(lowest), shapes):
             yield piece
             return
     parts = split(tensor, region)
@@ -139,16 +157,16 @@ def one_piece(
     """The region as one transposed block of ``source``; None if it is not."""
     sizes = [part.stop - part.start for part in region]
     offset = traces.offset[region]
-    constant = number(offset.min())
-    if number(offset.max()) != constant:
+    constant = value(offset.min())
+    if value(offset.max()) != constant:
         return None
     block: list[slice] = []
     order: list[int] = []
     for axis in range(len(shapes[source])):
         place = traces.places[axis][region]
-        start = number(place.min())
+        start = value(place.min())
         target = next((a for a in range(len(sizes)) if runs_along(place, start, a, sizes)), None)
-        if start != int(start) or (target is None and number(place.max()) != start):
+        if start != int(start) or (target is None and value(place.max()) != start):
             return None
         length = 1 if target is None else sizes[target]
         block.append(slice(int(start), int(start) + length))
@@ -159,6 +177,14 @@ def one_piece(
     return Piece(source, tuple(block), region, axes, constant)
 
 
+def holds(piece: Piece, traces: Traces, number: int, shapes: Mapping[str, Shape]) -> bool:
+    """Whether the piece makes of the random numbers what sanitize has made of them."""
+    sizes = [part.stop - part.start for part in piece.region]
+    source = scattered(number, shapes[piece.source])[piece.source_region]
+    made = source.transpose(piece.axes).reshape(sizes)
+    return mx.array_equal(made, traces.random[piece.region]).item() is True
+
+
 def runs_along(place: mx.array, start: float, axis: int, sizes: list[int]) -> bool:
     """Whether positions are start, start + 1, … along ``axis`` and constant along the others."""
     if sizes[axis] == 1:
@@ -166,6 +192,6 @@ def runs_along(place: mx.array, start: float, axis: int, sizes: list[int]) -> bo
     return mx.all(place == start + positions(tuple(sizes), axis)).item() is True
 
 
-def number(array: mx.array) -> float:
+def value(array: mx.array) -> float:
     """The value of an array with one element."""
     return float(np.array(array))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
@@ -56,6 +57,15 @@ class Update:
             a=mx.pad(self.a, [*experts, (0, more), (0, 0)]),
             b=mx.pad(self.b, [*experts, (0, 0), (0, more)]),
         )
+
+    def without_zeros(self) -> "Update":
+        """The same update without the part of its rank where b is zero, unless all of it is: what
+        a projection does not use of an update that it shares with another."""
+        used = np.array(mx.any(self.b != 0, axis=list(range(self.b.ndim - 1))))
+        if used.all() or not used.any():
+            return self
+        kept = mx.array(np.flatnonzero(used))
+        return replace(self, a=mx.take(self.a, kept, axis=-2), b=mx.take(self.b, kept, axis=-1))
 
 
 def updates_of(model: nn.Module) -> dict[str, Update]:

@@ -43,6 +43,8 @@ def checkpoint_tensors(
             if piece.source not in filled:
                 continue
             block = inverse(weights[target], piece)
+            if missing[piece.source] < block.size:
+                raise SimPOError(f"two arrays of the MLX model are made of {piece.source}")
             whole = filled[piece.source]
             missing[piece.source] -= block.size
             if block.shape == whole.shape:

@@ -15,7 +15,7 @@ from ..errors import SimPOError
 from ..paths import local_path
 from .adapters import flat_arrays
 from .files import read_header, weight_files
-from .rope import repaired_rope
+from .repair import repaired
 
 # What loaders raise at a config.json, tokenizer or weights that are not what they expect.
 LOAD_ERRORS = (
@@ -29,10 +29,6 @@ LOAD_ERRORS = (
     StrictDataclassError,
 )
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-
-
-# Types that mlx-lm reads as another: of text-only checkpoints whose files are for the whole model.
-READ_AS = {"qwen3_5_text": "qwen3_5"}
 
 
 class Loaded(NamedTuple):
@@ -101,14 +97,11 @@ def load_model(
     try:
         config = load_config(folder)
         check_model_type(config)
-        repaired = repaired_rope(config)
-        if config["model_type"] in READ_AS:
-            repaired["model_type"] = READ_AS[config["model_type"]]
         model, tokenizer, config = mlx_lm_load(  # type: ignore[misc]
             str(folder),
             lazy=True,
             return_config=True,
-            model_config=repaired,
+            model_config=repaired(config),
             tokenizer_config={"trust_remote_code": True} if trust_remote_code else None,
             trust_remote_code=trust_remote_code,
         )

@@ -27,7 +27,9 @@ def repaired_rope(config: dict[str, Any]) -> dict[str, Any]:
         if name in parameters:
             changes[name] = parameters[name]
     if parameters.get("rope_type", "default") != "default":
-        changes["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
+        scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
+        # phi3 reads the older name only.
+        changes["rope_scaling"] = {"type": scaling["rope_type"], **scaling}
     changes = {name: v for name, v in changes.items() if config.get(name) is None}
     text = config.get("text_config")
     if isinstance(text, dict) and (inner := repaired_rope(text)):
@@ -41,11 +43,14 @@ def both_ways(config: dict[str, Any]) -> dict[str, Any]:
 
     Groups by kind of layer (Gemma 3) are left to transformers 5's own reading of the older names.
     """
-    config = {**config, **repaired_rope(config)}
-    if "rope_parameters" in config or "rope_theta" not in config:
-        return config
+    changes = repaired_rope(config)
+    if "rope_local_base_freq" in changes or "rope_local_base_freq" in config:
+        # One rope_scaling cannot speak for several groups, and transformers 5 takes it for all.
+        changes.pop("rope_scaling", None)
+        return {**config, **changes}
+    config = {**config, **changes}
     scaling = config.get("rope_scaling") or {}
-    if "rope_local_base_freq" in config or not isinstance(scaling, dict):
+    if "rope_parameters" in config or "rope_theta" not in config or not isinstance(scaling, dict):
         return config
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     parameters = {**scaling, "rope_type": kind, "rope_theta": config["rope_theta"]}
