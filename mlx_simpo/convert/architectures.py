@@ -38,8 +38,9 @@ class Architecture:
     renamed: parts of the checkpoint's module paths → transformers' own. parameters: modules (a
     regular expression for the end of transformers' path) whose weight PEFT reaches as a parameter
     only. no_adapter: paths in MLX (regular expressions) → why an adapter on them is refused.
-    heads_split: MLX holds kv_b_proj as two arrays with a matrix a head (deepseek_v3). refused: why
-    nothing of this type is converted.
+    heads_split: MLX holds kv_b_proj as two arrays with a matrix a head (deepseek_v3). deviates:
+    why mlx-lm itself computes something else than transformers. refused: why nothing of this type
+    is converted.
     """
 
     model_type: str
@@ -51,6 +52,7 @@ class Architecture:
     parameters: str = ""
     no_adapter: dict[str, str] = field(default_factory=dict)
     heads_split: bool = False
+    deviates: str = ""
     refused: str = ""
 
 
@@ -72,15 +74,17 @@ _GRANITE = Experts(
 _TAKEN = r"mlp\.gate|(mlp|shared_expert|shared_experts)\.(gate_proj|up_proj|down_proj)"
 _STACKED = "experts stacked by MLX; PEFT names them as parameters"
 
+_GELU = "mlx-lm computes the exact GELU, transformers the tanh approximation of the training"
 _PLAIN = """
-    llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text phi phi3 smollm3 olmo2 granite
-    cohere cohere2 glm4 stablelm starcoder2
+    llama mistral qwen2 qwen3 gemma2 gemma3_text gemma4_text phi phi3 smollm3 olmo2 granite
+    cohere cohere2 glm4 stablelm
 """
 
 TABLE: dict[str, Architecture] = {
     entry.model_type: entry
     for entry in (
         *(Architecture(name) for name in _PLAIN.split()),
+        *(Architecture(name, deviates=_GELU) for name in ("gemma", "starcoder2")),
         Architecture("lfm2", "convolutions transposed by MLX", convolutions=("conv.conv.weight",)),
         Architecture(
             "qwen3_5_text",
@@ -122,6 +126,13 @@ TABLE: dict[str, Architecture] = {
         ),
     )
 }
+
+
+def deviation(config: dict[str, Any]) -> str:
+    """Why mlx-lm and transformers differ on models of this type; empty if they do not, or if it is
+    not known."""
+    found = TABLE.get(str(config.get("model_type")))
+    return found.deviates if found else ""
 
 
 def architecture_of(config: dict[str, Any]) -> Architecture | None:

@@ -118,6 +118,11 @@ def targets_of(
             embedding = isinstance(layers[path], nn.Embedding | nn.QuantizedEmbedding)
             found.append(Written(target, update, embedding))
         elif separate_experts:
+            if not (architecture.experts and architecture.experts.separate):
+                raise SimPOError(
+                    f"--separate-experts: {architecture.model_type} has never had single experts; "
+                    "leave it out"
+                )
             for number in range(len(update.a)):
                 one = Update(update.a[number], update.b[number], update.scale)
                 name = separate_target(path, number, architecture)

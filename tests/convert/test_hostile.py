@@ -421,7 +421,7 @@ def nested(**values: Any) -> Spoil:
         (changed(ADAPTER, lora_parameters=[]), "no lora_parameters"),
         (changed(ADAPTER, fine_tune_type="full"), "it must be lora"),
         (changed(ADAPTER, fine_tune_type=["lora"]), "it must be lora"),
-        (changed(ADAPTER, fine_tune_type="dora"), "does not fit"),
+        (changed(ADAPTER, fine_tune_type="dora"), "not a whole adapter of this model"),
         (changed(ADAPTER, peft_type="LORA"), "holds a PEFT adapter"),
     ],
 )
@@ -566,6 +566,16 @@ def test_outputs_that_are_no_names(name: str, output: str, refused: Callable[...
     refused(name, lambda folder: None, output=output)
 
 
+@conversions
+def test_an_output_inside_the_input_leaves_the_rest(name: str, good: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(good / SOURCE[name], tmp_path / "in")
+    before = content(tmp_path)
+    convert(name, source, source / "out", str(good / "model"), verify=True)
+    assert any((source / "out").glob("*.safetensors"))
+    shutil.rmtree(source / "out")
+    assert content(tmp_path) == before
+
+
 FULL = "[write] Unable to write 307 bytes to file."  # what MLX says when the disk is full
 
 
@@ -625,7 +635,7 @@ CONFIG = "config.json"
         *({"hidden_size": size} for size in (10**30, 2**31 - 1, -1, 0, "32", 1e300, None, 48)),
         *({"num_hidden_layers": count} for count in (0, -1, 3, 1e9, "2")),
         *({"num_attention_heads": count} for count in (0, -1, 2**40)),
-        *({"vocab_size": size} for size in (0, 2**40, "512", 100)),
+        *({"vocab_size": size} for size in (2**40, "512", 100)),
         {"num_key_value_heads": 0},
         {"rms_norm_eps": "x"},
         *({"rope_parameters": wrong} for wrong in ("x", 5, [1])),
@@ -635,7 +645,7 @@ CONFIG = "config.json"
         defect({"quantization_config": {"quant_method": "awq"}}, "mlx-lm's UnboundLocalError"),
         {"layer_types": 5},
         {"torch_dtype": []},
-        defect({"vocab_size": -5}, f"{TRACEBACK}mlx-lm's AssertionError"),
+        *(defect({"vocab_size": size}, f"{TRACEBACK}mlx-lm's AssertionError") for size in (0, -5)),
         defect({"rope_theta": "x"}, f"{TRACEBACK}TypeError of mx.rope, in the verification"),
         defect({"rope_theta": LONG}, f"{TRACEBACK}TypeError of mx.rope, in the verification"),
         {"rope_theta": float("nan")},
@@ -707,19 +717,29 @@ def test_tokenizers(name: str, spoil: Spoil, refused: Callable[..., str]) -> Non
     refused(name, spoil)
 
 
+def program(folder: Path, *arguments: str, answer: str = "") -> subprocess.CompletedProcess[str]:
+    """Run ``mlx-simpo`` in a process of its own, with 4 GB of memory where that can be had."""
+    limit = "import resource as r; r.setrlimit(r.RLIMIT_AS, (4 << 30, 4 << 30)); "
+    run = "import sys; from mlx_simpo.cli import run_command; sys.exit(run_command(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", limit * (sys.platform == "linux") + run, *arguments],
+        cwd=folder,
+        env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules")},
+        input=answer,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
 @models
-@pytest.mark.parametrize("number", [512, 600, 2**31 - 1, 2**32 - 1])
+@pytest.mark.parametrize("number", [512, 2**31 - 1])
 @pytest.mark.xfail(strict=True, reason="tokens beyond the vocabulary read foreign memory: SIGSEGV")
 def test_tokens_that_the_model_has_not(name: str, number: int, good: Path, tmp_path: Path) -> None:
     shutil.copytree(good / "model", tmp_path / "in")
     tokenizer_model(vocab={"e": number})(tmp_path / "in")
-    action = (
-        ["convert", "from-hf", "in", "out"]
-        if name == "from-hf"
-        else ["fuse", "out", "--model", "in"]
-    )
-    called = [sys.executable, "-c", "from mlx_simpo.__main__ import main; main()", *action]
-    ran = subprocess.run(called, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    action = ("convert", "from-hf", "in", "out")
+    ran = program(tmp_path, *(action if name == "from-hf" else ("fuse", "out", "--model", "in")))
     assert ran.returncode == 2, ran.stderr[-500:]
     assert "vocabulary" in ran.stderr
 
@@ -740,10 +760,13 @@ def test_logits_that_are_no_numbers_are_not_equal(found: float, expected: float)
         check([compare("the two", *sides)])
 
 
-@pytest.mark.xfail(strict=True, reason="mlx-lm builds as many blocks as are asked for")
-@models
-def test_a_billion_blocks(name: str, refused: Callable[..., str]) -> None:
-    refused(name, changed(CONFIG, num_hidden_layers=10**9), seconds=1)
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit memory")
+@pytest.mark.xfail(strict=True, reason="as many blocks are built as asked for: MemoryError")
+def test_a_billion_blocks(good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good / "model", tmp_path / "in")
+    changed(CONFIG, num_hidden_layers=10**9)(tmp_path / "in")
+    ran = program(tmp_path, "convert", "from-hf", "in", "out")
+    assert ran.returncode == 2, ran.stderr[-500:]
 
 
 # --- what takes for ever ---------------------------------------------------------------------
@@ -788,3 +811,203 @@ def test_pipes(name: str, file: str, good: Path, tmp_path: Path) -> None:
             return
         with pytest.raises(SimPOError):
             convert(name, given, tmp_path / "out", str(good / "model"))
+
+
+# --- code that must not run ------------------------------------------------------------------
+
+
+class Trap:
+    """Its pickle creates a file when it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("from-peft", "adapter_model.bin"),
+        ("from-peft", "adapter_model.pt"),
+        ("from-hf", "pytorch_model.bin"),
+        ("alone", "pytorch_model.bin"),
+        ("alone", "model.pth"),
+    ],
+)
+def test_pickles_are_never_loaded(
+    name: str, file: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    ran = tmp_path / "it ran"
+
+    def spoil(folder: Path) -> None:
+        (folder / FILE[SOURCE[name]]).unlink()
+        (folder / file).write_bytes(pickle.dumps({"x": Trap(ran)}))
+
+    assert f"{file}, a pickle, which can run any code and is never loaded" in refused(name, spoil)
+    assert not ran.exists()
+    pickle.loads((tmp_path / "in" / file).read_bytes())
+    assert ran.exists(), "the trap would not have worked"
+
+
+@models
+@pytest.mark.parametrize("beside", ["pytorch_model.bin", "training_args.bin", "optimizer.pt"])
+def test_pickles_beside_the_weights_are_left_alone(
+    name: str, beside: str, good: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(good / "model", tmp_path / "in")
+    (source / beside).write_bytes(pickle.dumps(Trap(tmp_path / "it ran")))
+    convert(name, source, tmp_path / "out", None, trust_remote_code=True)
+    assert not (tmp_path / "it ran").exists()
+    assert not (tmp_path / "out" / beside).exists()
+
+
+CODE = """
+from pathlib import Path
+from mlx_lm.models.llama import Model, ModelArgs
+from transformers import PreTrainedTokenizerFast as Evil
+Path({!r}).touch()
+"""
+AUTO = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "evil.Evil")
+TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+
+
+def with_code(file: str, ran: Path, **values: Any) -> Spoil:
+    """Put code into the folder that creates a file, and name it in a JSON file."""
+
+    def spoil(folder: Path) -> None:
+        (folder / "evil.py").write_text(CODE.format(str(ran)))
+        changed(file, **values)(folder)
+
+    return spoil
+
+
+@models
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        (CONFIG, {"model_file": "evil.py"}, "trust_remote_code"),
+        (CONFIG, {"model_file": "../in/evil.py"}, "trust_remote_code"),
+        (CONFIG, {"model_type": "evil", "auto_map": AUTO}, ""),
+        (CONFIG, {"model_type": "evil", "auto_map": AUTO, "model_file": "evil.py"}, ""),
+        (SETTINGS, TOKENIZER, "custom code"),
+    ],
+)
+def test_code_is_refused(
+    name: str, file: str, values: dict, message: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    assert message in refused(name, with_code(file, tmp_path / "it ran", **values))
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="transformers asks on stdout, and a y on stdin runs the code"
+)
+@pytest.mark.parametrize("name", ["from-hf", "alone", "to-peft"])
+def test_code_of_a_tokenizer_is_not_asked_for(name: str, good: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(good / "model", tmp_path / "in")
+    with_code(SETTINGS, tmp_path / "it ran", **TOKENIZER)(source)
+    adapter = str(good / "mlx")
+    called = {
+        "from-hf": ("convert", "from-hf", "in", "out"),
+        "alone": ("fuse", "out", "--model", "in"),
+        "to-peft": ("convert", "to-peft", adapter, "out", "--model", "in"),
+    }
+    ran = program(tmp_path, *called[name], answer="y\n" * 9)
+    assert not (tmp_path / "it ran").exists()
+    assert (ran.returncode, ran.stdout) == (2, "")
+
+
+@models
+def test_code_that_is_not_needed_is_not_run(name: str, good: Path, tmp_path: Path) -> None:
+    """A llama is a llama, whatever else its config.json says."""
+    source = shutil.copytree(good / "model", tmp_path / "in")
+    with_code(CONFIG, tmp_path / "it ran", auto_map=AUTO)(source)
+    convert(name, source, tmp_path / "out", None, verify=True)
+    assert not (tmp_path / "it ran").exists()
+    assert not list(tmp_path.glob("out/*.py"))
+
+
+@models
+def test_code_runs_with_trust_alone(name: str, good: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(good / "model", tmp_path / "in")
+    with_code(CONFIG, tmp_path / "it ran", model_file="evil.py")(source)
+    convert(name, source, tmp_path / "out", None, trust_remote_code=True)
+    assert (tmp_path / "it ran").exists()
+
+
+@models
+@pytest.mark.xfail(strict=True, reason="auto_map is kept, its code is not copied: none can load it")
+def test_no_code_is_named_that_is_not_there(name: str, good: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(good / "model", tmp_path / "in")
+    changed(CONFIG, auto_map=AUTO)(source)
+    convert(name, source, tmp_path / "out", None, **{"format": "mlx"} if name == "alone" else {})
+    assert "auto_map" not in json.loads((tmp_path / "out" / CONFIG).read_text())
+
+
+# --- on the command line ---------------------------------------------------------------------
+
+
+def nothing(folder: Path) -> None:
+    """Leave the input as it is."""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "spoil", "message"),
+    [
+        ("to-peft", (), nested(rank=0), "rank is 0; it must be 1 to 65536"),
+        ("to-peft", ("--model", "./nope"), nothing, "there is no such folder"),
+        (
+            "to-peft",
+            (),
+            lambda f: (f / FILE["mlx"]).write_bytes(b"\n" * 99),
+            "no sound safetensors",
+        ),
+        ("to-peft", ("--dtype", "int8"), nothing, "invalid choice: 'int8'"),
+        ("from-peft", (), changed(ADAPTER, r="8\n9"), "rank 8 9 of"),
+        ("from-peft", (), changed(ADAPTER, peft_type="A\r\n\u2028B"), "peft_type is A B, only"),
+        ("from-peft", (), changed(ADAPTER, target_modules="("), "the pattern '('"),
+        defect(
+            ("from-peft", (), changed(ADAPTER, peft_type="\x1b[2J\x07"), "peft_type"),
+            "control characters of the input reach the terminal",
+        ),
+        ("from-hf", ("--quantize", "7"), nothing, "quantize is 7"),
+        ("from-hf", ("--group-size", "1"), nothing, "group_size is 1"),
+        ("from-hf", (), changed(CONFIG, model_file="evil.py"), "trust"),
+        ("from-hf", ("--revision", "x"), nothing, "is a local folder; leave it out"),
+        ("fuse", (), nested(scale="x"), "scale is x; it must be a finite number"),
+        ("fuse", ("--quantize",), nothing, "this base is not quantized"),
+        ("fuse", ("--format", "gguf"), nothing, "invalid choice: 'gguf'"),
+    ],
+)
+def test_one_line_and_status_2(
+    name: str,
+    arguments: tuple[str, ...],
+    spoil: Spoil,
+    message: str,
+    good: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, output = shutil.copytree(good / SOURCE[name], tmp_path / "in"), tmp_path / "out"
+    spoil(source)
+    before = content(tmp_path)
+    places = [output, "--adapter", source] if name == "fuse" else [name, source, output]
+    ran = command(capsys, "fuse" if name == "fuse" else "convert", *places, *arguments)
+    found = complaint(ran)
+    assert message in found
+    assert found.isprintable()
+    assert content(tmp_path) == before
+
+
+@conversions
+@pytest.mark.parametrize("dtype", ["int8", "float64"])
+@pytest.mark.xfail(strict=True, reason="an unknown dtype of the Python functions: KeyError")
+def test_types_that_are_none(name: str, dtype: Any, refused: Callable[..., str]) -> None:
+    assert "dtype" in refused(name, nothing, dtype=dtype)
+
+
+@pytest.mark.xfail(strict=True, reason="nothing is packed, and config.json says that it is")
+def test_packing_nothing_is_said(refused: Callable[..., str]) -> None:
+    refused("from-hf", nothing, quantize=4, group_size=64)

@@ -3,7 +3,7 @@ transformers itself, for each architecture: tests/parity/test_architectures.py.)
 
 import pytest
 
-from mlx_simpo.model.rope import repaired_rope
+from mlx_simpo.model.rope import both_ways, repaired_rope
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,10 @@ from mlx_simpo.model.rope import repaired_rope
         ({"rope_theta": None, "rope_parameters": {"rope_theta": 5e5}}, {"rope_theta": 5e5}),
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
-            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": {"type": "llama3", "rope_type": "llama3", "factor": 8.0},
+            },
         ),
         (
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -33,7 +36,7 @@ from mlx_simpo.model.rope import repaired_rope
             {
                 "rope_theta": 1e6,
                 "rope_local_base_freq": 1e4,
-                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 8.0},
             },
         ),
         (
@@ -51,3 +54,47 @@ from mlx_simpo.model.rope import repaired_rope
 def test_changes(config: dict, changes: dict) -> None:
     assert repaired_rope(config) == changes
     assert repaired_rope(config | changes) == {}  # nothing left to repair
+
+
+GROUPS = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "both"),
+    [
+        ({}, {}),
+        (
+            {"rope_theta": 5e5},
+            {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        ),
+        # The older name of the type alone, as Llama 2's long versions have it.
+        (
+            {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            {
+                "rope_theta": 1e4,
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+            },
+        ),
+        # What mlx-lm needs for groups, and no rope_scaling, which transformers takes for all.
+        (
+            {"rope_parameters": GROUPS},
+            {"rope_parameters": GROUPS, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        ),
+        # transformers 5 reads Gemma 3's older names itself.
+        (
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        ),
+    ],
+)
+def test_both_ways(config: dict, both: dict) -> None:
+    assert both_ways(config) == both
+    assert both_ways(both) == both

@@ -1,0 +1,112 @@
+"""The record of a training in its adapter, and the warnings when it does not fit."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import arrays, assert_same_arrays, small_run, written_report
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load as mlx_lm_load
+from tiny import CHATML, INST, some_pairs, tiny_folder, write_jsonl
+
+from mlx_simpo import SimPOError, __version__, evaluate, generate, load_config, load_model, train
+from mlx_simpo.model.loading import Loaded
+from mlx_simpo.model.record import base_record, mismatches, table, template_hash
+
+FOUR = {"group_size": 64, "bits": 4, "mode": "affine"}
+
+
+def loaded(**changes: Any) -> Loaded:
+    """A loaded model of which only the record is looked at."""
+    config = {"quantization": changes.pop("quantization", None)}
+    values = {"name": "org/model", "revision": "abc", "folder": Path(), **changes}
+    return Loaded(None, None, config, "float32", **values)  # type: ignore[arg-type]
+
+
+def test_a_run_records_what_it_was_trained_on(adapter: Path, model_folder: Path) -> None:
+    record = json.loads((adapter / "adapter_config.json").read_text())["mlx_simpo"]
+    assert record["version"] == __version__
+    assert record["base"] == {"model": str(model_folder), "revision": None, "quantization": None}
+    template = (adapter / "chat_template.jinja").read_text()
+    assert record["template_sha256"] == hashlib.sha256(template.encode()).hexdigest()
+    assert record["config"] == load_config(adapter / "config.yaml").as_dict()
+
+
+def test_mlx_lm_reads_the_adapter_all_the_same(adapter: Path, model_folder: Path) -> None:
+    model = mlx_lm_load(str(model_folder), adapter_path=str(adapter))[0]
+    weights = arrays(adapter / "adapters.safetensors")
+    there = {n: np.array(p) for n, p in tree_flatten(model.parameters()) if n in weights}
+    assert_same_arrays(there, weights)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "words"),
+    [
+        ({}, {}, []),
+        ({}, {"name": "org/other"}, ["model was org/model in training and is org/other now"]),
+        # A copy of the same model in another place.
+        ({"name": "/a/b/model"}, {"name": "/c/model"}, []),
+        ({}, {"name": "/home/me/model", "revision": None}, []),
+        ({}, {"revision": "def"}, ["revision was abc in training and is def now"]),
+        ({"revision": None}, {"revision": "def"}, []),
+        (
+            {},
+            {"quantization": FOUR},
+            ["was none in training and is 4-bit affine, groups of 64 now"],
+        ),
+        ({"quantization": FOUR}, {}, ["quantization was 4-bit affine, groups of 64 in training"]),
+        ({"quantization": FOUR}, {"quantization": dict(FOUR)}, []),
+    ],
+    ids=str,
+)
+def test_mismatches(then: dict, now: dict, words: list[str]) -> None:
+    found = mismatches({"base": base_record(loaded(**then))}, loaded(**now))
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+@pytest.mark.parametrize("record", [None, [], "x", {"base": 3}, {"base": {}}, {}])
+def test_a_record_that_says_nothing(record: Any) -> None:
+    assert mismatches(table({"mlx_simpo": record}, "mlx_simpo"), loaded()) == []
+
+
+def test_another_template_is_noticed() -> None:
+    record = {"base": {}, "template_sha256": template_hash(CHATML)}
+    assert mismatches(record, loaded(), CHATML) == []
+    assert mismatches(record, loaded(), None) == []
+    assert mismatches(record, loaded(), INST) == ["the chat template is another than in training"]
+
+
+def test_every_way_of_loading_warns(adapter: Path, pairs_file: Path, tmp_path: Path) -> None:
+    """evaluate, generate and lora.init_from, with another model than the adapter's."""
+    other = tiny_folder(tmp_path / "another")
+    warning = f"model was {load_config(adapter / 'config.yaml').model} in training and is {other}"
+    report, text = written_report()
+    given = [f"model={other}", f"data.valid={pairs_file}"]
+    evaluate(load_config(None, given), adapter, report)
+    assert text.getvalue().count(warning) == 1
+    report, text = written_report()
+    generate(load_config(None, given), "Hello", adapter, max_tokens=1, report=report)
+    assert text.getvalue().count(warning) == 1
+    report, text = written_report()
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", some_pairs())
+    more = small_run(other, pairs, tmp_path / "run", f"lora.init_from={adapter}")
+    train(load_config(None, more), report)
+    assert text.getvalue().count(warning) == 1
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path: Path) -> None:
+    """huggingface_hub keeps a model in …/snapshots/<commit>."""
+    folder = tiny_folder(tmp_path / "snapshots" / ("a" * 40))
+    assert load_model(str(folder)).revision == "a" * 40
+
+
+def test_a_model_type_that_is_no_name(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "../../os"}))
+    with pytest.raises(SimPOError, match=r"model_type is '../../os'"):
+        load_model(str(folder))

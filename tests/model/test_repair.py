@@ -1,0 +1,40 @@
+"""Names that transformers 5 writes and mlx-lm does not read. (Logits of such folders against
+transformers: tests/parity/test_convert_zoo.py.)"""
+
+import pytest
+
+from mlx_simpo.model.repair import repaired
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ({"model_type": "llama", "num_local_experts": 4}, {}),
+        ({"model_type": "qwen3_moe", "num_local_experts": 4}, {"num_experts": 4}),
+        ({"model_type": "qwen3_moe", "num_local_experts": 4, "num_experts": 8}, {}),
+        ({"model_type": "lfm2", "hidden_size": 64}, {"block_dim": 64}),
+        ({"model_type": "qwen3_5_text"}, {"model_type": "qwen3_5"}),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"1": {"head_dim": 32}}},
+            {"global_head_dim": 32},
+        ),
+        # Two widths cannot be said in one word; mlx-lm then refuses the shapes.
+        (
+            {
+                "model_type": "gemma4_text",
+                "per_layer_config": {"1": {"head_dim": 32}, "2": {"head_dim": 64}},
+            },
+            {},
+        ),
+        (
+            {
+                "model_type": "qwen3_moe",
+                "num_local_experts": 4,
+                "rope_parameters": {"rope_theta": 7},
+            },
+            {"num_experts": 4, "rope_theta": 7},
+        ),
+    ],
+)
+def test_changes(config: dict, changes: dict) -> None:
+    assert repaired(config) == changes

@@ -1,0 +1,51 @@
+"""The commands with their own verification, torch included, where the matrix of the other files
+calls the functions behind them without it."""
+
+from pathlib import Path
+
+import pytest
+from zoo import ZOO, agree, mlx_adapter, mlx_logits, saved, torch_logits
+
+from mlx_simpo import SimPOError, from_hf, from_peft, fuse, to_peft
+from mlx_simpo.convert.architectures import TABLE
+
+CLOSE = 1e-3
+SEPARATE = [n for n, zoo in ZOO.items() if zoo.experts and n not in ("granitemoe", "qwen2_moe")]
+
+
+def test_every_type_of_the_table_is_in_the_zoo() -> None:
+    assert {zoo.model_type for zoo in ZOO.values()} == {
+        name for name, entry in TABLE.items() if not entry.refused
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "qwen3_moe", "qwen3_5_text", "deepseek_v3"])
+def test_everything_verified(name: str, tmp_path: Path) -> None:
+    """What the commands compare, they compare with torch; also where mlx-lm itself deviates."""
+    base = saved(name, tmp_path / "base")
+    adapter = mlx_adapter(base, tmp_path / "mlx")
+    there = to_peft(adapter, tmp_path / "peft", verify=True)
+    back = from_peft(there.output, tmp_path / "back", verify=True)
+    fused = fuse(tmp_path / "fused", adapter=adapter, verify=True)
+    loaded = from_hf(str(base), tmp_path / "from-hf", verify=True)
+    for done, count in ((there, 2), (back, 2), (fused, 2), (loaded, 3)):
+        assert len(done.comparisons) == count
+        assert all(c.passed for c in done.comparisons)
+        assert all(c.limit is None or c.limit < 4e-3 for c in done.comparisons)
+
+
+@pytest.mark.parametrize("name", SEPARATE)
+def test_a_pair_of_matrices_for_each_expert(name: str, tmp_path: Path) -> None:
+    base = saved(name, tmp_path / "base")
+    adapter = mlx_adapter(base, tmp_path / "mlx")
+    done = to_peft(adapter, tmp_path / "peft", separate_experts=True, verify=True)
+    assert len(done.comparisons) == 2
+    ours = mlx_logits(base, adapter=adapter)
+    agree(torch_logits(base, adapter=done.output), ours, ZOO[name].floor + CLOSE)
+
+
+def test_experts_that_were_never_single(tmp_path: Path) -> None:
+    base = saved("granitemoe", tmp_path / "base")
+    adapter = mlx_adapter(base, tmp_path / "mlx")
+    with pytest.raises(SimPOError, match="never had single experts"):
+        to_peft(adapter, tmp_path / "peft", separate_experts=True, verify=False)
