@@ -24,7 +24,7 @@ def fused_model(loaded: Loaded, adapter: str | Path | None, *, dequantize: bool)
     """Merge an adapter into a freshly loaded model, by mlx-lm's own layers, in float32.
 
     Scales and offsets of packed weights are float32 before anything is unpacked: so the result is
-    the live model's to the last bit that float32 has (in bfloat16 4 % of SmolLM2's most likely
+    the live model's to the last bit that float32 has (in bfloat16 3 % of SmolLM2's most likely
     tokens change).
     """
     model = loaded.model

@@ -434,6 +434,12 @@ def test_a_scale_that_overflows_with_its_rank(refused: Callable[..., str]) -> No
     refused("to-peft", nested(scale=1.7e308))
 
 
+@pytest.mark.xfail(strict=True, reason=f"{TRACEBACK}MLX's std::bad_cast, a RuntimeError")
+@pytest.mark.parametrize("name", ["to-peft", "fuse"])
+def test_a_whole_scale_of_more_than_63_bits(name: str, refused: Callable[..., str]) -> None:
+    refused(name, nested(scale=2**64), verify=True)
+
+
 @pytest.mark.parametrize("name", ["to-peft", "fuse", "from-peft"])
 def test_a_scale_that_makes_no_numbers(name: str, refused: Callable[..., str]) -> None:
     spoil = changed(ADAPTER, lora_alpha=1e300) if name == "from-peft" else nested(scale=1e300)
@@ -648,6 +654,7 @@ CONFIG = "config.json"
         *(defect({"vocab_size": size}, f"{TRACEBACK}mlx-lm's AssertionError") for size in (0, -5)),
         defect({"rope_theta": "x"}, f"{TRACEBACK}TypeError of mx.rope, in the verification"),
         defect({"rope_theta": LONG}, f"{TRACEBACK}TypeError of mx.rope, in the verification"),
+        defect({"rope_theta": None}, f"{TRACEBACK}ValueError of mx.rope, in the verification"),
         {"rope_theta": float("nan")},
     ],
     ids=lambda values: str(values)[:40],
@@ -695,6 +702,12 @@ def tokenizer_model(**values: Any) -> Spoil:
 
 
 SETTINGS = "tokenizer_config.json"
+
+
+@models
+@pytest.mark.xfail(strict=True, reason=f"{TRACEBACK}TypeError of encode(), in sample_tokens")
+def test_a_tokenizer_that_fails_on_text(name: str, refused: Callable[..., str]) -> None:
+    refused(name, changed(SETTINGS, model_max_length={"a": 1}), verify=True)
 
 
 @models

@@ -13,6 +13,8 @@ from mlx_simpo.convert import staging
 from mlx_simpo.convert.staging import current_umask, staged
 from mlx_simpo.errors import SimPOError
 
+REFUSED = "it cannot be written"
+
 
 def write(folder: Path) -> None:
     """Something of everything that a conversion writes."""
@@ -101,7 +103,7 @@ def test_parents_that_were_there_stay(tmp_path: Path) -> None:
 
 
 def test_parents_that_others_use_by_now_stay(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="inside"), staged(tmp_path / "a" / "b" / "out"):  # noqa: PT012
+    with pytest.raises(ValueError, match="inside"), staged(tmp_path / "a/b/out"):  # noqa: PT012
         (tmp_path / "a" / "other").touch()
         raise ValueError("inside")
     assert everything(tmp_path) == [tmp_path / "a", tmp_path / "a" / "other"]
@@ -148,13 +150,13 @@ def test_outputs_that_are_no_names(
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir(mode=0o500)
-    with pytest.raises(SimPOError, match="it cannot be written"), staged(tmp_path / "a" / "out"):
+    with pytest.raises(SimPOError, match=REFUSED), staged(tmp_path / "a" / "out"):
         pass
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no /proc")
 def test_a_folder_that_cannot_be_written() -> None:
-    with pytest.raises(SimPOError, match="it cannot be written"), staged("/proc/out"):
+    with pytest.raises(SimPOError, match=REFUSED), staged("/proc/out"):
         pass
 
 
@@ -167,7 +169,7 @@ def test_no_parents_are_left_where_no_scratch_folder_can_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging.tempfile, "mkdtemp", full)
-    with pytest.raises(SimPOError, match="it cannot be written"), staged(tmp_path / "a/b/out"):
+    with pytest.raises(SimPOError, match=REFUSED), staged(tmp_path / "a/b/out"):
         pass
     assert everything(tmp_path) == []
 
@@ -179,7 +181,7 @@ def test_a_failure_at_the_very_end(
 ) -> None:
     monkeypatch.setattr(staging.os, failing, full)
     with (
-        pytest.raises(SimPOError, match="it cannot be written"),
+        pytest.raises(SimPOError, match=REFUSED),
         staged(tmp_path / output) as folder,
     ):
         write(folder)
@@ -200,16 +202,16 @@ def test_a_failure_at_the_very_end_leaves_the_empty_folder(
 
 
 def test_what_came_there_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(SimPOError, match="cannot be written"), staged(tmp_path / "out") as folder:  # noqa: PT012
-        write(folder)
+    with pytest.raises(SimPOError, match=REFUSED), staged(tmp_path / "out") as made:  # noqa: PT012
+        write(made)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "other").write_text("theirs")
     assert everything(tmp_path) == [tmp_path / "out", tmp_path / "out" / "other"]
 
 
 def test_a_file_that_came_there_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(SimPOError, match="cannot be written"), staged(tmp_path / "out") as folder:  # noqa: PT012
-        write(folder)
+    with pytest.raises(SimPOError, match=REFUSED), staged(tmp_path / "out") as made:  # noqa: PT012
+        write(made)
         (tmp_path / "out").write_text("theirs")
     assert (tmp_path / "out").read_text() == "theirs"
     assert everything(tmp_path) == [tmp_path / "out"]

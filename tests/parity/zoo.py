@@ -286,7 +286,9 @@ def mlx_adapter(
 
 def agree(theirs: np.ndarray, ours: np.ndarray, bound: float) -> None:
     """Logits to the bound, and the same best token wherever that is no matter of rounding."""
-    assert np.abs(theirs - ours).max() <= bound
+    largest = np.abs(theirs - ours).max()
+    print(f"{largest:.1e} of {bound:.1e}", end=" ")
+    assert largest <= bound
     top = np.sort(theirs, axis=-1)[..., -2:]
     clear = top[..., 1] - top[..., 0] > 2 * bound
     assert clear.mean() > 0.8
