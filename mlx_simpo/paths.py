@@ -12,6 +12,8 @@ def local_path(name: str | Path) -> Path:
         SimPOError: nothing of that name can exist: it is empty, too long, or an unknown user's.
     """
     try:
+        if "\0" in str(name):
+            raise ValueError("it has a NUL in it")
         path = Path(name).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:

@@ -36,7 +36,10 @@ def run_command(arguments: Sequence[str]) -> int:
         options.config, options.settings = config_and_settings(rest)
         options.run(options)
     except SimPOError as error:
-        sys.stderr.write(f"mlx-simpo: error: {' '.join(str(error).split())}\n")
+        line = "".join(
+            c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(error).split())
+        )
+        sys.stderr.write(f"mlx-simpo: error: {line}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("mlx-simpo: interrupted\n")

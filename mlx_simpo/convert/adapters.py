@@ -5,8 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
+from ..checkpoint import write_text
 from ..errors import SimPOError
-from ..model.adapters import read_adapter_config
+from ..model.adapters import WEIGHTS, read_adapter_config
+from ..model.files import load_safetensors, read_header, read_json, save_safetensors
 from ..model.loading import DTYPES, Loaded
 from ..model.record import RECORD, base_record, mismatches, table
 from ..paths import local_path
@@ -15,10 +19,10 @@ from ..version import __version__
 from .base import Base, architecture
 from .mlx_format import read_mlx, write_mlx
 from .names import refuse_tied
-from .peft_config import read_peft_config
+from .peft_config import PEFT_WEIGHTS, read_peft_config
 from .peft_read import read_peft
 from .peft_write import write_peft
-from .proof import prove_adapters
+from .proof import AdapterProof
 from .staging import staged
 from .verify import Comparison, wanted
 
@@ -63,6 +67,7 @@ def to_peft(
             for; a failed verification. Nothing is written then.
     """
     report = report or Report()
+    check_dtype(dtype)
     config = read_adapter_config(adapter)
     record = table(config, RECORD)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
@@ -82,12 +87,11 @@ def to_peft(
             base=base.name,
             revision=loaded.revision,
             separate_experts=separate_experts,
-            dtype=DTYPES[dtype] if dtype else None,
         )
         write_record(folder, local_path(adapter), record, loaded)
-        found = []
-        if wanted(verify, bare.model, report.note):
-            found = prove_adapters(base, rule, local_path(adapter), folder, report, dtype is None)
+        proof = AdapterProof(base, rule, local_path(adapter), folder, report)
+        verify = wanted(verify, bare.model, report.note)
+        found = proved(proof, folder / PEFT_WEIGHTS, dtype, verify)
     if quantization := loaded.config.get("quantization"):
         report.note(
             f"the base is quantized to {quantization.get('bits')} bits: the adapter is exact on "
@@ -118,6 +122,7 @@ def from_peft(
             the model; a failed verification. Nothing is written then.
     """
     report = report or Report()
+    check_dtype(dtype)
     folder = local_path(adapter)
     content = read_peft_config(folder).content
     named = content.get("base_model_name_or_path")
@@ -131,12 +136,34 @@ def from_peft(
         RECORD: {"version": __version__, "base": base_record(loaded), "from": "peft"},
     }
     with staged(output) as written:
-        precision = DTYPES[dtype] if dtype else None
-        write_mlx(written, updates, loaded.model, extra, precision)
-        found = []
-        if wanted(verify, loaded.model, report.note):
-            found = prove_adapters(base, rule, written, folder, report, dtype is None)
+        write_mlx(written, updates, loaded.model, extra)
+        proof = AdapterProof(base, rule, written, folder, report)
+        verify = wanted(verify, loaded.model, report.note)
+        found = proved(proof, written / WEIGHTS, dtype, verify)
     return Conversion(local_path(output), found)
+
+
+def proved(proof: AdapterProof, weights: Path, dtype: str | None, verify: bool) -> list[Comparison]:
+    """The comparisons of an adapter that was just written, if it is to be verified; and then its
+    tensors in another dtype, if there is to be one: mistakes are told from rounding that way.
+
+    Args:
+        weights: the file that was written.
+    """
+    found = proof.judged() if verify else []
+    if dtype is not None:
+        tensors = load_safetensors([weights])
+        mx.eval(tensors)  # before the file they are read from is written anew
+        form = read_header(weights).format
+        save_safetensors(weights, {n: t.astype(DTYPES[dtype]) for n, t in tensors.items()}, form)
+        found += [proof.rounded()] if verify else []
+    return found
+
+
+def check_dtype(dtype: str | None) -> None:
+    """SimPOError for a dtype that weights cannot be written in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise SimPOError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
 
 
 def base_name(
@@ -149,7 +176,8 @@ def base_name(
     name = recorded.get("model") or named
     if not isinstance(name, str) or not name:
         raise SimPOError("the adapter does not say which model it belongs to; name it with --model")
-    return name, revision or recorded.get("revision")
+    known = recorded.get("revision")
+    return name, revision or (known if isinstance(known, str) else None)
 
 
 def write_record(folder: Path, adapter: Path, record: dict[str, Any], loaded: Loaded) -> None:
@@ -161,8 +189,7 @@ def write_record(folder: Path, adapter: Path, record: dict[str, Any], loaded: Lo
         "template_sha256": record.get("template_sha256"),
         "training": {
             "config": record.get("config"),
-            "summary": json.loads(summary.read_text("utf-8")) if summary.is_file() else None,
+            "summary": read_json(summary) if summary.is_file() else None,
         },
     }
-    text = json.dumps(content, indent=2) + "\n"
-    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
+    write_text(folder / RECORD_FILE, json.dumps(content, indent=2) + "\n")

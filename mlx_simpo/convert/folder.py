@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import make_shards
 
+from ..checkpoint import write_text
+from ..model.files import read_json, save_safetensors
 from ..model.rope import both_ways
 from .weights import natural
 
@@ -43,7 +45,7 @@ def write_weights(folder: Path, tensors: dict[str, mx.array], form: str) -> None
         name = "model.safetensors"
         if count > 1:
             name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        mx.save_safetensors(str(folder / name), shard, {"format": form})
+        save_safetensors(folder / name, shard, form)
         places |= dict.fromkeys(shard, name)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
@@ -81,19 +83,26 @@ def copy_companions(source: Path, folder: Path, template: str | None, *, trusted
     """
     patterns = (*_COMPANIONS, "*.py") if trusted else _COMPANIONS
     for path in sorted({p for pattern in patterns for p in source.glob(pattern) if p.is_file()}):
-        shutil.copyfile(path, folder / path.name)
+        if belongs(path):
+            shutil.copyfile(path, folder / path.name)
     if template is None:
         return
-    (folder / _TEMPLATE).write_text(template, encoding="utf-8")
+    write_text(folder / _TEMPLATE, template)
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        content = json.loads(settings.read_text(encoding="utf-8"))
+        content = read_json(settings)
         # Programs that do not know the file beside it read the template here.
         if "chat_template" in content:
             write_json(settings, content | {"chat_template": template})
 
 
+def belongs(path: Path) -> bool:
+    """Whether a file's content lies in its folder; huggingface_hub's are links into its cache."""
+    root = path.parent.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    return path.resolve().is_relative_to(root)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """JSON as transformers writes it."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -58,6 +58,8 @@ def from_hf(
         elif dtype is not None:
             config |= dict.fromkeys([n for n in ("dtype", "torch_dtype") if n in config], dtype)
         write_weights(folder, flat_arrays(loaded.model.parameters()), "mlx")
+        if not trust_remote_code:
+            config.pop("auto_map", None)  # of code that does not go along
         save_config(config, folder / "config.json")
         copy_companions(loaded.folder, folder, None, trusted=trust_remote_code)
         found = []
@@ -79,5 +81,10 @@ def packed(model: nn.Module, config: dict, bits: int, group_size: int, report: R
     said = io.StringIO()
     with contextlib.redirect_stdout(said):  # results alone go to stdout
         _, config = quantize_model(model, config, group_size, bits)
+    if not any("scales" in layer for layer in model.modules()):
+        raise SimPOError(
+            f"no layer of this model can be packed in groups of {group_size}; use a smaller "
+            "group_size, or leave quantize out"
+        )
     report.note(said.getvalue().replace("[INFO] ", "").strip())
     return config

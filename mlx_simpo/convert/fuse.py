@@ -14,7 +14,7 @@ from ..model.loading import DTYPES
 from ..model.record import RECORD, mismatches, table
 from ..paths import local_path
 from ..report import Report
-from .adapters import Conversion, base_name, write_record
+from .adapters import Conversion, base_name, check_dtype, write_record
 from .base import Base, architecture, config_of, in_mlx_names, layout_of
 from .folder import copy_companions, write_config, write_weights
 from .merge import Fused, fused_model
@@ -54,6 +54,7 @@ def fuse(
             Nothing is written then.
     """
     report = report or Report()
+    check_dtype(dtype)
     if format not in FORMATS:
         raise SimPOError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     config = {} if adapter is None else read_adapter_config(adapter)
@@ -107,7 +108,10 @@ def check_packing(
 def trained_template(adapter: Path) -> str | None:
     """The chat template that lies beside an adapter; None if there is none."""
     path = adapter / "chat_template.jinja"
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SimPOError(f"cannot read {path}: {error}") from None
 
 
 def write_hf(
@@ -160,4 +164,6 @@ def write_mlx_model(
     if not keep:
         for name in ("quantization", "quantization_config"):
             config.pop(name, None)
+    if not base.trust_remote_code:
+        config.pop("auto_map", None)  # of code that does not go along
     save_config(config, folder / "config.json")

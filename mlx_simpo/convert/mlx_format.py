@@ -29,7 +29,6 @@ def write_mlx(
     updates: dict[str, Update],
     model: nn.Module,
     extra: dict[str, Any],
-    dtype: mx.Dtype | None = None,
 ) -> None:
     """Write updates as an mlx-lm adapter.
 
@@ -39,7 +38,6 @@ def write_mlx(
     Args:
         model: the bare model that they are for.
         extra: what else is to stand in adapter_config.json; mlx-lm leaves it alone.
-        dtype: of the weights; None as they are.
 
     Raises:
         SimPOError: mlx-lm has no DoRA for one of the layers, or DoRA and LoRA are mixed.
@@ -71,8 +69,6 @@ def write_mlx(
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
         **extra,
     }
-    if dtype is not None:
-        weights = {name: array.astype(dtype) for name, array in weights.items()}
     write_adapter(folder, weights, config)
 
 

@@ -2,13 +2,14 @@
 
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import SimPOError
-from ..model.adapters import CONFIG, MAX_RANK
+from ..model.adapters import CONFIG, MAX_RANK, MAX_SCALE, reasonable
 from ..model.files import PICKLES, read_json
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -55,6 +56,12 @@ _WHY = {
 }
 
 
+# What can make a match take for ever: a repetition of a group, or many repetitions (PEFT's own
+# frame around a pattern has up to two).
+_MAX_PATTERN, _MAX_REPEATED = 1000, 7
+_REPEATED, _OF_GROUP = re.compile(r"[*+}]"), re.compile(r"\)[*+{]")
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """The part of a PEFT configuration that says what its tensors mean."""
@@ -68,8 +75,11 @@ class PeftConfig:
         alpha = self.first_match("alpha_pattern", path, self.content.get("lora_alpha"))
         if type(rank) is not int or not 1 <= rank <= MAX_RANK:
             raise self.refusal(f"rank {str(rank)[:40]} of {path}; it must be 1 to {MAX_RANK}")
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise self.refusal(f"lora_alpha {str(alpha)[:40]} of {path}; it must be a number")
+        if not reasonable(alpha):
+            raise self.refusal(
+                f"lora_alpha {str(alpha)[:40]} of {path}; it must be a finite number of at most "
+                f"{MAX_SCALE:g}"
+            )
         return rank, alpha / (math.sqrt(rank) if self.content.get("use_rslora") else rank)
 
     def first_match(self, name: str, path: str, default: Any) -> Any:
@@ -79,11 +89,22 @@ class PeftConfig:
                 return value
         return default
 
-    def match(self, pattern: str, text: str, *, whole: bool = False) -> bool:
-        """`re.match`, or `re.fullmatch`, with an error that names the file."""
+    def match(self, pattern: str, text: str, *, whole: bool = False) -> re.Match[str] | None:
+        """`re.match`, or `re.fullmatch`, with an error that names the file.
+
+        Patterns come from elsewhere: those that could try for ever are refused.
+        """
+        repeated = len(_REPEATED.findall(pattern))
+        if len(pattern) > _MAX_PATTERN or repeated > _MAX_REPEATED or _OF_GROUP.search(pattern):
+            raise self.refusal(
+                f"the pattern {pattern[:80]!r} is too long or repeats too much to be tried; list "
+                "the modules by name"
+            )
         try:
-            return (re.fullmatch if whole else re.match)(pattern, text) is not None
-        except re.error as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of how later versions of Python will read it
+                return (re.fullmatch if whole else re.match)(pattern, text)
+        except (re.error, OverflowError, RecursionError) as error:
             raise self.refusal(f"the pattern {pattern[:80]!r}: {error}") from None
 
     def targeted(self, modules: Iterable[str], linear: set[str], head: str | None) -> set[str]:
@@ -101,7 +122,7 @@ class PeftConfig:
         """Whether target_modules and layers_to_transform name this module."""
         wanted = self.content.get("target_modules")
         if isinstance(wanted, str):
-            return self.match(wanted, path, whole=True)
+            return self.match(wanted, path, whole=True) is not None
         if path in (wanted or []):
             return True
         if not ends_in(path, wanted):
@@ -111,17 +132,25 @@ class PeftConfig:
             return True
         patterns = self.content.get("layers_pattern") or [r"[^.]*"]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path)
+            found = self.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
             if found:
-                index = int(found["index"])
+                index = int(found[found.lastindex or 1])
                 return index == layers if isinstance(layers, int) else index in layers
         return False
+
+    def leaves_out(self, module: str) -> bool:
+        """Whether PEFT would pass over the tensors of this module, which target_modules or the
+        settings beside it do not name."""
+        wanted = self.content.get("target_modules")
+        if wanted is None or (isinstance(wanted, str) and wanted.lower() == "all-linear"):
+            return False
+        return not self.names(module) or self.excluded(module)
 
     def excluded(self, path: str) -> bool:
         """Whether exclude_modules names this module."""
         excluded = self.content.get("exclude_modules")
         if isinstance(excluded, str):
-            return self.match(excluded, path, whole=True)
+            return self.match(excluded, path, whole=True) is not None
         return path in (excluded or []) or ends_in(path, excluded)
 
     def parameter(self, path: str) -> bool:

@@ -17,7 +17,7 @@ from .names import (
     peft_target,
     separate_target,
 )
-from .peft_config import PEFT_WEIGHTS, PeftConfig, read_peft_config
+from .peft_config import PEFT_WEIGHTS, PeftConfig, ends_in, read_peft_config
 from .updates import Update, check_update
 
 _KEY = re.compile(
@@ -205,7 +205,8 @@ class Reader:
             )
 
     def check_complete(self) -> None:
-        """SimPOError if the configuration names layers that have no tensors."""
+        """SimPOError if the configuration names layers that have no tensors, or not those of a
+        module that has some: PEFT would leave either out and say nothing."""
         plain = {t.module: p for p, t in self.targets.items() if t.parameter is None}
         embeddings = {m for m, p in plain.items() if isinstance(self.layers[p], EMBEDDING)}
         wanted = self.config.targeted(plain, set(plain) - embeddings, "lm_head")
@@ -214,8 +215,25 @@ class Reader:
             if target.parameter is not None and self.config.parameter(target.path):
                 present = target.module in self.tensors
                 missing |= set() if present else {target.path}
+        for name in self.config.content.get("target_parameters") or []:
+            if not any(t.path == name or ends_in(t.path, [name]) for t in self.targets.values()):
+                missing.add(name)
         if missing:
             raise self.config.refusal(
                 f"it names {len(missing)} layers that have no tensors in {PEFT_WEIGHTS}, e.g. "
-                f"{min(missing)}; the adapter is incomplete"
+                f"{min(missing)[:120]}; the adapter is incomplete"
             )
+        if unnamed := sorted(filter(self.unnamed, self.tensors)):
+            raise self.config.refusal(
+                f"{PEFT_WEIGHTS} has {len(unnamed)} modules that it does not name, e.g. "
+                f"{unnamed[0][:120]}; PEFT would leave them out"
+            )
+
+    def unnamed(self, module: str) -> bool:
+        """Whether no setting names this module of the file."""
+        inside = module.removesuffix(".base_layer")
+        by_parameter = any(
+            target.module == inside and self.is_parameter(target)
+            for target in self.targets.values()
+        )
+        return not by_parameter and self.config.leaves_out(module)

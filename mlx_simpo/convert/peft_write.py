@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..checkpoint import write_text
 from ..errors import SimPOError
 from ..model.adapters import CONFIG
+from ..model.files import save_safetensors
 from .architectures import Architecture, refuse_adapter_on
 from .names import STACKED, Target, adaptable_layers, layer_shape, peft_target, separate_target
 from .peft_config import PEFT_WEIGHTS, ends_in
@@ -34,15 +36,13 @@ def write_peft(
     base: str,
     revision: str | None,
     separate_experts: bool = False,
-    dtype: mx.Dtype | None = None,
 ) -> None:
     """Write updates as a PEFT adapter.
 
     Args:
         model: the bare MLX model that they are for. base: base_model_name_or_path.
         separate_experts: a pair of matrices for each expert, as transformers before 5.0 and
-            vLLM know them, instead of transformers 5's fused parameters. dtype: of the tensors;
-            None as they are.
+            vLLM know them, instead of transformers 5's fused parameters.
 
     Raises:
         SimPOError: an update that PEFT has no name for.
@@ -62,15 +62,13 @@ def write_peft(
     tensors: dict[str, mx.array] = {}
     for module in written:
         tensors |= tensors_of(module, written)
-    if dtype is not None:
-        tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     targets = [peft_target(path, architecture) for path in layers]
     ordinary = {target.module for target in targets if target.parameter is None}
     settings |= {"base_model_name_or_path": base, "revision": revision, "use_dora": dora}
     config = configuration(settings, written, ordinary)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
-    mx.save_safetensors(str(folder / PEFT_WEIGHTS), tensors, {"format": "pt"})
+    write_text(folder / CONFIG, text)
+    save_safetensors(folder / PEFT_WEIGHTS, tensors, "pt")
 
 
 def configuration(

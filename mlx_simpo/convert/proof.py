@@ -1,12 +1,16 @@
 """What each conversion is checked against, beside what it wrote."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..errors import SimPOError
 from ..model.adapters import flat_arrays, load_adapter
+from ..model.files import read_json
 from ..model.loading import Loaded, load_model
+from ..model.rope import contradiction
 from ..report import Report
 from .architectures import Architecture, deviation
 from .base import Base, config_of, in_mlx_names
@@ -17,6 +21,7 @@ from .torch_side import torch_logits, torch_reason
 from .updates import apply_updates
 from .verify import (
     Comparison,
+    Logits,
     check,
     compare,
     mlx_logits,
@@ -24,42 +29,54 @@ from .verify import (
 )
 
 
-def prove_adapters(
-    base: Base, rule: Architecture, mlx: Path, peft: Path, report: Report, exact: bool
-) -> list[Comparison]:
-    """Compare an mlx-lm adapter with a PEFT adapter on one base model, in all ways that can be had
-    here; those that cannot are said.
+@dataclass(frozen=True)
+class AdapterProof:
+    """Compares an mlx-lm adapter with a PEFT adapter on one base model.
 
     mlx-lm's layers on the one side; on the other the weights that PEFT's files describe, put
     together by PEFT's definition, and PEFT itself.
-
-    Args:
-        exact: the tensors kept their dtype; otherwise differences are shown and not judged.
-
-    Raises:
-        SimPOError: one of the comparisons failed.
     """
-    plain = base.load()
-    tokens = sample_tokens(plain.tokenizer)
-    adapted = base.load()
-    read_mlx(mlx, adapted.model)
-    ours = mlx_logits(adapted.model, tokens)
-    del adapted
-    merged = fused_model(base.load(), None, dequantize=True).model
-    apply_updates(merged, read_peft(peft, merged, rule))
-    theirs = mlx_logits(merged, tokens)
-    del merged
-    floor = 0.0 if exact else None
-    found = [compare("mlx-lm's adapter and PEFT's files, both in MLX", theirs, ours, floor)]
-    reason = "the base model is in MLX's format" if mlx_only(plain) else torch_reason()
-    if reason is None:
-        measured = torch_floor(plain, tokens)
-        theirs = torch_logits(plain.folder, tokens, peft)
-        floor = measured if exact else None
-        found.append(compare("mlx-lm in MLX and PEFT in torch", theirs, ours, floor))
-    else:
-        report.note(f"not compared with PEFT in torch: {reason}")
-    return judged(found, report)
+
+    base: Base
+    rule: Architecture
+    mlx: Path
+    peft: Path
+    report: Report
+
+    def judged(self) -> list[Comparison]:
+        """All comparisons that can be had here, after a note on those that cannot.
+
+        Raises:
+            SimPOError: one of them failed.
+        """
+        plain = self.base.load()
+        tokens = sample_tokens(plain)
+        ours, theirs = self.in_mlx(tokens)
+        found = [compare("mlx-lm's adapter and PEFT's files, both in MLX", theirs, ours)]
+        reason = "the base model is in MLX's format" if mlx_only(plain) else torch_reason()
+        if reason is None:
+            floor = torch_floor(plain, tokens)
+            theirs = torch_logits(plain.folder, tokens, self.peft)
+            found.append(compare("mlx-lm in MLX and PEFT in torch", theirs, ours, floor))
+        else:
+            self.report.note(f"not compared with PEFT in torch: {reason}")
+        return judged(found, self.report)
+
+    def rounded(self) -> Comparison:
+        """What the two differ by once one of them is rounded: shown, not judged."""
+        ours, theirs = self.in_mlx(sample_tokens(self.base.load()))
+        found = compare("the adapter before and after it was rounded", theirs, ours, None)
+        return judged([found], self.report)[0]
+
+    def in_mlx(self, tokens: list[list[int]]) -> tuple[Logits, Logits]:
+        """(logits with mlx-lm's layers, logits with the weights that PEFT's files describe)."""
+        adapted = self.base.load()
+        read_mlx(self.mlx, adapted.model)
+        ours = mlx_logits(adapted.model, tokens)
+        del adapted
+        merged = fused_model(self.base.load(), None, dequantize=True).model
+        apply_updates(merged, read_peft(self.peft, merged, self.rule))
+        return ours, mlx_logits(merged, tokens)
 
 
 def prove_fused(
@@ -67,14 +84,15 @@ def prove_fused(
 ) -> list[Comparison]:
     """Compare a folder that was written with the live model it was made of.
 
-    Where the folder has another dtype, rounding is told from mistakes: what it should hold is
-    rounded in memory and compared with, and the rounding itself is shown.
+    Where the folder has another dtype, rounding is told from mistakes: the adapter is merged in
+    memory and compared with the live model before it is rounded and with the folder after; the
+    rounding itself is shown.
 
     Raises:
         SimPOError: one of the comparisons failed.
     """
     live = base.load()
-    tokens = sample_tokens(live.tokenizer)
+    tokens = sample_tokens(live)
     bare = mlx_logits(live.model, tokens)
     if adapter is not None:
         live = base.load()
@@ -90,9 +108,13 @@ def prove_fused(
         found = [compare(f"{what}, as rounded", after, before, None)]
         if adapter is not None:
             found.append(compare("for comparison, what the adapter changes", before, bare, None))
+        whole = fused_model(base.load(), adapter, dequantize=True).model
+        what = "the live model and the same merged in memory"
+        found.append(compare(what, mlx_logits(whole, tokens), before))
         meant = rounded(base, adapter, kinds)
         what = "the folder that was written and the same rounded in memory"
         found.append(compare(what, after, mlx_logits(meant, tokens)))
+    check_rope(folder)
     if in_mlx_names(written):
         return judged(found, report)
     if reason := torch_reason():
@@ -117,7 +139,7 @@ def prove_converted(
             about the model itself.
     """
     source = base.load()
-    tokens = sample_tokens(source.tokenizer)
+    tokens = sample_tokens(source)
     written = load_model(str(folder), trust_remote_code=base.trust_remote_code)
     after = mlx_logits(written.model, tokens)
     what = "the folder that was written and the model in memory"
@@ -139,6 +161,11 @@ def rounded(base: Base, adapter: str | Path | None, kinds: dict[str, mx.Dtype]) 
     packed = mx.uint32 in kinds.values()
     model = fused_model(base.load(), adapter, dequantize=not packed).model
     arrays = flat_arrays(model.parameters())
+    if odd := sorted(arrays.keys() ^ kinds.keys()):
+        raise SimPOError(
+            f"the conversion is not right and nothing was written: the folder and the model do not "
+            f"have the same weights, e.g. {odd[0]}; please report it with the model's name"
+        )
     model.load_weights([(name, array.astype(kinds[name])) for name, array in arrays.items()])
     return model
 
@@ -150,6 +177,16 @@ def allowed(loaded: Loaded, report: Report) -> float | None:
     if reason:
         report.note(f"not judged against transformers: {reason}")
     return None if reason else 0.0
+
+
+def check_rope(folder: Path) -> None:
+    """SimPOError if a folder's config.json says two things about rotary settings: MLX reads one
+    spelling of them, transformers the other."""
+    if odd := contradiction(read_json(folder / "config.json")):
+        raise SimPOError(
+            f"the conversion is not right and nothing was written: config.json has two values of "
+            f"{odd}; please report it with the model's name"
+        )
 
 
 def mlx_only(loaded: Loaded) -> bool:

@@ -21,29 +21,24 @@ def staged(output: str | Path) -> Iterator[Path]:
     """
     check_output_free(str(output))
     path = local_path(output)
+    made = [parent for parent in path.parents if not parent.exists()]
+    scratch = None
     try:
-        made = [p for p in path.parents if not p.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}-"))
-    except OSError as error:
-        raise SimPOError(f"output is {str(output)!r}; it cannot be written: {error}") from None
-    done = False
-    try:
         yield scratch
         # mkdtemp makes folders for the owner alone; the result is an ordinary one.
         os.chmod(scratch, 0o777 & ~current_umask())
-        if path.is_dir():
-            path.rmdir()
-        os.replace(scratch, path)
-        done = True
+        os.replace(scratch, path)  # takes the place of an empty folder, too
+        made = []
     except OSError as error:
         raise SimPOError(f"output is {str(output)!r}; it cannot be written: {error}") from None
     finally:
-        if not done:
+        if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-            for parent in made:
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def current_umask() -> int:

@@ -1,8 +1,9 @@
 """Both sides of a conversion on the same text: their logits, compared."""
 
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,6 +11,8 @@ import numpy as np
 from mlx_lm.utils import get_total_parameters
 
 from ..errors import SimPOError
+from ..model.loading import Loaded
+from .names import EMBEDDING
 
 # 1e-3 is eight times what torch and MLX differ by in float32 on SmolLM2 without any adapter; the
 # smallest defect tried (one B of 210 set to zero) moves logits by 2 (tests/parity).
@@ -65,13 +68,12 @@ def compare(what: str, found: Logits, expected: Logits, floor: float | None = 0.
     """
     if found.shape != expected.shape:
         raise SimPOError(f"{what}: logits have shapes {found.shape} and {expected.shape}")
-    difference = np.abs(found - expected)
-    # NaN counts as no limit at all, also where both sides have it.
-    largest = float("inf") if np.isnan(difference).any() else float(difference.max())
-    size = max(1.0, float(np.abs(expected).max()) / USUAL_LOGIT)
+    finite = bool(np.isfinite(found).all() and np.isfinite(expected).all())
+    difference = np.abs(found - expected) if finite else np.array(np.inf)
+    size = max(1.0, float(np.abs(expected).max()) / USUAL_LOGIT) if finite else 1.0
     return Comparison(
         what,
-        largest,
+        float(difference.max()),
         float(difference.mean()),
         float((found.argmax(-1) == expected.argmax(-1)).mean()),
         None if floor is None else floor + TOLERANCE * size,
@@ -88,22 +90,49 @@ def check(comparisons: list[Comparison]) -> None:
             )
 
 
-def sample_tokens(tokenizer: Any) -> list[list[int]]:
-    """The texts as token ids, all of the same length."""
-    rows = [tokenizer.encode(text)[:TOKENS] for text in TEXTS]
+def sample_tokens(loaded: Loaded) -> list[list[int]]:
+    """The texts as token ids, all of the same length.
+
+    Raises:
+        SimPOError: the tokenizer makes none, or ids that the model has no row for (MLX would read
+            beyond its memory).
+    """
+    with runnable():
+        rows = [list(map(int, loaded.tokenizer.encode(text)))[:TOKENS] for text in TEXTS]
     length = min(map(len, rows))
     if length < 2:
         raise SimPOError("the tokenizer makes no tokens of ordinary text; use --no-verify")
+    tables = (m for m in loaded.model.modules() if isinstance(m, EMBEDDING))
+    vocabulary = max((len(table["weight"]) for table in tables), default=0)
+    highest = max(map(max, rows))
+    if highest >= vocabulary:
+        raise SimPOError(
+            f"the tokenizer of {loaded.name} has token {highest}, its model a vocabulary of "
+            f"{vocabulary}; they do not belong together"
+        )
     return [row[:length] for row in rows]
+
+
+@contextmanager
+def runnable() -> Iterator[None]:
+    """SimPOError for settings of a model or tokenizer that only show when it is run."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OverflowError, AttributeError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise SimPOError(f"the model cannot be run: {type(error).__name__}: {said}") from None
 
 
 def mlx_logits(model: nn.Module, tokens: list[list[int]]) -> Logits:
     """An MLX model's logits, in float32.
 
     On the CPU, whatever device there is: GPUs may round the factors of float32 products
-    (https://ml-explore.github.io/mlx: MLX_ENABLE_TF32). The model is left in float32.
+    (MLX_ENABLE_TF32). The model is left in float32.
+
+    Raises:
+        SimPOError: it cannot be run.
     """
-    with mx.stream(mx.cpu):
+    with mx.stream(mx.cpu), runnable():
         model.set_dtype(mx.float32)
         model.eval()
         return np.array(model(mx.array(tokens)).astype(mx.float32))

@@ -1,7 +1,6 @@
 """Adapter folders in mlx-lm's format: adapters.safetensors and adapter_config.json."""
 
 import json
-import math
 import os
 import tempfile
 from pathlib import Path
@@ -14,11 +13,12 @@ from mlx_lm.tuner.utils import load_adapters
 
 from ..errors import SimPOError
 from ..paths import local_path
-from .files import load_safetensors, read_header, read_json
+from .files import load_safetensors, read_header, read_json, save_safetensors
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 MAX_RANK = 65_536
+MAX_SCALE = 1e6
 
 
 def flat_arrays(tree: Any) -> dict[str, mx.array]:
@@ -47,11 +47,11 @@ def write_adapter(folder: str | Path, weights: dict[str, mx.array], config: dict
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
             written = Path(scratch)
-            mx.save_safetensors(str(written / WEIGHTS), weights, {"format": "mlx"})
+            save_safetensors(written / WEIGHTS, weights, "mlx")
             (written / CONFIG).write_text(text, encoding="utf-8")
             for name in (WEIGHTS, CONFIG):
                 os.replace(written / name, folder / name)
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: of mx.save_safetensors
+    except (OSError, ValueError) as error:
         raise SimPOError(f"the adapter cannot be written to {folder}: {error}") from None
     return folder
 
@@ -88,12 +88,20 @@ def check_parameters(config: dict[str, Any], where: str) -> None:
     layers = config.get("num_layers")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise SimPOError(f"{where}: rank is {str(rank)[:40]}; it must be 1 to {MAX_RANK}")
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise SimPOError(f"{where}: scale is {str(scale)[:40]}; it must be a finite number")
+    if not reasonable(scale):
+        raise SimPOError(
+            f"{where}: scale is {str(scale)[:40]}; it must be a finite number of at most "
+            f"{MAX_SCALE:g}"
+        )
     if type(layers) is not int:
         raise SimPOError(f"{where}: num_layers is {str(layers)[:40]}; it must be a whole number")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(k, str) for k in keys)):
         raise SimPOError(f"{where}: keys must be a list of names, not {str(keys)[:40]}")
+
+
+def reasonable(value: Any) -> bool:
+    """Whether a value can be the scale of an update, or lora_alpha."""
+    return type(value) in (int, float) and -MAX_SCALE <= value <= MAX_SCALE
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
@@ -139,10 +147,16 @@ def check_complete(model: nn.Module, folder: str | Path) -> dict[str, mx.array]:
     wanted = {name: p.shape for name, p in flat_arrays(model.trainable_parameters()).items()}
     missing = sorted(wanted.keys() - weights.keys())
     unknown = sorted(weights.keys() - wanted.keys())
+    whole = sorted(n for n, w in weights.items() if not mx.issubdtype(w.dtype, mx.floating))
     misshapen = [n for n in wanted.keys() & weights.keys() if weights[n].shape != wanted[n]]
     problems = [
         f"{len(names)} {what}, e.g. {names[0]}"
-        for what, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
+        for what, names in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("misshapen", misshapen),
+            ("not of floats", whole),
+        )
         if names
     ]
     if problems:

@@ -1,6 +1,7 @@
 """Files as they come from elsewhere: looked at before anything else reads them."""
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..errors import SimPOError
 
 # https://github.com/huggingface/safetensors: 8 bytes of header length, the header (JSON), the data.
 _MAX_HEADER = 100_000_000
+_MAX_AXES = 16
 _BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -51,7 +53,7 @@ def read_header(path: Path) -> Header:
         return SimPOError(f"{path} is no sound safetensors file: {reason}; fetch or save it again")
 
     try:
-        size = path.stat().st_size
+        size = ordinary(path).stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(_MAX_HEADER, size - 8):
@@ -82,24 +84,20 @@ def read_header(path: Path) -> Header:
 
 def tensor_entry(entry: Any) -> tuple[tuple[int, ...] | None, int, int]:
     """(shape, begin, end) of one tensor of the header; shape is None if it contradicts itself."""
-    bad = (None, 0, 0)
-    if not isinstance(entry, dict):
-        return bad
-    shape, span = entry.get("shape"), entry.get("data_offsets")
-    numbers = (shape, span)
-    if (
-        not all(isinstance(n, list) and all(type(v) is int and v >= 0 for v in n) for n in numbers)
-        or len(span or []) != 2
-    ):
-        return bad
-    assert isinstance(shape, list)
-    assert isinstance(span, list)
-    count = _BYTES.get(str(entry.get("dtype")), 0)
-    for dimension in shape:
-        count *= dimension
-    if str(entry.get("dtype")) not in _BYTES or span[1] - span[0] != count:
-        return bad
+    table = entry if isinstance(entry, dict) else {}
+    shape, span = whole_numbers(table.get("shape")), whole_numbers(table.get("data_offsets"))
+    size = _BYTES.get(str(table.get("dtype")))
+    if shape is None or span is None or size is None or len(span) != 2 or len(shape) > _MAX_AXES:
+        return None, 0, 0
+    if span[1] - span[0] != size * math.prod(shape):
+        return None, 0, 0
     return tuple(shape), span[0], span[1]
+
+
+def whole_numbers(values: Any) -> list[int] | None:
+    """The list if it is one of whole numbers from 0 on."""
+    good = isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    return values if good else None
 
 
 def load_safetensors(paths: Sequence[Path]) -> dict[str, mx.array]:
@@ -120,6 +118,25 @@ def load_safetensors(paths: Sequence[Path]) -> dict[str, mx.array]:
             raise SimPOError(f"{min(twice)} is in two files of {path.parent}")
         tensors |= content
     return tensors
+
+
+def save_safetensors(path: Path, tensors: dict[str, mx.array], form: str) -> None:
+    """Write tensors, with what the file is to say of its format ("pt" or "mlx").
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        mx.save_safetensors(str(path), tensors, {"format": form})
+    except (RuntimeError, ValueError) as error:  # MLX's own: of a full disk, say
+        raise OSError(str(error)) from None
+
+
+def ordinary(path: Path) -> Path:
+    """The path if it is a file; OSError if not: a pipe would be waited for."""
+    if path.exists() and not path.is_file():
+        raise OSError(0, "it is no ordinary file")
+    return path
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -147,7 +164,7 @@ def read_json(path: Path) -> dict[str, Any]:
         SimPOError: it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(ordinary(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise SimPOError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

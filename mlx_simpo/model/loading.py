@@ -1,6 +1,8 @@
 """A model and its tokenizer from a local folder or the Hugging Face Hub, by mlx_lm's loader."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,10 @@ from .repair import repaired
 
 # What loaders raise at a config.json, tokenizer or weights that are not what they expect.
 LOAD_ERRORS = (
+    ImportError,
+    MemoryError,
+    NameError,
+    AssertionError,
     OSError,
     ValueError,
     LookupError,
@@ -91,25 +97,22 @@ def load_model(
     Raises:
         SimPOError: no such model, or one that mlx_lm cannot load as a language model.
     """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise SimPOError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}")
     folder = model_folder(name, revision)
-    for path in weight_files(folder):
-        read_header(path)
-    try:
+    tensors = sum(len(read_header(path).shapes) for path in weight_files(folder))
+    with explained(f"{name} cannot be loaded as a language model"):
         config = load_config(folder)
-        check_model_type(config)
+        check_config(config, tensors)
         model, tokenizer, config = mlx_lm_load(  # type: ignore[misc]
             str(folder),
             lazy=True,
             return_config=True,
             model_config=repaired(config),
-            tokenizer_config={"trust_remote_code": True} if trust_remote_code else None,
+            # Said also where it is False: without an answer transformers asks for one.
+            tokenizer_config={"trust_remote_code": trust_remote_code},
             trust_remote_code=trust_remote_code,
         )
-    except LOAD_ERRORS as error:
-        raise SimPOError(
-            f"{name} cannot be loaded as a language model: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from None
     if not hasattr(model, "layers"):
         raise SimPOError(f"{name} is a {config.get('model_type')} model without transformer blocks")
     if dtype != "auto":
@@ -118,11 +121,35 @@ def load_model(
     return Loaded(model, tokenizer, config, dtype_of(model), folder, name, commit)
 
 
-def check_model_type(config: dict[str, Any]) -> None:
-    """ValueError if the model type cannot be one: mlx-lm imports a module of that name."""
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn what loaders raise at files that they do not expect into one line."""
+    try:
+        yield
+    except LOAD_ERRORS as error:
+        said = " ".join(str(error).split())[:300]
+        raise SimPOError(f"{what}: {type(error).__name__}: {said}") from None
+    except Exception as error:
+        if type(error) is Exception:  # what the tokenizers library raises has no class of its own
+            raise SimPOError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+        raise
+
+
+def check_config(config: dict[str, Any], tensors: int) -> None:
+    """ValueError for a config.json that no model can have, before anything is made of it.
+
+    Args:
+        tensors: how many the model's files have.
+    """
     kind = config.get("model_type")
     if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", kind):
+        # mlx-lm imports a module of that name.
         raise ValueError(f"model_type is {str(kind)[:60]!r} in its config.json, which is no name")
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        layers = part.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > tensors:
+            raise ValueError(f"num_hidden_layers is {layers}, but its files hold {tensors} tensors")
 
 
 def load_only_tokenizer(
@@ -134,16 +161,12 @@ def load_only_tokenizer(
         SimPOError: no such model, or no tokenizer in its folder.
     """
     folder = model_folder(name, revision, weights=False)
-    try:
+    with explained(f"{name} has no tokenizer that can be loaded"):
         return load_tokenizer(
             folder,
-            {"trust_remote_code": True} if trust_remote_code else None,
+            {"trust_remote_code": trust_remote_code},
             eos_token_ids=load_config(folder).get("eos_token_id"),
         )
-    except LOAD_ERRORS as error:
-        raise SimPOError(
-            f"{name} has no tokenizer that can be loaded: {' '.join(str(error).split())[:300]}"
-        ) from None
 
 
 def dtype_of(model: nn.Module) -> str:

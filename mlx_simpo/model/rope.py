@@ -58,3 +58,10 @@ def both_ways(config: dict[str, Any]) -> dict[str, Any]:
     if "partial_rotary_factor" in config:
         parameters["partial_rotary_factor"] = config["partial_rotary_factor"]
     return {**config, "rope_parameters": parameters}
+
+
+def contradiction(config: dict[str, Any]) -> str | None:
+    """The name of a rotary setting that a config.json's two spellings give different values."""
+    names = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+    newer = repaired_rope({name: v for name, v in config.items() if name not in names})
+    return next((n for n in names if n in newer and config.get(n, newer[n]) != newer[n]), None)

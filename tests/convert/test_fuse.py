@@ -118,7 +118,7 @@ def test_another_dtype(dtype: str, tmp_path: Path) -> None:
     said = text.getvalue()
     assert "as rounded" in said
     assert "what the adapter changes" in said
-    assert [c.limit is None for c in done.comparisons][:3] == [True, True, False]
+    assert [c.limit is None for c in done.comparisons][:4] == [True, True, False, False]
     assert 0 < done.comparisons[0].largest < done.comparisons[1].largest
 
 
@@ -135,8 +135,9 @@ def test_packing_again_is_shown_for_what_it_is(tmp_path: Path) -> None:
         verify=True,
         report=report,
     )
-    rounding, learnt, same = done.comparisons[:3]
+    rounding, learnt, merged, same = done.comparisons[:4]
     assert rounding.mean > learnt.mean
+    assert merged.passed
     assert same.largest == 0
     kept = arrays(done.output / "model.safetensors")
     before = arrays(base / "model.safetensors")

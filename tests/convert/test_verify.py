@@ -1,5 +1,8 @@
 """What counts as the same, what does not, and what is said."""
 
+from pathlib import Path
+
+import mlx.core as mx
 import numpy as np
 import pytest
 from commands import written_report
@@ -7,6 +10,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from mlx_simpo.convert import verify
 from mlx_simpo.errors import SimPOError
+from mlx_simpo.model.loading import Loaded
 
 
 def logits(*changes: tuple[int, float], size: float = 1.0) -> np.ndarray:
@@ -41,6 +45,14 @@ def test_the_limit(by: float, size: float, floor: float | None, passed: bool) ->
     assert found.passed == passed
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_infinity_on_either_side_is_no_proof(sign: int) -> None:
+    broken = logits((1, sign * float("inf")))
+    assert not verify.compare("", broken, logits()).passed
+    assert not verify.compare("", logits(), broken).passed
+    assert not verify.compare("", broken, broken).passed
+
+
 def test_nan_on_both_sides_is_no_proof() -> None:
     broken = logits((1, float("nan")))
     assert not verify.compare("", broken, broken).passed
@@ -63,8 +75,27 @@ def test_other_shapes_are_an_error() -> None:
         verify.compare("", logits(), logits()[:, 1:])
 
 
+def tiny_loaded(**changes: int) -> Loaded:
+    """A model and its tokenizer, as far as they are looked at here."""
+    model = tiny_model(**changes)
+    return Loaded(model, tiny_tokenizer(), {}, "float32", Path(), "tiny", None)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused() -> None:
+    """MLX would read whatever lies behind the table."""
+    with pytest.raises(SimPOError, match=r"has token \d+, its model a vocabulary of 100"):
+        verify.sample_tokens(tiny_loaded(vocab_size=100))
+
+
+def test_a_model_that_cannot_be_run() -> None:
+    model = tiny_model()
+    model.model.norm.weight = mx.ones(7)
+    with pytest.raises(SimPOError, match="cannot be run: ValueError"):
+        verify.mlx_logits(model, [[1, 2, 3]])
+
+
 def test_the_text_is_long_enough_to_be_one() -> None:
-    rows = verify.sample_tokens(tiny_tokenizer())
+    rows = verify.sample_tokens(tiny_loaded())
     assert len({len(row) for row in rows}) == 1
     assert len(rows[0]) == verify.TOKENS
     assert len(set(rows[0])) > 30

@@ -2,12 +2,15 @@
 calls the functions behind them without it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from zoo import ZOO, agree, mlx_adapter, mlx_logits, saved, torch_logits
 
 from mlx_simpo import SimPOError, from_hf, from_peft, fuse, to_peft
+from mlx_simpo.convert import names
 from mlx_simpo.convert.architectures import TABLE
+from mlx_simpo.convert.peft_config import PeftConfig
 
 CLOSE = 1e-3
 SEPARATE = [n for n, zoo in ZOO.items() if zoo.experts and n not in ("granitemoe", "qwen2_moe")]
@@ -49,3 +52,39 @@ def test_experts_that_were_never_single(tmp_path: Path) -> None:
     adapter = mlx_adapter(base, tmp_path / "mlx")
     with pytest.raises(SimPOError, match="never had single experts"):
         to_peft(adapter, tmp_path / "peft", separate_experts=True, verify=False)
+
+
+def exchanged(patch: pytest.MonkeyPatch) -> None:
+    """gate_proj and up_proj in each other's place, for reader and writer alike."""
+    fused = names._FUSED
+    patch.setitem(fused, "gate_proj", ("gate_up_proj", (1, 2)))
+    patch.setitem(fused, "up_proj", ("gate_up_proj", (0, 2)))
+
+
+def twice(patch: pytest.MonkeyPatch) -> None:
+    """lora_alpha counted twice by the reader, whose word a conversion from PEFT takes."""
+    right = PeftConfig.scale
+
+    def wrong(config: PeftConfig, path: str) -> tuple[int, float]:
+        rank, scale = right(config, path)
+        return rank, 2 * scale
+
+    patch.setattr(PeftConfig, "scale", wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "plant", "back"),
+    [("mixtral", exchanged, False), ("mixtral", exchanged, True), ("llama", twice, True)],
+)
+def test_mistakes_that_both_of_our_sides_share(
+    name: str, plant: Any, back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX alone cannot see them; PEFT does, where it is installed."""
+    base = saved(name, tmp_path / "base")
+    adapter = mlx_adapter(base, tmp_path / "mlx")
+    if back:
+        adapter = to_peft(adapter, tmp_path / "peft", verify=True).output
+    plant(monkeypatch)
+    with pytest.raises(SimPOError, match=r"not right .* PEFT in torch"):
+        (from_peft if back else to_peft)(adapter, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()

@@ -89,7 +89,7 @@ def test_an_adapter_of_a_4_bit_base(smollm2_4bit: Path, tmp_path: Path) -> None:
     unpacked = fuse(tmp_path / "base", model=str(smollm2_4bit), verify=True).output
     live = load_model(str(smollm2_4bit))
     load_adapter(live.model, adapter)
-    tokens = sample_tokens(live.tokenizer)
+    tokens = sample_tokens(live)
     with torch.no_grad():
         theirs = torch_model(unpacked, peft)(torch.tensor(tokens)).logits.numpy()
     ours = mlx_logits(live.model, tokens)

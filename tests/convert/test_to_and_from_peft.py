@@ -85,7 +85,7 @@ def test_experts_there_and_back(separate: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_another_dtype_is_shown_and_not_judged(dtype: str, tmp_path: Path) -> None:
+def test_another_dtype_is_judged_before_it_is_rounded(dtype: str, tmp_path: Path) -> None:
     base = model_folder(tmp_path / "base")
     done = to_peft(
         make_adapter(base, tmp_path / "mlx", scale=1.23),
@@ -93,7 +93,8 @@ def test_another_dtype_is_shown_and_not_judged(dtype: str, tmp_path: Path) -> No
         dtype=dtype,
         verify=True,
     )
-    assert [c.limit for c in done.comparisons][:1] == [None]
+    assert [c.limit is None for c in done.comparisons] == [False, True]
+    assert done.comparisons[1].largest > done.comparisons[0].largest
     loaded = mx.load(str(done.output / "adapter_model.safetensors"))
     assert isinstance(loaded, dict)
     assert {str(array.dtype) for array in loaded.values()} == {f"mlx.core.{dtype}"}

@@ -1,0 +1,83 @@
+"""How mistakes are planted in the conversions."""
+
+from collections.abc import Callable
+from pathlib import Path
+from sys import modules
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+FUSE, FROM_HF = modules["mlx_simpo.convert.fuse"], modules["mlx_simpo.convert.from_hf"]
+WRONG = "conversion is not right and nothing was written"
+Arrays = dict[str, mx.array]
+Patch = pytest.MonkeyPatch
+UNTIED = {"tie_word_embeddings": False}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, **UNTIED}
+GLU = ("gate_proj", "up_proj", "down_proj")
+ADAPTERS: dict[str, tuple[str, list[str], int, bool]] = {
+    "llama": ("llama", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"], 2, False),
+    "square": ("llama", ["self_attn.q_proj", "self_attn.o_proj"], 32, False),
+    "dora": ("llama", ["self_attn.q_proj", "mlp.up_proj"], 2, True),
+    "mixtral": ("mixtral", [f"block_sparse_moe.switch_mlp.{n}" for n in GLU], 2, False),
+}
+
+
+def checkpoint_names(weights: Arrays) -> Arrays:
+    """Mixtral's tensors, an expert each, of MLX's stacked ones."""
+    made: Arrays = {}
+    for name, array in weights.items():
+        block, found, rest = name.partition("switch_mlp.")
+        if not found:
+            made[name] = array
+            continue
+        short = dict(zip(GLU, ("w1", "w3", "w2"), strict=True))[rest.partition(".")[0]]
+        made |= {f"{block}experts.{n}.{short}.weight": one for n, one in enumerate(array)}
+    return made
+
+
+def trainable(model: nn.Module) -> list[tuple[str, mx.array]]:
+    return tree_flatten(model.trainable_parameters())  # type: ignore[return-value]
+
+
+def moved(name: str, array: mx.array) -> mx.array:
+    """Random weights of some size; a magnitude near its own."""
+    noise = mx.random.normal(array.shape)
+    return array * (1 + 0.2 * noise) if name.endswith(".m") else noise * 0.15
+
+
+def base(folders: Path, name: str) -> Path:
+    return folders / f"{ADAPTERS[name][0]}-base"
+
+
+Converted = Callable[[str, str], None]
+
+
+def after(patch: Patch, module: Any, name: str, change: Callable[..., Any]) -> None:
+    """Let a function's result go through ``change(result, *arguments)``."""
+    real = getattr(module, name)
+    patch.setattr(module, name, lambda *a, **k: change(real(*a, **k), *a))
+
+
+def before(patch: Patch, module: Any, name: str, change: Callable[..., None]) -> None:
+    """Let a function's arguments be changed in place first."""
+    real = getattr(module, name)
+
+    def changed(*arguments: Any, **more: Any) -> Any:
+        change(*arguments)
+        return real(*arguments, **more)
+
+    patch.setattr(module, name, changed)
+
+
+EXPERT_ORDER = mx.array([1, 0, 2, 3])
+
+
+def all_of(part: str, change: Callable[[mx.array], mx.array]) -> Callable[[Arrays], None]:
+    return lambda weights: weights.update({n: change(a) for n, a in weights.items() if part in n})
+
+
+def swap(weights: Arrays, one: str, other: str) -> None:
+    weights[one], weights[other] = weights[other], weights[one]
