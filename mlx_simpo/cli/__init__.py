@@ -239,7 +239,7 @@ def run_doctor(options: argparse.Namespace) -> None:
     """The doctor command; an error if a check fails."""
     from ..doctor import as_text, examine
 
-    refuse_settings(options, "doctor looks at the machine")
+    refuse_settings(options, "doctor")
     found = examine()
     if options.json:
         print_json(found)

@@ -118,7 +118,7 @@ def run_fuse(options: argparse.Namespace) -> None:
     """The fuse command."""
     from ..convert import fuse
 
-    refuse_settings(options, "fuse takes options")
+    refuse_settings(options, "fuse")
     arguments = given(options, "adapter", "model", "revision", "format", "dequantize")
     finish(options, fuse(options.output, **arguments))
 
@@ -127,7 +127,7 @@ def run_to_peft(options: argparse.Namespace) -> None:
     """The convert to-peft command."""
     from ..convert import to_peft
 
-    refuse_settings(options, "convert takes options")
+    refuse_settings(options, "convert")
     arguments = given(options, "model", "revision", "separate_experts")
     finish(options, to_peft(options.adapter, options.output, **arguments))
 
@@ -136,7 +136,7 @@ def run_from_peft(options: argparse.Namespace) -> None:
     """The convert from-peft command."""
     from ..convert import from_peft
 
-    refuse_settings(options, "convert takes options")
+    refuse_settings(options, "convert")
     finish(
         options, from_peft(options.adapter, options.output, **given(options, "model", "revision"))
     )
@@ -146,7 +146,7 @@ def run_from_hf(options: argparse.Namespace) -> None:
     """The convert from-hf command."""
     from ..convert import from_hf
 
-    refuse_settings(options, "convert takes options")
+    refuse_settings(options, "convert")
     arguments = given(options, "revision", "quantize", "group_size")
     finish(options, from_hf(options.model, options.output, **arguments))
 
@@ -155,7 +155,7 @@ def run_architectures(options: argparse.Namespace) -> None:
     """The convert architectures command."""
     from ..convert.architectures import TABLE
 
-    refuse_settings(options, "convert architectures takes nothing")
+    refuse_settings(options, "convert")
     if options.json:
         print_json({name: {"refused": a.refused, "rule": a.note} for name, a in TABLE.items()})
         return

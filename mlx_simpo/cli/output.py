@@ -54,8 +54,8 @@ def print_json(value: Any) -> None:
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode())
 
 
-def refuse_settings(options: argparse.Namespace, what: str) -> None:
+def refuse_settings(options: argparse.Namespace, command: str) -> None:
     """SimPOError if a command that takes no settings was given some, or a file of them."""
     if options.config or options.settings:
         extra = options.config or options.settings[0]
-        raise SimPOError(f"{what} and no settings; leave out {extra!r}")
+        raise SimPOError(f"{command} takes no settings; leave out {extra!r}")

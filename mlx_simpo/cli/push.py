@@ -37,7 +37,7 @@ def run_push(options: argparse.Namespace) -> None:
     """
     from ..hub.push import push
 
-    refuse_settings(options, "push takes a folder and a repository")
+    refuse_settings(options, "push")
     result = push(
         options.folder,
         options.repo,
