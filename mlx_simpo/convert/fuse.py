@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.utils import save_config
 
@@ -68,6 +69,7 @@ def fuse(
     layout = layout_of(loaded, architecture(loaded)) if format == "hf" else None
     template = None if adapter is None else trained_template(local_path(adapter))
     precision = dtype or ("float32" if packed and dequantize else None)
+    verify = wanted(verify, loaded.model, report.note)  # while its weights are there to be counted
     with staged(output) as folder:
         fused = fused_model(loaded, adapter, dequantize=dequantize)
         if layout is not None:
@@ -77,9 +79,7 @@ def fuse(
         copy_companions(loaded.folder, folder, template, trusted=trust_remote_code)
         if adapter is not None:
             write_record(folder, local_path(adapter), record, loaded)
-        found = []
-        if wanted(verify, loaded.model, report.note):
-            found = prove_fused(folder, base, adapter, report)
+        found = prove_fused(folder, base, adapter, report) if verify else []
     return Conversion(local_path(output), found)
 
 
@@ -121,23 +121,29 @@ def write_hf(
     from the base bit for bit, where the base has these names."""
     loaded = base.load()
     config = config_of(loaded)
+    precision = dtype or loaded.dtype
     weights = flat_arrays(fused.model.parameters())
-    if in_mlx_names(loaded) or "quantization_config" in config:
-        tensors = checkpoint_tensors(weights, layout)
-        kept = loaded.dtype
-    else:
-        there = load_safetensors(weight_files(loaded.folder))
-        tensors = {name: tensor for name, tensor in there.items() if goes_along(name, layout)}
-        if beside := sorted(tensors.keys() - layout.shapes.keys()):
-            report.note(f"copied as they are, not run by MLX: {len(beside)}, e.g. {beside[0]}")
-        new = checkpoint_tensors(weights, layout, sources_of(layout, fused.changed))
-        tensors |= {name: tensor.astype(there[name].dtype) for name, tensor in new.items()}
-        kept = loaded.dtype
-    precision = dtype or kept
-    if dtype is not None or in_mlx_names(loaded):
+    renamed = in_mlx_names(loaded) or "quantization_config" in config
+    there = {} if renamed else load_safetensors(weight_files(loaded.folder))
+    tensors = {name: tensor for name, tensor in there.items() if goes_along(name, layout)}
+    if beside := sorted(tensors.keys() - layout.shapes.keys()):
+        report.note(f"copied as they are, not run by MLX: {len(beside)}, e.g. {beside[0]}")
+    only = None if renamed else sources_of(layout, fused.changed)
+    new = checkpoint_tensors(weights, layout, only)
+    tensors |= {n: t.astype(there[n].dtype) if n in there else t for n, t in new.items()}
+    if dtype is not None or renamed:
         tensors = {name: as_float(tensor, precision) for name, tensor in tensors.items()}
+    # Nothing else may hold on to what is written: memory is to go back after each shard.
+    for holder in (there, new, weights):
+        holder.clear()
+    release(fused.model)
     write_weights(folder, tensors, "pt")
     write_config(folder, config, precision, trusted=base.trust_remote_code)
+
+
+def release(model: nn.Module) -> None:
+    """Take a model's weights out of it."""
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
 
 
 def goes_along(name: str, layout: Layout) -> bool:
@@ -158,8 +164,11 @@ def write_mlx_model(
     """Weights and config.json under MLX's names. keep: the weights stay packed."""
     loaded = base.load()
     precision = dtype or loaded.dtype
-    fused.model.update(tree_map(lambda p: as_float(p, precision), fused.model.parameters()))
-    write_weights(folder, flat_arrays(fused.model.parameters()), "mlx")
+    weights = flat_arrays(fused.model.parameters())
+    tensors = {name: as_float(array, precision) for name, array in weights.items()}
+    weights.clear()
+    release(fused.model)
+    write_weights(folder, tensors, "mlx")
     config = dict(loaded.config)
     if not keep:
         for name in ("quantization", "quantization_config"):

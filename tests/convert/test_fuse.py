@@ -16,6 +16,7 @@ from tiny import tiny_config, tiny_folder, tiny_model, tiny_tokenizer
 
 from mlx_simpo import SimPOError, fuse, load_adapter, load_model
 from mlx_simpo.convert import folder as folders
+from mlx_simpo.convert import verify
 from mlx_simpo.model.adapters import flat_arrays, save_adapter
 
 TOKENS = mx.array([[3, 14, 15, 92, 65, 35, 89]])
@@ -189,6 +190,18 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: Any) ->
 def pieces(weights: dict, size: int) -> list:
     items = list(weights.items())
     return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+@pytest.mark.parametrize("format", ["hf", "mlx"])
+def test_what_does_not_fit_is_not_verified_and_said(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_folder(tmp_path / "base")
+    monkeypatch.setattr(verify.os, "sysconf", lambda name: 1)
+    report, text = written_report()
+    done = fuse(tmp_path / "out", model=str(base), format=format, report=report)
+    assert done.comparisons == []
+    assert "not verified: in float32 the model takes" in text.getvalue()
 
 
 @pytest.mark.parametrize(
