@@ -5,7 +5,7 @@ of mlx-lm's sanitize (`probe`) checks it against the model at hand before anythi
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import SimPOError
@@ -17,9 +17,11 @@ class Experts:
 
     stacked: path of the module in a block of the MLX model. names: MLX's projections → the
     checkpoint's. separate: the checkpoint's path of one expert, {} being its number, or "" where
-    the checkpoint has them stacked too, in ``fused``. fused: the checkpoint's fused tensors → the
-    projections in them, one behind the other on the axis of outputs. live: path of transformers'
-    module (5.0 and newer), whose parameters gate_up_proj and down_proj hold all experts.
+    the checkpoint has them stacked too, in ``fused``. fused: the checkpoint's fused tensors, by
+    their whole names below the experts' parent → the projections in them, one behind the other on
+    the axis of outputs. live: path of transformers' module (5.0 and newer), whose parameters
+    gate_up_proj and down_proj hold all experts. unpaired: why PEFT adapters with a pair of matrices
+    for each expert are neither written nor read.
     """
 
     stacked: str
@@ -27,6 +29,7 @@ class Experts:
     separate: str = ""
     names: dict[str, str] = field(default_factory=dict)
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unpaired: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,10 @@ class Architecture:
     renamed: parts of the checkpoint's module paths → transformers' own. parameters: modules (a
     regular expression for the end of transformers' path) whose weight PEFT reaches as a parameter
     only. no_adapter: paths in MLX (regular expressions) → why an adapter on them is refused.
-    heads_split: MLX holds kv_b_proj as two arrays with a matrix a head (deepseek_v3). deviates:
-    why mlx-lm itself computes something else than transformers. refused: why nothing of this type
-    is converted.
+    heads_split: MLX holds kv_b_proj as two arrays with a matrix a head (deepseek_v3). wrapped: the
+    model sees too, and mlx-lm runs its text part alone, as language_model. deviates: why mlx-lm
+    itself computes something else than transformers. refused: why nothing of this type is
+    converted.
     """
 
     model_type: str
@@ -52,6 +56,7 @@ class Architecture:
     parameters: str = ""
     no_adapter: dict[str, str] = field(default_factory=dict)
     heads_split: bool = False
+    wrapped: bool = False
     deviates: str = ""
     refused: str = ""
 
@@ -67,14 +72,35 @@ _MIXTRAL = Experts(
 _GRANITE = Experts(
     "block_sparse_moe.switch_mlp",
     "block_sparse_moe.experts",
-    fused={"input_linear": ("gate_proj", "up_proj"), "output_linear": ("down_proj",)},
+    fused={
+        "input_linear.weight": ("gate_proj", "up_proj"),
+        "output_linear.weight": ("down_proj",),
+    },
+)
+_QWEN = Experts(
+    "mlp.switch_mlp",
+    "mlp.experts",
+    fused={
+        "experts.gate_up_proj": ("gate_proj", "up_proj"),
+        "experts.down_proj": ("down_proj",),
+    },
 )
 # PEFT takes these names for transformers 4's experts and looks for them in the fused ones
 # (peft/utils/transformers_weight_conversion.py); named as parameters they are left alone.
 _TAKEN = r"mlp\.gate|(mlp|shared_expert|shared_experts)\.(gate_proj|up_proj|down_proj)"
 _STACKED = "experts stacked by MLX; PEFT names them as parameters"
 
+_LONG = (
+    "mlx-lm takes the rotary factors for long texts (longrope) at any length, transformers those "
+    "for short ones too"
+)
 _GELU = "mlx-lm computes the exact GELU, transformers the tanh approximation of the training"
+_GEMMA = Experts(
+    "experts.switch_glu",
+    "experts",
+    fused={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+)
+_TEXT = "MLX runs the text part alone; load with AutoModelForImageTextToText in transformers"
 _PLAIN = """
     llama mistral qwen2 qwen3 gemma2 gemma3_text gemma4_text phi phi3 smollm3 olmo2 granite
     cohere cohere2 glm4 stablelm
@@ -99,6 +125,13 @@ TABLE: dict[str, Architecture] = {
             renamed=(("block_sparse_moe.", "mlp."),),
             parameters=r"mlp\.gate",
         ),
+        Architecture(
+            "phimoe",
+            _STACKED,
+            experts=replace(_MIXTRAL, unpaired="PEFT does not join single experts of phimoe"),
+            renamed=(("block_sparse_moe.gate", "mlp.router"),),
+            parameters=r"mlp\.router",
+        ),
         *(
             Architecture(name, _STACKED, experts=_MLP, parameters=_TAKEN)
             for name in ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2")
@@ -120,9 +153,16 @@ TABLE: dict[str, Architecture] = {
         ),
         Architecture("gpt_oss", refused="its experts' gate and up rows are interleaved and packed"),
         Architecture("gpt2", refused="its layers are transposed convolutions, not linear layers"),
-        *(
-            Architecture(name, refused="it has not been checked against transformers")
-            for name in ("phimoe", "qwen3_5", "qwen3_5_moe", "gemma3", "gemma4", "mistral3")
+        *(Architecture(name, _TEXT, wrapped=True) for name in ("gemma3", "mistral3")),
+        Architecture("gemma4", f"{_TEXT}; {_STACKED}", wrapped=True, experts=_GEMMA),
+        Architecture("qwen3_5", _TEXT, wrapped=True, convolutions=("conv1d.weight",)),
+        Architecture(
+            "qwen3_5_moe",
+            f"{_TEXT}; {_STACKED}",
+            wrapped=True,
+            convolutions=("conv1d.weight",),
+            experts=_QWEN,
+            parameters=r"mlp\.gate",
         ),
     )
 }
@@ -132,6 +172,11 @@ def deviation(config: dict[str, Any]) -> str:
     """Why mlx-lm and transformers differ on models of this type; empty if they do not, or if it is
     not known."""
     found = TABLE.get(str(config.get("model_type")))
+    scaling = config.get("rope_parameters") or config.get("rope_scaling")
+    if isinstance(scaling, dict) and {"longrope", "su"} & {
+        scaling.get(name) for name in ("rope_type", "type") if isinstance(scaling.get(name), str)
+    }:
+        return _LONG
     return found.deviates if found else ""
 
 

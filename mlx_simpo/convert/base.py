@@ -13,9 +13,9 @@ from ..model.adapters import flat_arrays
 from ..model.files import read_header, read_json, weight_files
 from ..model.loading import Loaded, load_model
 from .architectures import Architecture, architecture_of
-from .names import checkpoint_shapes, refuse_unknown_stacks
+from .names import checkpoint_shapes, refuse_unknown_stacks, unwrapped
 from .probe import Shape, trace
-from .weights import Layout
+from .weights import Layout, sources_of
 
 
 @dataclass(frozen=True)
@@ -84,21 +84,59 @@ def layout_of(loaded: Loaded, rule: Architecture) -> Layout:
     bare = flat_arrays(fresh_model(loaded).parameters())
     wanted = {name: array.shape for name, array in bare.items() if name in there}
     shapes = checkpoint_shapes({n: bare[n] for n in wanted}, rule)
-    plain = not in_mlx_names(loaded) and "quantization_config" not in config_of(loaded)
-    absent = sorted(shapes.items() - checkpoint_on_disk(loaded.folder).items()) if plain else []
-    if absent:
-        raise SimPOError(
-            f"the checkpoint of {loaded.name} does not have {absent[0][0]} of shape "
-            f"{absent[0][1]}, which the rule for {rule.model_type} expects"
-        )
-    found = trace(lambda: fresh_model(loaded), shapes)
+    disk = shapes
+    if is_plain(loaded):
+        disk = checkpoint_on_disk(loaded.folder)
+        shapes = spelled_as(disk, shapes, rule)
+        if absent := sorted(shapes.items() - disk.items()):
+            raise SimPOError(
+                f"the checkpoint of {loaded.name} does not have {absent[0][0]} of shape "
+                f"{absent[0][1]}, which the rule for {rule.model_type} expects"
+            )
+    elif rule.wrapped:
+        raise SimPOError(text_alone(loaded, rule))
+    # All there is: what else lies in the checkpoint may change what sanitize does.
+    found = trace(lambda: fresh_model(loaded), disk)
     made = {name: shape for name, (shape, _) in found.items()}
     if odd := sorted(wanted.items() ^ made.items()):
         raise SimPOError(
             f"mlx-lm's sanitize does not make {odd[0][0]} of shape {odd[0][1]} of a "
             f"{rule.model_type} checkpoint as the rule describes it; such a model is not converted"
         )
-    return Layout(shapes, {name: parts for name, (_, parts) in found.items()})
+    layout = Layout(shapes, {name: parts for name, (_, parts) in found.items()})
+    if odd := sorted(sources_of(layout, set(found)) - shapes.keys()):
+        raise SimPOError(
+            f"mlx-lm's sanitize makes weights of {odd[0]}, which the rule for {rule.model_type} "
+            "does not expect; such a model is not converted"
+        )
+    return layout
+
+
+def is_plain(loaded: Loaded) -> bool:
+    """Whether the model's files are a checkpoint as transformers saves it, and not packed."""
+    return not in_mlx_names(loaded) and "quantization_config" not in config_of(loaded)
+
+
+def spelled_as(
+    there: dict[str, Shape], shapes: dict[str, Shape], rule: Architecture
+) -> dict[str, Shape]:
+    """A wrapped model's tensors as its checkpoint spells them: language_model.model (transformers
+    4, and 5 for some types) or model.language_model."""
+    if not rule.wrapped or shapes.keys() <= there.keys():
+        return shapes
+    return {unwrapped(name): shape for name, shape in shapes.items()}
+
+
+def text_alone(loaded: Loaded, rule: Architecture) -> str:
+    """Why no complete folder can be made of a wrapped model that is no plain checkpoint, and what
+    to do."""
+    state = "has MLX's names" if in_mlx_names(loaded) else "is packed (quantization_config)"
+    return (
+        f"{loaded.name} {state}, and a complete folder of a {rule.model_type} model with its "
+        "vision tower is made of a checkpoint as transformers saves it only; fuse with --format "
+        "mlx, or convert the adapter alone (mlx-simpo convert to-peft), or name the original model "
+        "as --model if the adapter is to go into its weights instead of these"
+    )
 
 
 def checkpoint_on_disk(folder: Path) -> dict[str, Shape]:

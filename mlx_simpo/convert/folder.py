@@ -23,8 +23,12 @@ _COMPANIONS = (
     "*.tiktoken",
     "chat_template.*",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_*.json",
     "LICENSE*",
 )
+_DTYPE = ("dtype", "torch_dtype")
 _TEMPLATE = "chat_template.jinja"
 
 
@@ -62,14 +66,17 @@ def write_config(folder: Path, config: dict[str, Any], dtype: str, *, trusted: b
     config = {name: value for name, value in config.items() if not name.startswith("quantiz")}
     if not trusted:
         config.pop("auto_map", None)
-    inner = config.get("text_config")
-    if isinstance(inner, dict):
-        kept = {name: value for name, value in inner.items() if not name.startswith("quantiz")}
-        config["text_config"] = both_ways(kept)
-    config |= dict.fromkeys(
-        [n for n in ("dtype", "torch_dtype") if n in config] or ["dtype"], dtype
-    )
-    write_json(folder / "config.json", dict(sorted(both_ways(config).items())))
+    for part in ("text_config", "vision_config", "audio_config"):
+        if isinstance(inner := config.get(part), dict):
+            kept = {name: value for name, value in inner.items() if not name.startswith("quantiz")}
+            kept |= dict.fromkeys([n for n in _DTYPE if n in kept], dtype)
+            config[part] = both_ways(kept) if part == "text_config" else kept
+    config |= dict.fromkeys([n for n in _DTYPE if n in config] or ["dtype"], dtype)
+    # What is in text_config has been seen to.
+    config = both_ways({n: v for n, v in config.items() if n != "text_config"}) | {
+        n: v for n, v in config.items() if n == "text_config"
+    }
+    write_json(folder / "config.json", dict(sorted(config.items())))
 
 
 def copy_companions(source: Path, folder: Path, template: str | None, *, trusted: bool) -> None:

@@ -149,7 +149,8 @@ def release(model: nn.Module) -> None:
 def goes_along(name: str, layout: Layout) -> bool:
     """Whether a tensor of the base's checkpoint belongs into the new one: not a tied head, nor
     rotary frequencies that old versions of transformers stored."""
-    stale = name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+    heads = ("lm_head.weight", "language_model.lm_head.weight")
+    stale = name.endswith("rotary_emb.inv_freq") or name in heads
     return name in layout.shapes or not stale
 
 

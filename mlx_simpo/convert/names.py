@@ -35,6 +35,9 @@ class Target(NamedTuple):
         return self.module if self.parameter is None else f"{self.module}.{self.parameter}"
 
 
+# Where the text part of a wrapped model is: in transformers, in its class for text alone (which
+# AutoModelForCausalLM takes for Qwen3.5), and in transformers before 4.52 as in MLX.
+TEXT_PARTS = ("model.language_model.", "model.", "language_model.model.")
 _FUSED = {
     "gate_proj": ("gate_up_proj", (0, 2)),
     "up_proj": ("gate_up_proj", (1, 2)),
@@ -42,9 +45,15 @@ _FUSED = {
 }
 
 
-def peft_target(path: str, architecture: Architecture) -> Target:
-    """PEFT's name for the layer at this path of the MLX model."""
+def peft_target(path: str, architecture: Architecture, text: str = TEXT_PARTS[0]) -> Target:
+    """PEFT's name for the layer at this path of the MLX model.
+
+    Args:
+        text: where a wrapped model has its text part, one of TEXT_PARTS.
+    """
     path = path.removeprefix(architecture.prefix)
+    if architecture.wrapped:
+        path = unwrapped(path, text)
     if found := stacked_projection(path, architecture.experts):
         block, projection, experts = found
         parameter, part = _FUSED[projection]
@@ -54,6 +63,16 @@ def peft_target(path: str, architecture: Architecture) -> Target:
     if architecture.parameters and re.search(rf"(^|\.)({architecture.parameters})$", path):
         return Target(path, "weight")
     return Target(path)
+
+
+def unwrapped(name: str, text: str = TEXT_PARTS[0]) -> str:
+    """transformers' name for what MLX has below language_model in a wrapped model."""
+    ours = TEXT_PARTS[-1]
+    if text == ours:
+        return name
+    if name.startswith(ours):
+        return text + name.removeprefix(ours)
+    return name.removeprefix("language_model.")
 
 
 def separate_target(path: str, expert: int, architecture: Architecture) -> Target:
@@ -110,9 +129,9 @@ def expert_shapes(
         return dict.fromkeys(names, shape[1:])
     parent = experts.stacked.rpartition(".")[0]
     for fused, parts in experts.fused.items():
-        if projection in parts:
+        if projection in parts and kind == "weight":
             whole = (shape[0], shape[1] * len(parts), *shape[2:])
-            return {f"{block}{parent}.{fused}.{kind}": whole}
+            return {f"{block}{parent}.{fused}": whole}
     raise AssertionError(projection)
 
 

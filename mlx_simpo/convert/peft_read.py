@@ -1,6 +1,7 @@
 """Updates from a PEFT adapter's tensors."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from .architectures import Architecture, refuse_adapter_on
 from .names import (
     EMBEDDING,
     STACKED,
+    TEXT_PARTS,
     Target,
     adaptable_layers,
     layer_shape,
@@ -68,6 +70,17 @@ def by_module(tensors: dict[str, mx.array], config: PeftConfig) -> Tensors:
     return found
 
 
+def text_part(modules: Iterable[str]) -> str:
+    """Which of TEXT_PARTS these modules of a wrapped model's adapter lie in."""
+    whole, alone, before = TEXT_PARTS
+    for name in modules:
+        if name.startswith("language_model."):
+            return before
+        if name.startswith((f"{alone}layers.", f"{alone}embed_tokens")):
+            return alone
+    return whole
+
+
 class Reader:
     """Finds each of the model's layers among an adapter's modules."""
 
@@ -76,7 +89,8 @@ class Reader:
     ) -> None:
         self.config, self.tensors, self.architecture = config, tensors, architecture
         self.layers = adaptable_layers(model)
-        self.targets = {path: peft_target(path, architecture) for path in self.layers}
+        text = text_part(tensors)
+        self.targets = {path: peft_target(path, architecture, text) for path in self.layers}
         self.left = set(tensors)  # modules that no layer has claimed yet
 
     def updates(self) -> dict[str, Update]:
@@ -90,9 +104,14 @@ class Reader:
             if update is not None:
                 found[path] = update
         if self.left:
+            why = "is it an adapter of another model?"
+            if (experts := self.architecture.experts) and experts.unpaired:
+                why = f"if they are single experts: {experts.unpaired}"
+            if self.architecture.wrapped:
+                why = "MLX runs the text part alone, an adapter on the vision tower has no place"
             raise self.config.refusal(
                 f"{len(self.left)} of its modules are not in this model, e.g. "
-                f"{min(self.left)[:120]}; is it an adapter of another model?"
+                f"{min(self.left)[:120]}; {why}"
             )
         return found
 
@@ -160,7 +179,7 @@ class Reader:
     def separate_experts(self, path: str) -> Update | None:
         """One projection of all experts, from adapters with a pair of matrices for each expert."""
         rule = self.architecture.experts
-        if rule is None or not rule.separate:
+        if rule is None or not rule.separate or rule.unpaired:
             return None
         found, absent = [], []
         for number in range(layer_shape(self.layers[path])[0]):

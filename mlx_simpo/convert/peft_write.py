@@ -65,19 +65,22 @@ def write_peft(
     targets = [peft_target(path, architecture) for path in layers]
     ordinary = {target.module for target in targets if target.parameter is None}
     settings |= {"base_model_name_or_path": base, "revision": revision, "use_dora": dora}
-    config = configuration(settings, written, ordinary)
+    # A short name would mean the vision tower's layers too; and whole paths are an error where
+    # transformers' class for text has others (Qwen3.5), instead of an adapter without effect.
+    config = configuration(settings, written, None if architecture.wrapped else ordinary)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_text(folder / CONFIG, text)
     save_safetensors(folder / PEFT_WEIGHTS, tensors, "pt")
 
 
 def configuration(
-    settings: dict[str, Any], written: list[Written], ordinary: set[str]
+    settings: dict[str, Any], written: list[Written], ordinary: set[str] | None
 ) -> dict[str, Any]:
     """The content of adapter_config.json.
 
     Args:
-        ordinary: all the model's layers that are not reached as parameters.
+        ordinary: all the model's layers that are not reached as parameters; None if there are
+            others that a short name might mean, of which nothing is known.
     """
     modules = [w.target.module for w in written if w.target.parameter is None]
     config = {
@@ -86,7 +89,7 @@ def configuration(
         "inference_mode": True,
         **settings,
         "lora_dropout": 0.0,
-        "target_modules": short_names(modules, ordinary),
+        "target_modules": sorted(modules) if ordinary is None else short_names(modules, ordinary),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -121,6 +124,8 @@ def targets_of(
                     f"--separate-experts: {architecture.model_type} has never had single experts; "
                     "leave it out"
                 )
+            if reason := architecture.experts.unpaired:
+                raise SimPOError(f"--separate-experts: {reason}; leave it out")
             for number in range(len(update.a)):
                 one = Update(update.a[number], update.b[number], update.scale)
                 name = separate_target(path, number, architecture)

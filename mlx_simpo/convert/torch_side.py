@@ -25,11 +25,10 @@ def torch_logits(folder: Path, tokens: list[list[int]], adapter: Path | None = N
         SimPOError: transformers or PEFT finds tensors missing, left over or of another shape.
     """
     import torch  # type: ignore[import-not-found]
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(folder).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -40,6 +39,18 @@ def torch_logits(folder: Path, tokens: list[list[int]], adapter: Path | None = N
         model = with_peft(model, adapter)
     with torch.no_grad():
         return model.eval()(torch.tensor(tokens)).logits.float().numpy()
+
+
+def auto_class(folder: Path) -> Any:
+    """transformers' class for a folder: of a model that sees, the whole of it (the class for text
+    knows only the text part of some, and others not at all)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING,
+    )
+
+    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    return AutoModelForImageTextToText if kind in SEEING else AutoModelForCausalLM
 
 
 def with_peft(model: Any, adapter: Path) -> Any:

@@ -10,6 +10,8 @@ from .rope import repaired_rope
 
 # Model types that mlx-lm reads as another: text-only checkpoints of models that it wraps.
 READ_AS = {"qwen3_5_text": "qwen3_5"}
+# Model types whose text_config mlx-lm does not read whole.
+TEXT_CONFIG = ("gemma3", "gemma4")
 # By model type: mlx-lm's name and the one that transformers 5 writes the same value under.
 RENAMED = {
     "qwen3_moe": ("num_experts", "num_local_experts"),
@@ -31,15 +33,38 @@ def repaired(config: dict[str, Any]) -> dict[str, Any]:
         name, written = RENAMED[kind]
         if config.get(name) is None and config.get(written) is not None:
             changes[name] = config[written]
-    if kind == "gemma4_text" and "global_head_dim" not in config:
-        changes |= global_head_dim(config)
+    if kind == "gemma4_text":
+        changes |= {k: v for k, v in full_attention(config).items() if config.get(k) is None}
+    if kind in TEXT_CONFIG:
+        text = changes.get("text_config") or config.get("text_config")
+        if isinstance(text, dict):
+            changes |= repaired_text(config, text)
     return changes
 
 
-def global_head_dim(config: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 4's width of a head in full attention, which transformers 5 writes layer by layer."""
+def repaired_text(config: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """The same for a wrapped Gemma: mlx-lm takes the vocabulary's size from outside text_config,
+    where transformers does not write it, or else its own default."""
+    changes: dict[str, Any] = {}
+    if "vocab_size" not in config and "vocab_size" in text:
+        changes["vocab_size"] = text["vocab_size"]
+    if missing := {k: v for k, v in full_attention(text).items() if text.get(k) is None}:
+        changes["text_config"] = {**text, **missing}
+    return changes
+
+
+def full_attention(config: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 4's width and number of heads in full attention, which transformers 5 writes layer by
+    layer."""
     layers = config.get("per_layer_config")
     if not isinstance(layers, dict):
         return {}
-    widths = {layer.get("head_dim") for layer in layers.values() if isinstance(layer, dict)}
-    return {"global_head_dim": widths.pop()} if len(widths) == 1 and None not in widths else {}
+    found = {}
+    for name, written in (
+        ("global_head_dim", "head_dim"),
+        ("num_global_key_value_heads", "num_key_value_heads"),
+    ):
+        values = {layer.get(written) for layer in layers.values() if isinstance(layer, dict)}
+        if len(values) == 1 and None not in values:
+            found[name] = values.pop()
+    return found

@@ -26,7 +26,8 @@ def repaired_rope(config: dict[str, Any]) -> dict[str, Any]:
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in parameters:
             changes[name] = parameters[name]
-    if parameters.get("rope_type", "default") != "default":
+    # mlx-lm reads a proportional one (Gemma 4) where transformers writes it, and nowhere else.
+    if parameters.get("rope_type", "default") not in ("default", "proportional"):
         scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
         # phi3 reads the older name only.
         changes["rope_scaling"] = {"type": scaling["rope_type"], **scaling}

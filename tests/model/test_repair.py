@@ -18,6 +18,33 @@ from mlx_simpo.model.repair import repaired
             {"model_type": "gemma4_text", "per_layer_config": {"1": {"head_dim": 32}}},
             {"global_head_dim": 32},
         ),
+        (
+            {
+                "model_type": "gemma4_text",
+                "per_layer_config": {"1": {"head_dim": 32, "num_key_value_heads": 1}},
+                "global_head_dim": 64,
+            },
+            {"num_global_key_value_heads": 1},
+        ),
+        # A model that sees: mlx-lm reads these from other places than transformers writes them to.
+        (
+            {"model_type": "gemma3", "text_config": {"vocab_size": 9}},
+            {"vocab_size": 9},
+        ),
+        ({"model_type": "gemma3", "vocab_size": 7, "text_config": {"vocab_size": 9}}, {}),
+        (
+            {
+                "model_type": "gemma4",
+                "text_config": {"a": 1, "per_layer_config": {"1": {"head_dim": 32}}},
+            },
+            {
+                "text_config": {
+                    "a": 1,
+                    "per_layer_config": {"1": {"head_dim": 32}},
+                    "global_head_dim": 32,
+                }
+            },
+        ),
         # Two widths cannot be said in one word; mlx-lm then refuses the shapes.
         (
             {

@@ -39,6 +39,16 @@ from mlx_simpo.model.rope import both_ways, repaired_rope
                 "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 8.0},
             },
         ),
+        # Gemma 4's, which mlx-lm reads where it is.
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "proportional", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        ),
         (
             {"text_config": {"hidden_size": 8, "rope_parameters": {"rope_theta": 7.0}}},
             {

@@ -1,10 +1,12 @@
 """The commands with their own verification, torch included, where the matrix of the other files
 calls the functions behind them without it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from wrapped import MODELS
 from zoo import ZOO, agree, mlx_adapter, mlx_logits, saved, torch_logits
 
 from mlx_simpo import SimPOError, from_hf, from_peft, fuse, to_peft
@@ -13,11 +15,12 @@ from mlx_simpo.convert.architectures import TABLE
 from mlx_simpo.convert.peft_config import PeftConfig
 
 CLOSE = 1e-3
-SEPARATE = [n for n, zoo in ZOO.items() if zoo.experts and n not in ("granitemoe", "qwen2_moe")]
+PEFT_FAILS = ("granitemoe", "qwen2_moe", "phimoe")
+SEPARATE = [n for n, zoo in ZOO.items() if zoo.experts and n not in PEFT_FAILS]
 
 
 def test_every_type_of_the_table_is_in_the_zoo() -> None:
-    assert {zoo.model_type for zoo in ZOO.values()} == {
+    assert {zoo.model_type for zoo in (*ZOO.values(), *MODELS.values())} == {
         name for name, entry in TABLE.items() if not entry.refused
     }
 
@@ -47,11 +50,29 @@ def test_a_pair_of_matrices_for_each_expert(name: str, tmp_path: Path) -> None:
     agree(torch_logits(base, adapter=done.output), ours, ZOO[name].floor + CLOSE)
 
 
-def test_experts_that_were_never_single(tmp_path: Path) -> None:
-    base = saved("granitemoe", tmp_path / "base")
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("granitemoe", "never had single experts"), ("phimoe", "PEFT does not join single experts")],
+)
+def test_experts_that_cannot_be_single(name: str, why: str, tmp_path: Path) -> None:
+    base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx")
-    with pytest.raises(SimPOError, match="never had single experts"):
+    with pytest.raises(SimPOError, match=why):
         to_peft(adapter, tmp_path / "peft", separate_experts=True, verify=False)
+
+
+def test_single_experts_of_phimoe_are_not_read(tmp_path: Path) -> None:
+    """PEFT reads them as an adapter without the experts: there is nothing to hold them to."""
+    base, rule = saved("phimoe", tmp_path / "base"), TABLE["phimoe"]
+    adapter = mlx_adapter(base, tmp_path / "mlx")
+    assert rule.experts is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TABLE, "phimoe", replace(rule, experts=replace(rule.experts, unpaired="")))
+        with pytest.raises(SimPOError, match="PEFT in torch: logits differ"):
+            to_peft(adapter, tmp_path / "wrong", separate_experts=True, verify=True)
+        to_peft(adapter, tmp_path / "peft", separate_experts=True, verify=False)
+    with pytest.raises(SimPOError, match="PEFT does not join single experts"):
+        from_peft(tmp_path / "peft", tmp_path / "back", model=str(base), verify=False)
 
 
 def exchanged(patch: pytest.MonkeyPatch) -> None:

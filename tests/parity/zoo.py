@@ -171,6 +171,7 @@ ZOO: dict[str, Zoo] = {
     "starcoder2": Zoo("starcoder2", {"use_bias": True}, 3e-3, GELU),
     "qwen3_5_text": Zoo("qwen3_5_text", QWEN3_5),
     "mixtral": Zoo("mixtral", LOCAL, **MLP),
+    "phimoe": Zoo("phimoe", {"attention_bias": True, "lm_head_bias": True} | LOCAL, **MLP),
     "qwen3_moe": Zoo(
         "qwen3_moe",
         {"head_dim": 16, "moe_intermediate_size": 48, "norm_topk_prob": True} | FEW,
@@ -219,11 +220,9 @@ def saved(name: str, folder: Path) -> Path:
     return folder
 
 
-def torch_model(folder: Path, adapter: Path | None = None) -> Any:
+def torch_model(folder: Path, adapter: Path | None = None, kind: Any = AutoModelForCausalLM) -> Any:
     """transformers' model in float32, with the PEFT adapter; not one key may be missing or left."""
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
+    model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not report[kind], (kind, sorted(report[kind])[:5])
     if adapter is not None:
