@@ -74,7 +74,8 @@ def add_convert(commands: Any) -> None:
 
 def add(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
     """One command without settings."""
-    parser = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+    about = f"{summary[0].upper()}{summary[1:]}."
+    parser = commands.add_parser(name, help=summary, description=about)
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser

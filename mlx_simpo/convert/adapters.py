@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoint import write_text
+from ..checkpoint import check_output_free, write_text
 from ..errors import SimPOError
 from ..model.adapters import WEIGHTS, read_adapter_config
 from ..model.files import load_safetensors, read_header, read_json, save_safetensors
@@ -67,7 +67,7 @@ def to_peft(
             for; a failed verification. Nothing is written then.
     """
     report = report or Report()
-    check_dtype(dtype)
+    check_arguments(output, dtype)
     config = read_adapter_config(adapter)
     record = table(config, RECORD)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
@@ -122,7 +122,7 @@ def from_peft(
             the model; a failed verification. Nothing is written then.
     """
     report = report or Report()
-    check_dtype(dtype)
+    check_arguments(output, dtype)
     folder = local_path(adapter)
     content = read_peft_config(folder).content
     named = content.get("base_model_name_or_path")
@@ -160,8 +160,9 @@ def proved(proof: AdapterProof, weights: Path, dtype: str | None, verify: bool) 
     return found
 
 
-def check_dtype(dtype: str | None) -> None:
-    """SimPOError for a dtype that weights cannot be written in."""
+def check_arguments(output: str | Path, dtype: str | None) -> None:
+    """SimPOError for an output that is taken and a dtype that there is not, before any work."""
+    check_output_free(str(output))
     if dtype is not None and dtype not in DTYPES:
         raise SimPOError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
 

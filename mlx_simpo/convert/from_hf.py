@@ -11,7 +11,7 @@ from ..errors import SimPOError
 from ..model.adapters import flat_arrays
 from ..paths import local_path
 from ..report import Report
-from .adapters import Conversion
+from .adapters import Conversion, check_arguments
 from .base import Base
 from .folder import copy_companions, write_weights
 from .proof import prove_converted
@@ -46,6 +46,7 @@ def from_hf(
             written then.
     """
     report = report or Report()
+    check_arguments(output, dtype)
     check_packing(quantize, group_size)
     base = Base(model, revision, trust_remote_code)
     loaded = base.load(dtype or "auto")

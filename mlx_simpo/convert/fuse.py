@@ -15,7 +15,7 @@ from ..model.loading import DTYPES
 from ..model.record import RECORD, mismatches, table
 from ..paths import local_path
 from ..report import Report
-from .adapters import Conversion, base_name, check_dtype, write_record
+from .adapters import Conversion, base_name, check_arguments, write_record
 from .base import Base, architecture, config_of, in_mlx_names, layout_of
 from .folder import copy_companions, write_config, write_weights
 from .merge import Fused, fused_model
@@ -55,7 +55,7 @@ def fuse(
             Nothing is written then.
     """
     report = report or Report()
-    check_dtype(dtype)
+    check_arguments(output, dtype)
     if format not in FORMATS:
         raise SimPOError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     config = {} if adapter is None else read_adapter_config(adapter)

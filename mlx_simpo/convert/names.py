@@ -172,7 +172,8 @@ def refuse_tied(paths: Iterable[str], model: nn.Module) -> None:
     if any(path.endswith("lm_head") for path in layers):
         return
     for path in paths:
-        if isinstance(layers[path], EMBEDDING) and path.endswith("embed_tokens"):
+        # Gemma 4 has other tables beside the one for tokens, which nothing is tied to.
+        if isinstance(layers[path], EMBEDDING) and not path.endswith("per_layer"):
             raise SimPOError(
                 f"the adapter adapts {path}, which is also the output layer of this model (tied "
                 "embeddings): PEFT and mlx-lm mean different things by that; fuse the model "
