@@ -9,41 +9,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from commands import arrays, assert_same_arrays, written_report
-from mlx.utils import tree_map
-from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import quantize_model, save_config, save_model
-from tiny import tiny_config, tiny_folder, tiny_model, tiny_tokenizer
+from made import MIXTRAL, mlx_adapter, mlx_model
+from tiny import tiny_folder
 
 from mlx_simpo import SimPOError, fuse, load_adapter, load_model
 from mlx_simpo.convert import folder as folders
 from mlx_simpo.convert import verify
-from mlx_simpo.model.adapters import flat_arrays, save_adapter
+from mlx_simpo.model.adapters import flat_arrays
 
 TOKENS = mx.array([[3, 14, 15, 92, 65, 35, 89]])
-MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
-
-
-def model_folder(folder: Path, model_type: str, bits: int | None = None, **changes: Any) -> Path:
-    """A tiny model as mlx-lm saves it, quantized to ``bits`` if given."""
-    model, config = tiny_model(model_type, **changes), tiny_config(model_type, **changes)
-    if bits is not None:
-        model, config = quantize_model(model, config, 32, bits)
-    save_model(folder, model)
-    save_config(config, folder / "config.json")
-    tiny_tokenizer()._tokenizer.save_pretrained(folder)
-    return folder
-
-
-def make_adapter(base: Path, folder: Path, size: float = 0.3, **settings: Any) -> Path:
-    model = load_model(str(base)).model
-    model.freeze()
-    parameters = {"rank": 2, "scale": 1.5, "dropout": 0.0, "keys": None, **settings}
-    linear_to_lora_layers(model, -1, parameters)
-    mx.random.seed(1)
-    trained = model.trainable_parameters()
-    model.update(tree_map(lambda p: p + mx.random.normal(p.shape) * size, trained))
-    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
-    return save_adapter(folder, model, {**config, "model": str(base)})
 
 
 def live(base: Path, adapter: Path | None = None) -> np.ndarray:
@@ -68,9 +42,9 @@ def live(base: Path, adapter: Path | None = None) -> np.ndarray:
 def test_the_live_model_is_written(
     format: str, model_type: str, bits: int | None, changes: dict, tmp_path: Path
 ) -> None:
-    base = model_folder(tmp_path / "base", model_type, bits, **changes)
+    base = mlx_model(tmp_path / "base", model_type, bits, **changes)
     keys = ["self_attn.q_proj", "mlp.down_proj", "block_sparse_moe.switch_mlp.up_proj"]
-    adapter = make_adapter(base, tmp_path / "adapter", keys=keys)
+    adapter = mlx_adapter(base, tmp_path / "adapter", keys=keys)
     out = fuse(tmp_path / "out", adapter=adapter, format=format, verify=False).output
     expected = live(base, adapter)
     np.testing.assert_allclose(live(out), expected, atol=2e-5)
@@ -83,7 +57,7 @@ def test_the_live_model_is_written(
 
 def test_what_the_adapter_does_not_touch_is_the_bases_own(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    adapter = make_adapter(base, tmp_path / "adapter", keys=["self_attn.v_proj"])
+    adapter = mlx_adapter(base, tmp_path / "adapter", keys=["self_attn.v_proj"])
     out = fuse(tmp_path / "out", adapter=adapter, verify=False).output
     before, after = arrays(base / "model.safetensors"), arrays(out / "model.safetensors")
     changed = {name for name in before if "v_proj" in name}
@@ -112,7 +86,7 @@ def test_tensors_that_mlx_does_not_run_go_along(tmp_path: Path) -> None:
 def test_another_dtype(dtype: str, tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     report, text = written_report()
-    adapter = make_adapter(base, tmp_path / "adapter")
+    adapter = mlx_adapter(base, tmp_path / "adapter")
     done = fuse(tmp_path / "out", adapter=adapter, dtype=dtype, verify=True, report=report)
     assert load_model(str(done.output)).dtype == dtype
     assert json.loads((done.output / "config.json").read_text())["dtype"] == dtype
@@ -125,8 +99,8 @@ def test_another_dtype(dtype: str, tmp_path: Path) -> None:
 
 def test_packing_again_is_shown_for_what_it_is(tmp_path: Path) -> None:
     """On a small tune the rounding is larger than what was learnt."""
-    base = model_folder(tmp_path / "base", "llama", 4)
-    adapter = make_adapter(base, tmp_path / "adapter", size=0.01)
+    base = mlx_model(tmp_path / "base", "llama", 4)
+    adapter = mlx_adapter(base, tmp_path / "adapter", size=0.01)
     report, _ = written_report()
     done = fuse(
         tmp_path / "out",
@@ -152,7 +126,7 @@ def test_packing_again_is_shown_for_what_it_is(tmp_path: Path) -> None:
 
 def test_the_template_of_the_training_goes_along(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    adapter = make_adapter(base, tmp_path / "adapter")
+    adapter = mlx_adapter(base, tmp_path / "adapter")
     (base / "generation_config.json").write_text('{"temperature": 0.6}')
     (adapter / "chat_template.jinja").write_text("{{ 'trained with this' }}")
     out = fuse(tmp_path / "out", adapter=adapter, verify=False).output
@@ -215,7 +189,7 @@ def test_what_does_not_fit_is_not_verified_and_said(
     ],
 )
 def test_what_is_refused(options: dict, bits: int | None, words: str, tmp_path: Path) -> None:
-    base = model_folder(tmp_path / "base", "llama", bits)
+    base = mlx_model(tmp_path / "base", "llama", bits)
     with pytest.raises(SimPOError, match=words):
         fuse(tmp_path / "out", **{"model": str(base), **options}, verify=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]

@@ -2,40 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
 from commands import arrays, assert_same_arrays, command, complaint, written_report
-from mlx.utils import tree_map
-from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import save_config, save_model
-from tiny import tiny_config, tiny_model, tiny_tokenizer
+from made import MIXTRAL, mlx_adapter, mlx_model
 
-from mlx_simpo import SimPOError, from_peft, load_model, to_peft
-from mlx_simpo.model.adapters import save_adapter
-
-MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
-
-
-def model_folder(folder: Path, model_type: str = "llama", **changes: Any) -> Path:
-    save_model(folder, tiny_model(model_type, **changes))
-    save_config(tiny_config(model_type, **changes), folder / "config.json")
-    tiny_tokenizer()._tokenizer.save_pretrained(folder)
-    return folder
-
-
-def make_adapter(base: Path, folder: Path, *, dora: bool = False, **settings: Any) -> Path:
-    model = load_model(str(base)).model
-    model.freeze()
-    parameters = {"rank": 2, "scale": 1.5, "dropout": 0.0, "keys": None, **settings}
-    linear_to_lora_layers(model, -1, parameters, use_dora=dora)
-    mx.random.seed(1)
-    trained = model.trainable_parameters()
-    model.update(tree_map(lambda p: p + mx.random.normal(p.shape) * 0.3, trained))
-    kind = "dora" if dora else "lora"
-    config = {"fine_tune_type": kind, "num_layers": -1, "lora_parameters": parameters}
-    return save_adapter(folder, model, {**config, "model": str(base)})
+from mlx_simpo import SimPOError, from_peft, to_peft
 
 
 def test_a_run_needs_no_model_to_be_named(adapter: Path, tmp_path: Path) -> None:
@@ -59,8 +32,8 @@ def test_a_run_needs_no_model_to_be_named(adapter: Path, tmp_path: Path) -> None
     ],
 )
 def test_the_scale_in_peft(scale: float, expected: dict, tmp_path: Path) -> None:
-    base = model_folder(tmp_path / "base")
-    adapter = make_adapter(base, tmp_path / "mlx", scale=scale, keys=["self_attn.q_proj"])
+    base = mlx_model(tmp_path / "base")
+    adapter = mlx_adapter(base, tmp_path / "mlx", scale=scale, keys=["self_attn.q_proj"])
     out = to_peft(adapter, tmp_path / "peft", verify=True).output
     config = json.loads((out / "adapter_config.json").read_text())
     assert config.items() >= expected.items()
@@ -72,8 +45,8 @@ def test_the_scale_in_peft(scale: float, expected: dict, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("separate", [False, True])
 def test_experts_there_and_back(separate: bool, tmp_path: Path) -> None:
-    base = model_folder(tmp_path / "base", "mixtral", **MIXTRAL)
-    adapter = make_adapter(base, tmp_path / "mlx")
+    base = mlx_model(tmp_path / "base", "mixtral", **MIXTRAL)
+    adapter = mlx_adapter(base, tmp_path / "mlx")
     out = to_peft(adapter, tmp_path / "peft", separate_experts=separate, verify=True).output
     names = arrays(out / "adapter_model.safetensors").keys()
     single = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w2.lora_A.weight"
@@ -86,9 +59,9 @@ def test_experts_there_and_back(separate: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_dtype_is_judged_before_it_is_rounded(dtype: str, tmp_path: Path) -> None:
-    base = model_folder(tmp_path / "base")
+    base = mlx_model(tmp_path / "base")
     done = to_peft(
-        make_adapter(base, tmp_path / "mlx", scale=1.23),
+        mlx_adapter(base, tmp_path / "mlx", scale=1.23),
         tmp_path / "peft",
         dtype=dtype,
         verify=True,
@@ -108,8 +81,8 @@ def test_another_dtype_is_judged_before_it_is_rounded(dtype: str, tmp_path: Path
     ],
 )
 def test_embeddings(keys: list, changes: dict, words: str | None, tmp_path: Path) -> None:
-    base = model_folder(tmp_path / "base", **changes)
-    adapter = make_adapter(base, tmp_path / "mlx", keys=keys)
+    base = mlx_model(tmp_path / "base", **changes)
+    adapter = mlx_adapter(base, tmp_path / "mlx", keys=keys)
     if words is None:
         assert to_peft(adapter, tmp_path / "peft", verify=True).comparisons[0].passed
         return
@@ -119,9 +92,9 @@ def test_embeddings(keys: list, changes: dict, words: str | None, tmp_path: Path
 
 
 def test_dora_of_what_peft_names_as_a_parameter(tmp_path: Path) -> None:
-    base = model_folder(tmp_path / "base", "mixtral", **MIXTRAL)
+    base = mlx_model(tmp_path / "base", "mixtral", **MIXTRAL)
     keys = ["block_sparse_moe.gate"]
-    adapter = make_adapter(base, tmp_path / "mlx", keys=keys, dora=True)
+    adapter = mlx_adapter(base, tmp_path / "mlx", keys=keys, dora=True)
     with pytest.raises(SimPOError, match=r"DoRA on .*gate.* fuse"):
         to_peft(adapter, tmp_path / "peft")
 
@@ -135,9 +108,9 @@ def test_another_base_is_said(adapter: Path, model_folder: Path, tmp_path: Path)
 
 
 def test_what_is_not_compared_is_said(tmp_path: Path) -> None:
-    base = model_folder(tmp_path / "base")
+    base = mlx_model(tmp_path / "base")
     report, text = written_report()
-    to_peft(make_adapter(base, tmp_path / "mlx"), tmp_path / "peft", report=report)
+    to_peft(mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft", report=report)
     assert "not compared with PEFT in torch: the base model is in MLX's format" in text.getvalue()
 
 
