@@ -168,9 +168,14 @@ def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
     own = folder / "config.yaml" if folder and (folder / "config.yaml").is_file() else None
     own = own if options.config is None else None
     if own is None and options.config is None and not given:
-        raise SimPOError(
-            "--model is missing; the adapter's folder does not say which it belongs to"
-        )
+        from ..model.adapters import read_adapter_config
+
+        named = read_adapter_config(folder).get("model") if folder else None
+        if not isinstance(named, str):
+            raise SimPOError(
+                "--model is missing; the adapter's folder does not say which it belongs to"
+            )
+        given = [f"model={named}"]
     if own is not None:
         given += ["data.valid=null", "data.valid_split=null", "data.subset=null"]
         template = own.with_name("chat_template.jinja")

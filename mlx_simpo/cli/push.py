@@ -4,7 +4,6 @@ import argparse
 import sys
 from typing import Any
 
-from ..hub.markdown import printable
 from .output import print_json, refuse_settings
 
 
@@ -56,6 +55,8 @@ def run_push(options: argparse.Namespace) -> None:
 
 def as_text(plan: Any) -> str:
     """A dry run (`hub.Push`): repository, files with their sizes, what stays and why, the card."""
+    from ..hub.markdown import printable
+
     where = f"branch {plan.revision}" if plan.revision else "its main branch"
     seen = (
         "private" if plan.private else "public if it is new, unless your account makes private ones"

@@ -136,6 +136,18 @@ def test_the_commands(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["comparisons"][0]["passed"] is True
 
 
+def test_a_converted_adapter_knows_its_model(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no config.yaml as a run has; generate and evaluate need no --model all the same."""
+    peft = to_peft(adapter, tmp_path / "peft", verify=False).output
+    back = from_peft(peft, tmp_path / "back", verify=False).output
+    given = ("generate", "--prompt", "Hello", "--max-tokens", 3, "--json", "--adapter")
+    there = command(capsys, *given, back).json
+    assert there["adapter"] == command(capsys, *given, adapter).json["adapter"]
+    assert "convert from-peft" in complaint(command(capsys, *given, peft))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
