@@ -266,7 +266,7 @@ def test_an_output_that_is_a_file_or_under_one(
     ("command_line", "message"),
     [
         (["evaluate", "--data", "PAIRS"], "--model is missing"),
-        (["evaluate", "--data", "PAIRS", "--adapter", "/no/such"], "--model is missing"),
+        (["evaluate", "--data", "PAIRS", "--adapter", "/no/such"], "no adapter folder"),
         (["evaluate", "--model", "MODEL", "--data", "/no/such.jsonl"], "no such file"),
         (
             ["evaluate", "--model", "MODEL", "--data", "PAIRS", "--adapter", "/no"],
