@@ -64,9 +64,9 @@ def transformers_usage(folder: Folder, repo: str, revision: str | None) -> str:
     """A whole model in transformers; mlx-lm loads the same files."""
     template = text_or_none(at(folder.settings, "data.chat_template")) or "auto"
     lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class(folder)}, AutoTokenizer",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({arguments(repo, revision)})",
+        f"model = {auto_class(folder)}.from_pretrained({arguments(repo, revision)})",
         f"tokenizer = AutoTokenizer.from_pretrained({arguments(repo, revision)})",
         *torch_generation(template),
     ]
@@ -81,14 +81,23 @@ def peft_usage(folder: Folder, repo: str, revision: str | None) -> str:
     base = base_arguments(folder)
     lines = [
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class(folder)}, AutoTokenizer",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({base})",
+        f"base = {auto_class(folder)}.from_pretrained({base})",
         f"model = PeftModel.from_pretrained(base, {arguments(repo, revision)})",
         f"tokenizer = AutoTokenizer.from_pretrained({arguments(repo, revision) if own else base})",
         *torch_generation(template),
     ]
     return f"With PEFT and transformers:\n\n{fenced('python', chr(10).join(lines))}"
+
+
+def auto_class(folder: Folder) -> str:
+    """transformers' class for a model, or for the base of a PEFT adapter: models that see have
+    their text part inside, where the class for text alone would not find it."""
+    targets = folder.config.get("target_modules")
+    inside = isinstance(targets, list) and any("language_model." in str(t) for t in targets)
+    sees = inside or isinstance(folder.config.get("vision_config"), dict)
+    return "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
 
 
 PROMPT = "How do I boil an egg?"

@@ -402,3 +402,18 @@ def test_a_license_file_is_pointed_to(tmp_path: Path) -> None:
     (folder / "LICENSE.txt").write_text("All mine.")
     data = card_of(folder).data.to_dict()
     assert (data["license"], data["license_link"]) == ("other", "LICENSE.txt")
+
+
+@pytest.mark.parametrize("kind", ["peft", "transformers"])
+def test_models_that_see_are_loaded_whole(kind: str, tmp_path: Path) -> None:
+    """AutoModelForCausalLM knows the text part alone, or nothing of them."""
+    if kind == "peft":
+        folder = peft_folder(tmp_path / kind)
+        change = {"target_modules": ["model.language_model.layers.0.mlp.up_proj"]}
+    else:
+        folder, change = whole_folder(tmp_path / kind, "pt"), {"vision_config": {}}
+    file = folder / ("adapter_config.json" if kind == "peft" else "config.json")
+    write_json(file, json.loads(file.read_text()) | change)
+    card = make_card(open_folder(folder), REPO, None)
+    assert "AutoModelForImageTextToText.from_pretrained(" in card
+    assert "AutoModelForCausalLM" not in card
