@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
+from ..convert.fuse import FORMATS
+from ..model.loading import DTYPES
 from .output import plain_console, print_json, refuse_settings
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_fuse(commands: Any) -> None:
@@ -19,7 +19,7 @@ def add_fuse(commands: Any) -> None:
     add_base(fuse, "default: the model that the adapter was trained on")
     fuse.add_argument(
         "--format",
-        choices=("hf", "mlx"),
+        choices=FORMATS,
         default="hf",
         help="hf (default): for transformers, vLLM and llama.cpp's converter; mlx: for mlx-lm",
     )
@@ -27,13 +27,14 @@ def add_fuse(commands: Any) -> None:
     packing.add_argument(
         "--dequantize",
         action="store_true",
-        default=True,
+        default=None,
         help="unpack a quantized base, in float32 (default)",
     )
     packing.add_argument(
         "--quantize",
         dest="dequantize",
         action="store_false",
+        default=None,
         help="pack the changed layers of a quantized base again (--format mlx), which rounds much "
         "of a small tune away",
     )
@@ -89,7 +90,7 @@ def add_base(parser: argparse.ArgumentParser, default: str) -> None:
 
 def add_common(parser: argparse.ArgumentParser, dtype: str) -> None:
     """The options that every conversion has."""
-    parser.add_argument("--dtype", choices=DTYPES, help=dtype)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help=dtype)
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,

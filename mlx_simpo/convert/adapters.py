@@ -9,24 +9,22 @@ import mlx.core as mx
 
 from ..checkpoint import check_output_free, write_text
 from ..errors import SimPOError
-from ..model.adapters import WEIGHTS, read_adapter_config
+from ..model.adapters import PEFT_WEIGHTS, WEIGHTS, read_adapter_config
 from ..model.files import load_safetensors, read_header, read_json, save_safetensors
-from ..model.loading import DTYPES, Loaded
-from ..model.record import RECORD, base_record, mismatches, table
+from ..model.loading import DTYPES
+from ..model.record import RECORD, RECORD_FILE, base_record, mismatches, table
 from ..paths import local_path
 from ..report import Report
 from ..version import __version__
 from .base import Base, architecture
 from .mlx_format import read_mlx, write_mlx
 from .names import refuse_tied
-from .peft_config import PEFT_WEIGHTS, read_peft_config
+from .peft_config import read_peft_config
 from .peft_read import read_peft
 from .peft_write import write_peft
 from .proof import AdapterProof
 from .staging import staged
 from .verify import Comparison, wanted
-
-RECORD_FILE = "mlx_simpo.json"
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,8 @@ def to_peft(
             revision=loaded.revision,
             separate_experts=separate_experts,
         )
-        write_record(folder, local_path(adapter), record, loaded)
+        trained_on = table(record, "base") or base_record(loaded)
+        write_record(folder, local_path(adapter), record, trained_on)
         proof = AdapterProof(base, rule, local_path(adapter), folder, report)
         verify = wanted(verify, bare.model, report.note)
         found = proved(proof, folder / PEFT_WEIGHTS, dtype, verify)
@@ -181,12 +180,16 @@ def base_name(
     return name, revision or (known if isinstance(known, str) else None)
 
 
-def write_record(folder: Path, adapter: Path, record: dict[str, Any], loaded: Loaded) -> None:
-    """Keep what is known of the training beside the PEFT adapter, where PEFT does not look."""
+def write_record(folder: Path, adapter: Path, record: dict[str, Any], base: dict[str, Any]) -> None:
+    """Keep what is known of an adapter's training beside what was made of it.
+
+    Args:
+        base: the model that it belongs to, as `model.record.base_record` has it.
+    """
     summary = adapter / "summary.json"
     content = {
         "version": record.get("version", __version__),
-        "base": record.get("base") or base_record(loaded),
+        "base": base,
         "template_sha256": record.get("template_sha256"),
         "training": {
             "config": record.get("config"),

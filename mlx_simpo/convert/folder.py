@@ -27,6 +27,7 @@ _COMPANIONS = (
     "processor_config.json",
     "video_*.json",
     "LICENSE*",
+    "NOTICE*",
 )
 _DTYPE = ("dtype", "torch_dtype")
 _TEMPLATE = "chat_template.jinja"

@@ -14,6 +14,7 @@ from ..report import Report
 from .adapters import Conversion, check_arguments
 from .base import Base
 from .folder import copy_companions, write_weights
+from .merge import release
 from .proof import prove_converted
 from .staging import staged
 from .verify import wanted
@@ -52,20 +53,22 @@ def from_hf(
     loaded = base.load(dtype or "auto")
     if quantize is not None and "quantization" in loaded.config:
         raise SimPOError(f"{model} is quantized already; quantize the model that it was made of")
+    verify = wanted(verify, loaded.model, report.note)
     with staged(output) as folder:
         config = dict(loaded.config)
         if quantize is not None:
             config = packed(loaded.model, config, quantize, group_size, report)
         elif dtype is not None:
             config |= dict.fromkeys([n for n in ("dtype", "torch_dtype") if n in config], dtype)
-        write_weights(folder, flat_arrays(loaded.model.parameters()), "mlx")
+        weights = flat_arrays(loaded.model.parameters())
+        if not verify:
+            release(loaded.model)
+        write_weights(folder, weights, "mlx")
         if not trust_remote_code:
             config.pop("auto_map", None)  # of code that does not go along
         save_config(config, folder / "config.json")
         copy_companions(loaded.folder, folder, None, trusted=trust_remote_code)
-        found = []
-        if wanted(verify, loaded.model, report.note):
-            found = prove_converted(folder, base, loaded.model, report)
+        found = prove_converted(folder, base, loaded.model, report) if verify else []
     return Conversion(local_path(output), found)
 
 

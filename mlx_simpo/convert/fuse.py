@@ -4,21 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_map
 from mlx_lm.utils import save_config
 
 from ..errors import SimPOError
 from ..model.adapters import flat_arrays, read_adapter_config
 from ..model.files import load_safetensors, weight_files
 from ..model.loading import DTYPES
-from ..model.record import RECORD, mismatches, table
+from ..model.record import RECORD, base_record, mismatches, table
 from ..paths import local_path
 from ..report import Report
 from .adapters import Conversion, base_name, check_arguments, write_record
-from .base import Base, architecture, config_of, in_mlx_names, layout_of
+from .base import Base, architecture, config_of, is_plain, layout_of
 from .folder import copy_companions, write_config, write_weights
-from .merge import Fused, fused_model
+from .merge import Fused, fused_model, release
 from .proof import prove_fused
 from .staging import staged
 from .verify import wanted
@@ -34,7 +32,7 @@ def fuse(
     model: str | None = None,
     revision: str | None = None,
     format: str = "hf",
-    dequantize: bool = True,
+    dequantize: bool | None = None,
     dtype: str | None = None,
     verify: bool | None = None,
     trust_remote_code: bool = False,
@@ -45,8 +43,9 @@ def fuse(
     Args:
         output: a new folder. adapter: None for the base model alone. model: Hub id or folder;
             default: what the adapter's record says. format: "hf" (transformers' names, for vLLM
-            and llama.cpp's converter too) or "mlx". dequantize: unpack a quantized base, in
-            float32; False packs the changed layers again, for "mlx" only. dtype: of the weights
+            and llama.cpp's converter too) or "mlx". dequantize: of a quantized base,
+            unpack it, in float32 (the default); False packs the changed layers again, for "mlx"
+            only. dtype: of the weights
             ("float32", "bfloat16", "float16"); default: as they are, float32 if unpacked.
         verify: compare logits (default: where the model fits into memory).
 
@@ -58,6 +57,8 @@ def fuse(
     check_arguments(output, dtype)
     if format not in FORMATS:
         raise SimPOError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+    if adapter is None and model is None:
+        raise SimPOError("--model is missing; name the model to write, or an adapter that knows it")
     config = {} if adapter is None else read_adapter_config(adapter)
     record = table(config, RECORD)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
@@ -68,33 +69,34 @@ def fuse(
     check_packing(packed, format, dequantize, dtype, report)
     layout = layout_of(loaded, architecture(loaded)) if format == "hf" else None
     template = None if adapter is None else trained_template(local_path(adapter))
-    precision = dtype or ("float32" if packed and dequantize else None)
+    keep = bool(packed) and dequantize is False
+    precision = dtype or ("float32" if packed and not keep else None)
     verify = wanted(verify, loaded.model, report.note)  # while its weights are there to be counted
     with staged(output) as folder:
-        fused = fused_model(loaded, adapter, dequantize=dequantize)
+        fused = fused_model(loaded, adapter, dequantize=not keep)
         if layout is not None:
             write_hf(folder, base, fused, layout, precision, report)
         else:
-            write_mlx_model(folder, base, fused, precision, keep=bool(packed) and not dequantize)
+            write_mlx_model(folder, base, fused, precision, keep=keep)
         copy_companions(loaded.folder, folder, template, trusted=trust_remote_code)
         if adapter is not None:
-            write_record(folder, local_path(adapter), record, loaded)
+            write_record(folder, local_path(adapter), record, base_record(loaded))
         found = prove_fused(folder, base, adapter, report) if verify else []
     return Conversion(local_path(output), found)
 
 
 def check_packing(
-    packed: Any, format: str, dequantize: bool, dtype: str | None, report: Report
+    packed: Any, format: str, dequantize: bool | None, dtype: str | None, report: Report
 ) -> None:
     """Refuse what cannot be had of a quantized base, and say what is done with it and why."""
     if not packed:
-        if not dequantize:
+        if dequantize is not None:
             raise SimPOError(
-                "--quantize packs the layers of a quantized base again, but this base is not "
-                "quantized; fuse it, then `mlx-simpo convert from-hf --quantize` the result"
+                "--quantize and --dequantize are for a quantized base, but this base is not "
+                "quantized; leave them out (`convert from-hf --quantize` packs the result)"
             )
         return
-    if dequantize:
+    if dequantize is not False:
         report.note(
             f"the base is quantized to {packed.get('bits')} bits and written unpacked, in "
             f"{dtype or 'float32'}: packing it again would round most of a small tune away"
@@ -123,7 +125,7 @@ def write_hf(
     config = config_of(loaded)
     precision = dtype or loaded.dtype
     weights = flat_arrays(fused.model.parameters())
-    renamed = in_mlx_names(loaded) or "quantization_config" in config
+    renamed = not is_plain(loaded)
     there = {} if renamed else load_safetensors(weight_files(loaded.folder))
     tensors = {name: tensor for name, tensor in there.items() if goes_along(name, layout)}
     if beside := sorted(tensors.keys() - layout.shapes.keys()):
@@ -139,11 +141,6 @@ def write_hf(
     release(fused.model)
     write_weights(folder, tensors, "pt")
     write_config(folder, config, precision, trusted=base.trust_remote_code)
-
-
-def release(model: nn.Module) -> None:
-    """Take a model's weights out of it."""
-    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
 
 
 def goes_along(name: str, layout: Layout) -> bool:

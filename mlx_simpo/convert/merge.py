@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.utils import dequantize_model
 
 from ..model.adapters import load_adapter
@@ -40,3 +40,8 @@ def fused_model(loaded: Loaded, adapter: str | Path | None, *, dequantize: bool)
     if dequantize:
         dequantize_model(model)
     return Fused(model, changed)
+
+
+def release(model: nn.Module) -> None:
+    """Take a model's weights out of it, so that they are freed as they are written."""
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))

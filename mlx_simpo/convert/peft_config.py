@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SimPOError
-from ..model.adapters import CONFIG, MAX_RANK, MAX_SCALE, reasonable
+from ..model.adapters import CONFIG, MAX_RANK, MAX_SCALE, PEFT_WEIGHTS, reasonable
 from ..model.files import PICKLES, read_json
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
 # Settings that change what the tensors mean, beside those of LoRA, DoRA and rsLoRA; PEFT's default
 # of each is what makes no difference. A setting that PEFT gets after 0.21 is refused if it is on.
 _UNDERSTOOD = {
@@ -180,7 +179,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     if "peft_type" not in content:
         raise SimPOError(f"{where} has no peft_type; is it a PEFT adapter?")
     if not (folder / PEFT_WEIGHTS).is_file():
-        pickled = next((p.name for p in folder.glob("*") if p.suffix in PICKLES), None)
+        pickled = next((p.name for p in folder.glob("*") if p.suffix.lower() in PICKLES), None)
         raise SimPOError(
             f"{folder} holds no {PEFT_WEIGHTS}"
             + (

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..model.adapters import PEFT_WEIGHTS
 from ..model.files import load_safetensors
 from .architectures import Architecture, refuse_adapter_on
 from .names import (
@@ -19,7 +20,7 @@ from .names import (
     peft_target,
     separate_target,
 )
-from .peft_config import PEFT_WEIGHTS, PeftConfig, ends_in, read_peft_config
+from .peft_config import PeftConfig, ends_in, read_peft_config
 from .updates import Update, check_update
 
 _KEY = re.compile(
@@ -172,9 +173,8 @@ class Reader:
         a = update.a.reshape(experts, -1, inputs)
         b = update.b.reshape(outputs * parts, -1, experts).transpose(2, 0, 1)
         b = b[:, part * outputs : (part + 1) * outputs]
-        return (
-            Update(a, b, update.scale).without_zeros() if parts > 1 else Update(a, b, update.scale)
-        )
+        projection = Update(a, b, update.scale)
+        return projection.without_zeros() if parts > 1 else projection
 
     def separate_experts(self, path: str) -> Update | None:
         """One projection of all experts, from adapters with a pair of matrices for each expert."""

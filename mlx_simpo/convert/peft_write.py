@@ -11,11 +11,19 @@ import mlx.nn as nn
 
 from ..checkpoint import write_text
 from ..errors import SimPOError
-from ..model.adapters import CONFIG
+from ..model.adapters import CONFIG, PEFT_WEIGHTS
 from ..model.files import save_safetensors
 from .architectures import Architecture, refuse_adapter_on
-from .names import STACKED, Target, adaptable_layers, layer_shape, peft_target, separate_target
-from .peft_config import PEFT_WEIGHTS, ends_in
+from .names import (
+    EMBEDDING,
+    STACKED,
+    Target,
+    adaptable_layers,
+    layer_shape,
+    peft_target,
+    separate_target,
+)
+from .peft_config import ends_in
 from .updates import Update, common
 
 
@@ -116,7 +124,7 @@ def targets_of(
     for path, update in updates.items():
         target = peft_target(path, architecture)
         if not isinstance(layers[path], STACKED):
-            embedding = isinstance(layers[path], nn.Embedding | nn.QuantizedEmbedding)
+            embedding = isinstance(layers[path], EMBEDDING)
             found.append(Written(target, update, embedding))
         elif separate_experts:
             if not (architecture.experts and architecture.experts.separate):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SimPOError
+from ..model.adapters import PEFT_WEIGHTS
 from ..model.files import read_header
-from .peft_config import PEFT_WEIGHTS
 from .verify import Logits
 
 

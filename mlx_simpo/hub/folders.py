@@ -11,13 +11,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import SimPOError
-from ..model.files import read_header, read_json
+from ..model.adapters import CONFIG, PEFT_WEIGHTS, WEIGHTS
+from ..model.files import MODEL_WEIGHTS, read_header, read_json
+from ..model.record import RECORD, RECORD_FILE, table
 from ..paths import local_path
 from ..strict_yaml import parse_yaml
 
-ADAPTER_CONFIG, MODEL_CONFIG, RECORD = "adapter_config.json", "config.json", "mlx_simpo.json"
-MLX_ADAPTER, PEFT_ADAPTER = "adapters.safetensors", "adapter_model.safetensors"
-MODEL_WEIGHTS = "model*.safetensors"
+MODEL_CONFIG = "config.json"
 # Absolute, of a home, or relative to where somebody stood; with a drive or a share on Windows.
 _LOCAL_FORM = re.compile(r"^(?:/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
 _DATA_FILE = re.compile(r"\.(?:jsonl|jsonl\.gz|json|parquet)$")
@@ -35,8 +35,8 @@ class Kind(NamedTuple):
     weights: str
 
 
-RUN = Kind("run", "LoRA adapter for mlx-lm", "mlx", "adapter", ("lora", "mlx"), MLX_ADAPTER)
-PEFT = Kind("peft", "LoRA adapter for PEFT", "peft", "adapter", ("lora", "peft"), PEFT_ADAPTER)
+RUN = Kind("run", "LoRA adapter for mlx-lm", "mlx", "adapter", ("lora", "mlx"), WEIGHTS)
+PEFT = Kind("peft", "LoRA adapter for PEFT", "peft", "adapter", ("lora", "peft"), PEFT_WEIGHTS)
 HF = Kind("transformers", "model", "transformers", "finetune", (), MODEL_WEIGHTS)
 MLX = Kind("mlx", "model for mlx-lm", "mlx", "finetune", ("mlx",), MODEL_WEIGHTS)
 BY_FORMAT = {"pt": HF, "mlx": MLX}
@@ -47,8 +47,9 @@ class Folder:
     """An opened folder.
 
     config: adapter_config.json or config.json. base, revision: the base model as the trainer named
-    it. record: mlx_simpo.json. settings: the run's, as nested mappings. summary: what the run came
-    to. All but path, kind and config may be missing: None, or empty.
+    it. record: of the training, in mlx_simpo.json or adapter_config.json. settings: the run's, as
+    nested mappings. summary: what the run came to. All but path, kind and config may be missing:
+    None, or empty.
     """
 
     path: Path
@@ -107,13 +108,15 @@ def open_folder(name: str | Path) -> Folder:
         what = "is a file" if path.exists() else "does not exist"
         raise SimPOError(f"{str(name)!r} {what}; name the folder of an adapter or a model")
     kind = kind_of(path)
-    config = read_json(path / (ADAPTER_CONFIG if kind.relation == "adapter" else MODEL_CONFIG))
+    config = read_json(path / (CONFIG if kind.relation == "adapter" else MODEL_CONFIG))
     if kind is RUN:
         settings = path / "config.yaml"
-        text = read_text(settings) if settings.is_file() else ""
-        summary = optional_json(path / "summary.json")
-        return Folder(path, kind, config, {}, parse_yaml(text, str(settings)), summary)
-    record = optional_json(path / RECORD)
+        record = table(config, RECORD)
+        # An adapter that was converted, or saved on the way, has the record alone.
+        own = settings.is_file()
+        run = parse_yaml(read_text(settings), str(settings)) if own else record.get("config")
+        return Folder(path, kind, config, record, run, optional_json(path / "summary.json"))
+    record = optional_json(path / RECORD_FILE)
     run, result = at(record, "training.config"), at(record, "training.summary")
     return Folder(path, kind, config, record, run, result)
 
@@ -122,13 +125,13 @@ def kind_of(path: Path) -> Kind:
     """Which kind of folder this is; raises as `open_folder` does."""
     models = sorted(path.glob(MODEL_WEIGHTS))
     is_model = (path / MODEL_CONFIG).is_file() and bool(models)
-    is_adapter = (path / ADAPTER_CONFIG).is_file()
+    is_adapter = (path / CONFIG).is_file()
     if is_model and is_adapter:
         raise SimPOError(
             f"{path} holds a model and an adapter; it must be one of them: move the other out"
         )
     if is_adapter:
-        kind = PEFT if "peft_type" in read_json(path / ADAPTER_CONFIG) else RUN
+        kind = PEFT if "peft_type" in read_json(path / CONFIG) else RUN
         if not (path / kind.weights).is_file():
             raise SimPOError(
                 f"{path} has no {kind.weights}, which a {kind.what} needs; weights in another "
@@ -137,8 +140,8 @@ def kind_of(path: Path) -> Kind:
         return kind
     if not is_model:
         raise SimPOError(
-            f"{path} holds neither an adapter ({ADAPTER_CONFIG} with {MLX_ADAPTER} or "
-            f"{PEFT_ADAPTER}) nor a model ({MODEL_CONFIG} with model.safetensors); name the "
+            f"{path} holds neither an adapter ({CONFIG} with {WEIGHTS} or "
+            f"{PEFT_WEIGHTS}) nor a model ({MODEL_CONFIG} with model.safetensors); name the "
             "output folder of a training"
         )
     formats = {read_header(file).format or "nothing" for file in models}

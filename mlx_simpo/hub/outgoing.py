@@ -9,20 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import SimPOError
-from .folders import (
-    ADAPTER_CONFIG,
-    HF,
-    MLX,
-    MODEL_CONFIG,
-    PEFT,
-    RECORD,
-    RUN,
-    Folder,
-    Kind,
-    is_local,
-    last_part,
-    read_json,
-)
+from ..model.adapters import CONFIG
+from ..model.files import PICKLES, read_json
+from ..model.record import RECORD_FILE
+from .folders import HF, MLX, MODEL_CONFIG, PEFT, RUN, Folder, Kind, is_local, last_part
 
 _LICENSE = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md")
 _TOKENIZER = (
@@ -45,14 +35,14 @@ _MODEL = (
     "configuration_*.py",
     "modeling_*.py",
     "tokenization_*.py",
-    RECORD,
+    RECORD_FILE,
     *_TOKENIZER,
     *_LICENSE,
 )
 # Beside the weights and README.md.
 GOES: dict[Kind, tuple[str, ...]] = {
-    RUN: (ADAPTER_CONFIG, "chat_template.jinja", "summary.json", "metrics.jsonl", *_LICENSE),
-    PEFT: (ADAPTER_CONFIG, RECORD, *_TOKENIZER, *_LICENSE),
+    RUN: (CONFIG, "chat_template.jinja", "summary.json", "metrics.jsonl", *_LICENSE),
+    PEFT: (CONFIG, RECORD_FILE, *_TOKENIZER, *_LICENSE),
     HF: _MODEL,
     MLX: _MODEL,
 }
@@ -69,14 +59,13 @@ STAYS = {
     "training_args.bin": "state of a training",
     "[0-9]*_adapters.safetensors": "an earlier step",
 }
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 # An unknown file of more bytes may be something that the others are no use without.
 UNKNOWN_BYTES = 10_000_000
 CARD = "README.md"
 # Settings in which libraries write down a path of the machine; "*": any text in the file.
 PATHS = {
-    ADAPTER_CONFIG: ("*",),
-    RECORD: ("*",),
+    CONFIG: ("*",),
+    RECORD_FILE: ("*",),
     "summary.json": ("*",),
     MODEL_CONFIG: ("_name_or_path",),
     "tokenizer_config.json": ("name_or_path", "*_file"),

@@ -17,6 +17,7 @@ from .files import load_safetensors, read_header, read_json, save_safetensors
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"  # PEFT's; the configuration has the same name
 MAX_RANK = 65_536
 MAX_SCALE = 1e6
 

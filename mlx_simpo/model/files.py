@@ -32,7 +32,8 @@ _BYTES = {
     "I64": 8,
     "F64": 8,
 }
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+MODEL_WEIGHTS = "model*.safetensors"
 
 
 class Header(NamedTuple):
@@ -145,16 +146,16 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         SimPOError: there are none, or only pickles, which are never loaded.
     """
-    files = sorted(folder.glob("model*.safetensors"))
+    files = sorted(folder.glob(MODEL_WEIGHTS))
     if files:
         return files
-    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix.lower() in PICKLES)
     if pickles:
         raise SimPOError(
             f"{folder} has its weights in {pickles[0]}, a pickle, which can run any code and is "
             "never loaded; save the model as safetensors where you trust it"
         )
-    raise SimPOError(f"{folder} holds no model*.safetensors")
+    raise SimPOError(f"{folder} holds no {MODEL_WEIGHTS}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

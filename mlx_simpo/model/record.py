@@ -9,6 +9,7 @@ from ..version import __version__
 from .loading import Loaded
 
 RECORD = "mlx_simpo"  # the key in mlx-lm's adapter_config.json, whose readers leave it alone
+RECORD_FILE = "mlx_simpo.json"  # beside what was converted
 
 
 def training_record(loaded: Loaded, config: SimPOConfig, template: str | None) -> dict[str, Any]:

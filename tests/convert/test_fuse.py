@@ -183,9 +183,10 @@ def test_what_does_not_fit_is_not_verified_and_said(
     [
         ({"format": "gguf"}, None, "must be one of hf, mlx"),
         ({"dequantize": False}, None, "not quantized"),
+        ({"dequantize": True}, None, "not quantized"),
+        ({"model": None, "adapter": None}, None, "name the model to write"),
         ({"dequantize": False}, 4, "--format mlx"),
         ({"dequantize": False, "format": "mlx", "dtype": "float16"}, 4, "stay packed"),
-        ({"model": None}, None, "--model"),
     ],
 )
 def test_what_is_refused(options: dict, bits: int | None, words: str, tmp_path: Path) -> None:

@@ -417,3 +417,15 @@ def test_models_that_see_are_loaded_whole(kind: str, tmp_path: Path) -> None:
     card = make_card(open_folder(folder), REPO, None)
     assert "AutoModelForImageTextToText.from_pretrained(" in card
     assert "AutoModelForCausalLM" not in card
+
+
+def test_an_adapter_without_a_run_has_its_record_in_it(adapter: Path, tmp_path: Path) -> None:
+    """As Session.save leaves it on the way, or a conversion: no config.yaml, no summary."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    for name in ("adapters.safetensors", "adapter_config.json"):
+        (folder / name).write_bytes((adapter / name).read_bytes())
+    card, whole = (make_card(open_folder(f), REPO, None) for f in (folder, adapter))
+    assert "`objective.beta`" in card
+    line = next(line for line in whole.splitlines() if "train.learning_rate" in line)
+    assert line in card

@@ -14,22 +14,12 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+from zoo import COMMON as ZOO_COMMON
 
 from mlx_simpo.model.loading import load_model
 
-COMMON: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 3333.0},
-}
+# Heads are tied or not as each type has it.
+COMMON = {name: value for name, value in ZOO_COMMON.items() if name != "tie_word_embeddings"}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 3333.0,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import written_report
 from wrapped import MODELS
 from zoo import ZOO, agree, mlx_adapter, mlx_logits, saved, torch_logits
 
@@ -38,6 +39,17 @@ def test_everything_verified(name: str, tmp_path: Path) -> None:
         assert len(done.comparisons) == count
         assert all(c.passed for c in done.comparisons)
         assert all(c.limit is None or c.limit < 4e-3 for c in done.comparisons)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_a_base_that_differs_by_itself_is_said(name: str, tmp_path: Path) -> None:
+    """What it differs by hides as much of a conversion's mistakes."""
+    base = saved(name, tmp_path / "base")
+    report, text = written_report()
+    to_peft(mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft", verify=True, report=report)
+    said = "MLX and transformers on the base model itself" in text.getvalue()
+    assert said == (name == "gemma")
+    assert ("exact GELU" in text.getvalue()) == said
 
 
 @pytest.mark.parametrize("name", SEPARATE)
