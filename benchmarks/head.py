@@ -2,7 +2,7 @@
 
     python benchmarks/head.py
 
-Three ways from hidden rows [N, D] to Σ log p and its gradient: ours (`logps.row_logps`), all logits
+Three ways from hidden rows [N, D] to Σ log p and its gradient: ours (`logps.token_logps`), all logits
 in float32 at once (what most libraries do), and mx.fast.cross_entropy on all logits. Memory is what
 MLX's allocator says beyond the inputs; on a CPU here, so mx.fast.cross_entropy is its unfused self,
 and the figures are of the arrays that a GPU would need as well. Precision: bfloat16 rows and
@@ -19,9 +19,9 @@ import mlx.nn as nn
 import numpy as np
 from provenance import provenance, write_result
 
+from mlx_simpo.engine.head import Head
+from mlx_simpo.engine.token_logps import frozen_head_logps, token_logps
 from mlx_simpo.kernels.built_in import built_in
-from mlx_simpo.logps import frozen_head_logps, row_logps
-from mlx_simpo.model.head import Head
 
 WIDTH = 576
 SHAPES = [(2048, v) for v in (32_000, 49_152, 151_936, 262_144)]
@@ -43,7 +43,7 @@ class Headed(nn.Module):
 
 
 def ours(model: Headed, rows: mx.array, targets: mx.array) -> mx.array:
-    return row_logps(model, rows, targets, training=True).sum()
+    return token_logps(model, rows, targets, training=True).sum()
 
 
 def whole(model: Headed, rows: mx.array, targets: mx.array) -> mx.array:

@@ -20,8 +20,10 @@ import mlx.core as mx
 from provenance import provenance, write_result
 
 from mlx_simpo import load_config, prepare
-from mlx_simpo.data.batching import epoch_steps, plan_stacked, stack
-from mlx_simpo.data.sharing import plan_shared, run_length, share, shared_length
+from mlx_simpo.data.order import epoch_steps
+from mlx_simpo.engine.collate_shared import collate_shared
+from mlx_simpo.engine.collate_stacked import collate_stacked
+from mlx_simpo.engine.plan import plan_shared_prefix, plan_stacked, run_length, shared_length
 
 
 class Clock:
@@ -79,8 +81,8 @@ def epoch_counts(pairs: Any, batch_size: int, step_pairs: int, seed: int) -> dic
     stacked = {"positions": 0, "tokens": 0}
     for order in epoch_steps(len(pairs), step_pairs, seed, 0):
         step = [pairs[i] for i in order]
-        for places in plan_shared(step, batch_size):
-            batch = share([step[i] for i in places])
+        for places in plan_shared_prefix(step, batch_size):
+            batch = collate_shared([step[i] for i in places])
             ours["positions"] += batch.positions
             ours["padding"] += batch.padding
             ours["micro_batches"] += 1
@@ -89,9 +91,9 @@ def epoch_counts(pairs: Any, batch_size: int, step_pairs: int, seed: int) -> dic
             once = shared_length(pair)
             ours["needed"] += once + sum(run_length(s) - once for s in (pair.chosen, pair.rejected))
         for places in plan_stacked(step, batch_size):
-            stacked["positions"] += stack([step[i] for i in places]).tokens.size
+            stacked["positions"] += collate_stacked([step[i] for i in places]).tokens.size
         stacked["tokens"] += sum(len(p.chosen.tokens) + len(p.rejected.tokens) for p in step)
-    rows = int(sum(p.chosen.scored + p.rejected.scored for p in pairs))
+    rows = int(sum(p.chosen.num_scored + p.rejected.num_scored for p in pairs))
     return {
         "batch_size": batch_size,
         "step_pairs": step_pairs,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mlx_simpo.config import DataConfig
+from mlx_simpo.config.simpo_config import DataConfig
 from mlx_simpo.data.encode import Encoder, encode_pairs
 from mlx_simpo.data.pairs import load_pairs
 from mlx_simpo.model.loading import load_only_tokenizer
@@ -25,7 +25,7 @@ def tokenized(model: str, data: str) -> list[Pair]:
         {
             "chosen": pair.chosen.tokens.tolist(),
             "rejected": pair.rejected.tokens.tolist(),
-            "start": pair.chosen.start,
+            "start": pair.chosen.score_start,
         }
         for pair in found
     ]

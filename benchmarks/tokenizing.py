@@ -77,7 +77,7 @@ def measure(model: str, data: str, workers: int) -> dict[str, Any]:
         "held_out": int(held.sum()),
         "mean_tokens": {
             name: round(float(found.pairs.numbers(name).mean()), 1)
-            for name in ("chosen_start", "chosen", "rejected")
+            for name in ("chosen_score_start", "chosen", "rejected")
         },
         "seconds": round(seconds, 2),
         "seconds_with_split": round(with_split, 2),

@@ -4,7 +4,8 @@
 >>> result = train(load_config("recipe.yaml", ["train.learning_rate=2e-5"]))
 """
 
-from .config import (
+from .api import TrainResult, evaluate, generate, inspect, train
+from .config.simpo_config import (
     DataConfig,
     LogpsConfig,
     LoRAConfig,
@@ -22,9 +23,8 @@ from .hub import Push, push
 from .model.adapters import load_adapter
 from .model.loading import load_model
 from .objectives import simpo_loss
-from .run import TrainResult, evaluate, generate, inspect, train
-from .session import Session, prepare
-from .trainer import StepMetrics, train_steps
+from .training.session import Session, prepare
+from .training.trainer import StepMetrics, train_steps
 from .version import __version__ as __version__
 
 __all__ = [

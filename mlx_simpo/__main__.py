@@ -11,7 +11,7 @@ def main() -> None:
     restart_with_openblas()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be no text
-    from .cli import run_command
+    from .cli.main import run_command
 
     sys.exit(run_command(sys.argv[1:]))
 

@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .config import ObjectiveConfig
+from .config.simpo_config import ObjectiveConfig
 from .data.encode import EncodedPair
 from .data.tokens import column
-from .engine import Engine, choose_engine
+from .engine.choice import Engine, choose_engine
 from .errors import SimPOError
 from .objectives import simpo_loss
 
@@ -51,8 +51,8 @@ class Evaluation:
                 "index": pair.index,
                 "chosen_logp": chosen,
                 "rejected_logp": rejected,
-                "chosen_tokens": pair.chosen.scored,
-                "rejected_tokens": pair.rejected.scored,
+                "chosen_tokens": pair.chosen.num_scored,
+                "rejected_tokens": pair.rejected.num_scored,
                 "margin": margin,
             }
             for pair, chosen, rejected, margin in values
@@ -86,7 +86,7 @@ def evaluate_pairs(
     engine = engine or choose_engine("shared_prefix", model)
     for rows in engine.plan(pairs, batch_size, max_tokens):
         part = [pairs[row] for row in rows]
-        logps = np.array(engine.logps(model, engine.batch(part).arrays, training=False))
+        logps = np.array(engine.logps(model, engine.collate(part).arrays, training=False))
         mx.clear_cache()  # the next batch has other shapes
         chosen[rows], rejected[rows] = logps[: len(part)], logps[len(part) :]
         advance(len(part))
@@ -98,7 +98,7 @@ def evaluate_pairs(
             f"{', '.join(bad[:5])}; the model is broken, or overflows: try dtype=float32"
         )
     counts = {
-        side: column(pairs, side) - column(pairs, f"{side}_start")
+        side: column(pairs, side) - column(pairs, f"{side}_score_start")
         for side in ("chosen", "rejected")
     }
     _, found = simpo_loss(

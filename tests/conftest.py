@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import small_run
+from helpers.commands import small_run
+from helpers.tiny import some_pairs, tiny_folder, write_jsonl
 from smollm2 import cache_folder, smollm2
-from tiny import some_pairs, tiny_folder, write_jsonl
 
 from mlx_simpo import load_config, train
 

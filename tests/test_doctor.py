@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from commands import command
+from helpers.commands import command
 
 from mlx_simpo import SimPOError, doctor
 from mlx_simpo.kernels.choice import BUILT_IN

@@ -3,14 +3,14 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import some_pairs, tiny_model, tiny_tokenizer
+from helpers.tiny import some_pairs, tiny_model, tiny_tokenizer
 
 from mlx_simpo import DataConfig, LoRAConfig, ObjectiveConfig, evaluate_pairs
-from mlx_simpo.data.batching import stack
 from mlx_simpo.data.encode import Encoder, encode_pairs
 from mlx_simpo.data.records import Pair
+from mlx_simpo.engine.collate_stacked import collate_stacked
+from mlx_simpo.engine.reference import average_logps
 from mlx_simpo.evaluation import bootstrap_interval
-from mlx_simpo.logps import average_logps
 from mlx_simpo.model.lora import attach_lora
 
 MODEL = tiny_model()
@@ -23,13 +23,13 @@ PAIRS, _ = encode_pairs(
 def test_per_pair_results_are_in_input_order_whatever_the_batches() -> None:
     found = evaluate_pairs(MODEL, PAIRS, ObjectiveConfig(beta=10.0), batch_size=2)
     for record, pair in zip(found.per_pair(), PAIRS, strict=True):
-        batch = stack([pair])
-        alone = np.array(average_logps(MODEL, batch.tokens, batch.start, batch.end))
+        batch = collate_stacked([pair])
+        alone = np.array(average_logps(MODEL, batch.tokens, batch.score_start, batch.score_end))
         assert record["index"] == pair.index
         assert [record["chosen_logp"], record["rejected_logp"]] == pytest.approx(alone, abs=2e-5)
         assert record["margin"] == pytest.approx(10 * (alone[0] - alone[1]), abs=5e-4)
-        assert record["chosen_tokens"] == len(pair.chosen.tokens) - pair.chosen.start
-        assert record["rejected_tokens"] == len(pair.rejected.tokens) - pair.rejected.start
+        assert record["chosen_tokens"] == len(pair.chosen.tokens) - pair.chosen.score_start
+        assert record["rejected_tokens"] == len(pair.rejected.tokens) - pair.rejected.score_start
     other = evaluate_pairs(MODEL, PAIRS, ObjectiveConfig(beta=10.0), batch_size=9)
     np.testing.assert_allclose(other.margins, found.margins, atol=5e-4)
 
@@ -40,7 +40,7 @@ def test_metrics_are_means_over_pairs() -> None:
     assert metrics["rewards/accuracies"] == np.mean(found.margins > 0)
     assert metrics["logps/chosen"] == pytest.approx(found.chosen_logps.mean())
     assert metrics["rewards/rejected"] == pytest.approx(2 * found.rejected_logps.mean())
-    tokens = np.array([p.chosen.scored for p in PAIRS])
+    tokens = np.array([p.chosen.num_scored for p in PAIRS])
     nll = -(found.chosen_logps * tokens).sum() / tokens.sum()
     simpo = np.log1p(np.exp(-(found.margins - 1.0))).mean()
     assert metrics["loss"] == pytest.approx(simpo + 0.3 * nll, rel=1e-5)

@@ -11,51 +11,58 @@ import mlx_simpo
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_simpo"
+TORCH_SIDE = PACKAGE / "convert" / "verify" / "torch_side.py"
 FILES = sorted(PACKAGE.rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES + EXAMPLES}
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
-# From the bottom up; a module imports from lower lines only, or from its own folder. The named
-# layers are those of ARCHITECTURE.md, what serves them stands where it is used.
-LAYERS = [
-    ["objectives", "errors", "blas", "version"],
-    ["paths", "strict_yaml"],
-    ["strict"],
-    ["sections"],
-    ["config"],
-    ["data", "model", "optimizer", "kernels"],
-    ["logps"],
+# Floors from the bottom up (ARCHITECTURE.md). A module imports from lower floors, or from its own
+# room; modules and rooms that share a floor do not know each other.
+FLOORS = [
+    ["errors", "version"],
+    ["objectives", "paths", "blas"],
+    ["files"],
+    ["kernels"],
+    ["config", "doctor"],
+    ["runs", "data", "model"],
     ["engine"],
-    ["step", "evaluation"],
-    ["trainer"],
-    ["advice", "report", "checkpoint", "generation", "doctor"],
-    ["convert", "hub"],
-    ["session"],
-    ["run"],
+    ["evaluation"],
+    ["reporting"],
+    ["training", "hub", "convert", "sampling"],
+    ["api"],
     ["__init__"],
     ["cli"],
     ["__main__"],
 ]
-# The same within data/: what a row goes through, from the bottom up.
-DATA_LAYERS = [
-    ["__init__", "sources"],
-    ["records"],
-    ["pairs", "render"],
-    ["official"],
-    ["encode"],
-    ["batching", "tokens"],
-    ["sharing", "tokenize", "keys", "inspection"],
-    ["cache"],
-]
-DATA_LEVEL = {name: level for level, names in enumerate(DATA_LAYERS) for name in names}
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# The order within a room, from the bottom up.
+ROOMS = {
+    # What a record goes through.
+    "data": [
+        ["sources", "order"],
+        ["records"],
+        ["pairs", "render"],
+        ["official"],
+        ["encode"],
+        ["tokens"],
+        ["tokenize", "keys", "inspection"],
+        ["cache"],
+    ],
+    # What pairs of tokens go through.
+    "engine": [
+        ["reference", "attention", "plan", "head"],
+        ["prefix_cache", "collate_stacked", "collate_shared", "token_logps"],
+        ["gradient_checkpointing", "shared_prefix"],
+        ["choice"],
+    ],
+}
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 modules = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
 def name_of(path: Path) -> str:
-    """A module's name in LAYERS: its folder's if it is in one."""
+    """A module's name in FLOORS: its room's if it is in one."""
     first = path.relative_to(PACKAGE).parts[0]
     return first.removesuffix(".py")
 
@@ -73,7 +80,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def ours(path: Path) -> set[str]:
-    """The names in LAYERS of what a module imports from the package."""
+    """The names in FLOORS of what a module imports from the package."""
     found = (name.split(".") for name in imported(path))
     inner = [parts[1] if parts[1:] else "" for parts in found if parts[0] == "mlx_simpo"]
     return {name if name in LEVEL else "__init__" for name in inner}
@@ -178,7 +185,7 @@ def test_public_functions_are_annotated() -> None:
 
 @pytest.mark.parametrize("path", FILES + EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_torch_is_not_imported(path: Path) -> None:
-    if path == PACKAGE / "convert" / "torch_side.py":  # only when a comparison is made, see below
+    if path == TORCH_SIDE:  # only when a comparison is made, see below
         return
     assert {name.split(".")[0] for name in imported(path)}.isdisjoint(
         {"torch", "trl", "peft", "liger_kernel", "tensorflow", "jax"}
@@ -186,13 +193,13 @@ def test_torch_is_not_imported(path: Path) -> None:
 
 
 def test_the_comparison_with_torch_imports_it_in_functions_alone() -> None:
-    tree = TREES[PACKAGE / "convert" / "torch_side.py"]
+    tree = TREES[TORCH_SIDE]
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {getattr(node, "module", None) or node.names[0].name for node in top}  # type: ignore
     assert names.isdisjoint({"torch", "transformers", "peft"})
 
 
-def test_every_module_has_its_layer() -> None:
+def test_every_module_has_its_floor() -> None:
     assert {name_of(path) for path in FILES} == LEVEL.keys()
 
 
@@ -203,13 +210,15 @@ def test_imports_point_downwards(path: Path) -> None:
     assert {other for other in others if LEVEL[other] >= LEVEL[name]} == set()
 
 
-def test_imports_within_data_point_downwards() -> None:
-    files = {path.stem: path for path in (PACKAGE / "data").glob("*.py")}
-    assert files.keys() == DATA_LEVEL.keys()
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_within_a_room_point_downwards(room: str) -> None:
+    level = {name: number for number, names in enumerate(ROOMS[room]) for name in names}
+    files = {path.stem: path for path in (PACKAGE / room).glob("*.py") if path.stem != "__init__"}
+    assert files.keys() == level.keys()
     for name, path in files.items():
-        found = (parts for parts in (x.split(".") for x in imported(path)) if len(parts) > 2)
-        inner = {parts[2] for parts in found if parts[:2] == ["mlx_simpo", "data"]}
-        assert {other for other in inner if DATA_LEVEL[other] >= DATA_LEVEL[name]} == set(), name
+        parts = [found.split(".") for found in imported(path)]
+        inner = {p[2] for p in parts if p[:2] == ["mlx_simpo", room] and len(p) > 2}
+        assert {other for other in inner if level[other] >= level[name]} == set(), name
 
 
 def test_the_objectives_import_nothing_of_ours() -> None:

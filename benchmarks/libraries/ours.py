@@ -13,11 +13,11 @@ import numpy as np
 from adapter_base import Pair, Spec, Step, lora_model
 from mlx.utils import tree_flatten
 
-from mlx_simpo.config import ObjectiveConfig, TrainConfig
-from mlx_simpo.data.encode import EncodedPair, Scored
-from mlx_simpo.engine import choose_engine
-from mlx_simpo.model.checkpointing import gradient_checkpointing
-from mlx_simpo.step import GradientFunction, make_step, step_gradients
+from mlx_simpo.config.simpo_config import ObjectiveConfig, TrainConfig
+from mlx_simpo.data.encode import EncodedPair, TokenizedSequence
+from mlx_simpo.engine.choice import choose_engine
+from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
+from mlx_simpo.training.step import GradientFunction, make_step, step_gradients
 
 REQUIRES = ()
 
@@ -61,4 +61,4 @@ def prepare(spec: Spec) -> Step:
 
 def encoded(pair: Pair) -> EncodedPair:
     sides = (np.array(pair[name], np.int32) for name in ("chosen", "rejected"))
-    return EncodedPair(*(Scored(tokens, pair["start"]) for tokens in sides))
+    return EncodedPair(*(TokenizedSequence(tokens, pair["start"]) for tokens in sides))

@@ -7,24 +7,24 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoint import check_output_free, write_text
 from ..errors import SimPOError
+from ..files import load_safetensors, read_header, read_json, save_safetensors, write_text
 from ..model.adapters import PEFT_WEIGHTS, WEIGHTS, read_adapter_config
-from ..model.files import load_safetensors, read_header, read_json, save_safetensors
 from ..model.loading import DTYPES
 from ..model.record import RECORD, RECORD_FILE, base_record, mismatches, table
 from ..paths import local_path
-from ..report import Report
+from ..reporting.display import Display
+from ..runs.folder import check_output_free
 from ..version import __version__
 from .base import Base, architecture
 from .mlx_format import read_mlx, write_mlx
 from .names import refuse_tied
-from .peft_config import read_peft_config
-from .peft_read import read_peft
-from .peft_write import write_peft
-from .proof import AdapterProof
+from .peft.config import read_peft_config
+from .peft.read import read_peft
+from .peft.write import write_peft
 from .staging import staged
-from .verify import Comparison, wanted
+from .verify.compare import Comparison, wanted
+from .verify.proof import AdapterProof
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def to_peft(
     separate_experts: bool = False,
     verify: bool | None = None,
     trust_remote_code: bool = False,
-    report: Report | None = None,
+    display: Display | None = None,
 ) -> Conversion:
     """Write an mlx-lm adapter as a PEFT adapter.
 
@@ -64,14 +64,14 @@ def to_peft(
         SimPOError: an adapter that cannot be read, does not fit the model or that PEFT has no name
             for; a failed verification. Nothing is written then.
     """
-    report = report or Report()
+    display = display or Display()
     check_arguments(output, dtype)
     config = read_adapter_config(adapter)
     record = table(config, RECORD)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
     loaded = base.load()
     for difference in mismatches(record, loaded):
-        report.warn(f"{difference}: the adapter may not fit")
+        display.warn(f"{difference}: the adapter may not fit")
     rule = architecture(loaded)
     updates = read_mlx(adapter, loaded.model)
     bare = base.load()
@@ -88,11 +88,11 @@ def to_peft(
         )
         trained_on = table(record, "base") or base_record(loaded)
         write_record(folder, local_path(adapter), record, trained_on)
-        proof = AdapterProof(base, rule, local_path(adapter), folder, report)
-        verify = wanted(verify, bare.model, report.note)
+        proof = AdapterProof(base, rule, local_path(adapter), folder, display)
+        verify = wanted(verify, bare.model, display.note)
         found = proved(proof, folder / PEFT_WEIGHTS, dtype, verify)
     if quantization := loaded.config.get("quantization"):
-        report.note(
+        display.note(
             f"the base is quantized to {quantization.get('bits')} bits: the adapter is exact on "
             "its dequantized weights (mlx-simpo fuse without --adapter writes them) and not on the "
             "original model's"
@@ -109,7 +109,7 @@ def from_peft(
     dtype: str | None = None,
     verify: bool | None = None,
     trust_remote_code: bool = False,
-    report: Report | None = None,
+    display: Display | None = None,
 ) -> Conversion:
     """Write a PEFT LoRA adapter as an mlx-lm adapter.
 
@@ -120,7 +120,7 @@ def from_peft(
         SimPOError: an adapter that cannot be read, is not LoRA, DoRA or rsLoRA, or does not fit
             the model; a failed verification. Nothing is written then.
     """
-    report = report or Report()
+    display = display or Display()
     check_arguments(output, dtype)
     folder = local_path(adapter)
     content = read_peft_config(folder).content
@@ -136,8 +136,8 @@ def from_peft(
     }
     with staged(output) as written:
         write_mlx(written, updates, loaded.model, extra)
-        proof = AdapterProof(base, rule, written, folder, report)
-        verify = wanted(verify, loaded.model, report.note)
+        proof = AdapterProof(base, rule, written, folder, display)
+        verify = wanted(verify, loaded.model, display.note)
         found = proved(proof, written / WEIGHTS, dtype, verify)
     return Conversion(local_path(output), found)
 

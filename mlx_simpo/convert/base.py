@@ -9,9 +9,9 @@ from typing import Any
 import mlx.nn as nn
 
 from ..errors import SimPOError
+from ..files import read_header, read_json, weight_files
 from ..model.adapters import flat_arrays
-from ..model.files import read_header, read_json, weight_files
-from ..model.loading import Loaded, load_model
+from ..model.loading import LoadedModel, load_model
 from .architectures import Architecture, architecture_of
 from .names import checkpoint_shapes, refuse_unknown_stacks, unwrapped
 from .probe import Shape, trace
@@ -29,7 +29,7 @@ class Base:
     revision: str | None = None
     trust_remote_code: bool = False
 
-    def load(self, dtype: str = "auto") -> Loaded:
+    def load(self, dtype: str = "auto") -> LoadedModel:
         """The model, freshly loaded; the weights are read when first used."""
         return load_model(
             self.name,
@@ -39,12 +39,12 @@ class Base:
         )
 
 
-def config_of(loaded: Loaded) -> dict[str, Any]:
+def config_of(loaded: LoadedModel) -> dict[str, Any]:
     """config.json as it stands in the model's folder."""
     return read_json(loaded.folder / "config.json")
 
 
-def architecture(loaded: Loaded) -> Architecture:
+def architecture(loaded: LoadedModel) -> Architecture:
     """The rule for a model; for a type that is not in the table, the one that nothing is renamed,
     which only holds where the probe finds that this is so.
 
@@ -66,14 +66,14 @@ def architecture(loaded: Loaded) -> Architecture:
     return found
 
 
-def in_mlx_names(loaded: Loaded) -> bool:
+def in_mlx_names(loaded: LoadedModel) -> bool:
     """Whether the model's files have MLX's names: mlx-lm wrote them, or they are packed its way."""
     if "quantization" in config_of(loaded):
         return True
     return any(read_header(path).format == "mlx" for path in weight_files(loaded.folder))
 
 
-def layout_of(loaded: Loaded, rule: Architecture) -> Layout:
+def layout_of(loaded: LoadedModel, rule: Architecture) -> Layout:
     """How the model's arrays lie in a checkpoint of its own library, checked by the probe.
 
     Raises:
@@ -112,7 +112,7 @@ def layout_of(loaded: Loaded, rule: Architecture) -> Layout:
     return layout
 
 
-def is_plain(loaded: Loaded) -> bool:
+def is_plain(loaded: LoadedModel) -> bool:
     """Whether the model's files are a checkpoint as transformers saves it, and not packed."""
     return not in_mlx_names(loaded) and "quantization_config" not in config_of(loaded)
 
@@ -127,7 +127,7 @@ def spelled_as(
     return {unwrapped(name): shape for name, shape in shapes.items()}
 
 
-def text_alone(loaded: Loaded, rule: Architecture) -> str:
+def text_alone(loaded: LoadedModel, rule: Architecture) -> str:
     """Why no complete folder can be made of a wrapped model that is no plain checkpoint, and what
     to do."""
     state = "has MLX's names" if in_mlx_names(loaded) else "is packed (quantization_config)"
@@ -148,7 +148,7 @@ def checkpoint_on_disk(folder: Path) -> dict[str, Shape]:
     }
 
 
-def fresh_model(loaded: Loaded) -> nn.Module:
+def fresh_model(loaded: LoadedModel) -> nn.Module:
     """Another model of the same class and settings, without weights."""
     name = type(loaded.model).__module__
     module = sys.modules.get(name) or importlib.import_module(name)

@@ -8,8 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import make_shards
 
-from ..checkpoint import write_text
-from ..model.files import read_json, save_safetensors
+from ..files import read_json, save_safetensors, write_text
 from ..model.rope import both_ways
 from .weights import natural
 

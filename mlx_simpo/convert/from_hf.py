@@ -10,14 +10,14 @@ from mlx_lm.utils import quantize_model, save_config
 from ..errors import SimPOError
 from ..model.adapters import flat_arrays
 from ..paths import local_path
-from ..report import Report
+from ..reporting.display import Display
 from .adapters import Conversion, check_arguments
 from .base import Base
 from .folder import copy_companions, write_weights
 from .merge import release
-from .proof import prove_converted
 from .staging import staged
-from .verify import wanted
+from .verify.compare import wanted
+from .verify.proof import prove_converted
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -32,7 +32,7 @@ def from_hf(
     dtype: str | None = None,
     verify: bool | None = None,
     trust_remote_code: bool = False,
-    report: Report | None = None,
+    display: Display | None = None,
 ) -> Conversion:
     """Write a Hugging Face model in MLX's format, its rotary settings where mlx-lm finds them.
 
@@ -46,18 +46,18 @@ def from_hf(
         SimPOError: no such model, one that mlx-lm cannot run, a failed verification. Nothing is
             written then.
     """
-    report = report or Report()
+    display = display or Display()
     check_arguments(output, dtype)
     check_packing(quantize, group_size)
     base = Base(model, revision, trust_remote_code)
     loaded = base.load(dtype or "auto")
     if quantize is not None and "quantization" in loaded.config:
         raise SimPOError(f"{model} is quantized already; quantize the model that it was made of")
-    verify = wanted(verify, loaded.model, report.note)
+    verify = wanted(verify, loaded.model, display.note)
     with staged(output) as folder:
         config = dict(loaded.config)
         if quantize is not None:
-            config = packed(loaded.model, config, quantize, group_size, report)
+            config = packed(loaded.model, config, quantize, group_size, display)
         elif dtype is not None:
             config |= dict.fromkeys([n for n in ("dtype", "torch_dtype") if n in config], dtype)
         weights = flat_arrays(loaded.model.parameters())
@@ -68,7 +68,7 @@ def from_hf(
             config.pop("auto_map", None)  # of code that does not go along
         save_config(config, folder / "config.json")
         copy_companions(loaded.folder, folder, None, trusted=trust_remote_code)
-        found = prove_converted(folder, base, loaded.model, report) if verify else []
+        found = prove_converted(folder, base, loaded.model, display) if verify else []
     return Conversion(local_path(output), found)
 
 
@@ -80,7 +80,7 @@ def check_packing(bits: int | None, group_size: int) -> None:
         raise SimPOError(f"group_size is {group_size}; it must be 32, 64 or 128")
 
 
-def packed(model: nn.Module, config: dict, bits: int, group_size: int, report: Report) -> dict:
+def packed(model: nn.Module, config: dict, bits: int, group_size: int, display: Display) -> dict:
     """The configuration of the model after mlx-lm has quantized it in place."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):  # results alone go to stdout
@@ -90,5 +90,5 @@ def packed(model: nn.Module, config: dict, bits: int, group_size: int, report: R
             f"no layer of this model can be packed in groups of {group_size}; use a smaller "
             "group_size, or leave quantize out"
         )
-    report.note(said.getvalue().replace("[INFO] ", "").strip())
+    display.note(said.getvalue().replace("[INFO] ", "").strip())
     return config

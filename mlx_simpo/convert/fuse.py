@@ -7,19 +7,19 @@ import mlx.core as mx
 from mlx_lm.utils import save_config
 
 from ..errors import SimPOError
+from ..files import load_safetensors, weight_files
 from ..model.adapters import flat_arrays, read_adapter_config
-from ..model.files import load_safetensors, weight_files
 from ..model.loading import DTYPES
 from ..model.record import RECORD, base_record, mismatches, table
 from ..paths import local_path
-from ..report import Report
+from ..reporting.display import Display
 from .adapters import Conversion, base_name, check_arguments, write_record
 from .base import Base, architecture, config_of, is_plain, layout_of
 from .folder import copy_companions, write_config, write_weights
 from .merge import Fused, fused_model, release
-from .proof import prove_fused
 from .staging import staged
-from .verify import wanted
+from .verify.compare import wanted
+from .verify.proof import prove_fused
 from .weights import Layout, checkpoint_tensors, sources_of
 
 FORMATS = ("hf", "mlx")
@@ -36,7 +36,7 @@ def fuse(
     dtype: str | None = None,
     verify: bool | None = None,
     trust_remote_code: bool = False,
-    report: Report | None = None,
+    display: Display | None = None,
 ) -> Conversion:
     """Write a base model with an mlx-lm adapter merged into its weights.
 
@@ -53,7 +53,7 @@ def fuse(
         SimPOError: bad input, an architecture that cannot be written, a failed verification.
             Nothing is written then.
     """
-    report = report or Report()
+    display = display or Display()
     check_arguments(output, dtype)
     if format not in FORMATS:
         raise SimPOError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
@@ -64,29 +64,29 @@ def fuse(
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
     loaded = base.load()
     for difference in mismatches(record, loaded):
-        report.warn(f"{difference}: the adapter may not fit")
+        display.warn(f"{difference}: the adapter may not fit")
     packed = loaded.config.get("quantization")
-    check_packing(packed, format, dequantize, dtype, report)
+    check_packing(packed, format, dequantize, dtype, display)
     layout = layout_of(loaded, architecture(loaded)) if format == "hf" else None
     template = None if adapter is None else trained_template(local_path(adapter))
     keep = bool(packed) and dequantize is False
     precision = dtype or ("float32" if packed and not keep else None)
-    verify = wanted(verify, loaded.model, report.note)  # while its weights are there to be counted
+    verify = wanted(verify, loaded.model, display.note)  # while its weights are there to be counted
     with staged(output) as folder:
         fused = fused_model(loaded, adapter, dequantize=not keep)
         if layout is not None:
-            write_hf(folder, base, fused, layout, precision, report)
+            write_hf(folder, base, fused, layout, precision, display)
         else:
             write_mlx_model(folder, base, fused, precision, keep=keep)
         copy_companions(loaded.folder, folder, template, trusted=trust_remote_code)
         if adapter is not None:
             write_record(folder, local_path(adapter), record, base_record(loaded))
-        found = prove_fused(folder, base, adapter, report) if verify else []
+        found = prove_fused(folder, base, adapter, display) if verify else []
     return Conversion(local_path(output), found)
 
 
 def check_packing(
-    packed: Any, format: str, dequantize: bool | None, dtype: str | None, report: Report
+    packed: Any, format: str, dequantize: bool | None, dtype: str | None, display: Display
 ) -> None:
     """Refuse what cannot be had of a quantized base, and say what is done with it and why."""
     if not packed:
@@ -97,7 +97,7 @@ def check_packing(
             )
         return
     if dequantize is not False:
-        report.note(
+        display.note(
             f"the base is quantized to {packed.get('bits')} bits and written unpacked, in "
             f"{dtype or 'float32'}: packing it again would round most of a small tune away"
         )
@@ -117,7 +117,7 @@ def trained_template(adapter: Path) -> str | None:
 
 
 def write_hf(
-    folder: Path, base: Base, fused: Fused, layout: Layout, dtype: str | None, report: Report
+    folder: Path, base: Base, fused: Fused, layout: Layout, dtype: str | None, display: Display
 ) -> None:
     """Weights and config.json under transformers' names. What the adapter did not touch is copied
     from the base bit for bit, where the base has these names."""
@@ -129,7 +129,7 @@ def write_hf(
     there = {} if renamed else load_safetensors(weight_files(loaded.folder))
     tensors = {name: tensor for name, tensor in there.items() if goes_along(name, layout)}
     if beside := sorted(tensors.keys() - layout.shapes.keys()):
-        report.note(f"copied as they are, not run by MLX: {len(beside)}, e.g. {beside[0]}")
+        display.note(f"copied as they are, not run by MLX: {len(beside)}, e.g. {beside[0]}")
     only = None if renamed else sources_of(layout, fused.changed)
     new = checkpoint_tensors(weights, layout, only)
     tensors |= {n: t.astype(there[n].dtype) if n in there else t for n, t in new.items()}

@@ -9,8 +9,8 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.utils import dequantize_model
 
 from ..model.adapters import load_adapter
-from ..model.loading import Loaded
-from .updates import updates_of
+from ..model.loading import LoadedModel
+from .lora_delta import lora_deltas_of
 
 
 class Fused(NamedTuple):
@@ -20,7 +20,7 @@ class Fused(NamedTuple):
     changed: set[str]
 
 
-def fused_model(loaded: Loaded, adapter: str | Path | None, *, dequantize: bool) -> Fused:
+def fused_model(loaded: LoadedModel, adapter: str | Path | None, *, dequantize: bool) -> Fused:
     """Merge an adapter into a freshly loaded model, by mlx-lm's own layers, in float32.
 
     Scales and offsets of packed weights are float32 before anything is unpacked: so the result is
@@ -32,7 +32,7 @@ def fused_model(loaded: Loaded, adapter: str | Path | None, *, dequantize: bool)
     changed: set[str] = set()
     if adapter is not None:
         load_adapter(model, adapter)
-        paths = updates_of(model)
+        paths = lora_deltas_of(model)
         layers = dict(model.named_modules())
         merged = [(path, layers[path].fuse(dequantize=dequantize)) for path in paths]
         model.update_modules(tree_unflatten(merged))

@@ -9,11 +9,11 @@ import mlx.nn as nn
 from ..errors import SimPOError
 from ..model.adapters import load_adapter, write_adapter
 from ..model.lora import refuse_unsupported_dora
+from .lora_delta import LoRADelta, lora_deltas_of
 from .names import EMBEDDING, STACKED, adaptable_layers
-from .updates import Update, updates_of
 
 
-def read_mlx(folder: str | Path, model: nn.Module) -> dict[str, Update]:
+def read_mlx(folder: str | Path, model: nn.Module) -> dict[str, LoRADelta]:
     """The updates of an mlx-lm adapter, attached to ``model``; see `model.adapters.load_adapter`.
 
     Raises:
@@ -21,12 +21,12 @@ def read_mlx(folder: str | Path, model: nn.Module) -> dict[str, Update]:
             converted (fine_tune_type full).
     """
     load_adapter(model, folder)
-    return updates_of(model)
+    return lora_deltas_of(model)
 
 
 def write_mlx(
     folder: Path,
-    updates: dict[str, Update],
+    updates: dict[str, LoRADelta],
     model: nn.Module,
     extra: dict[str, Any],
 ) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoint import check_output_free
 from ..errors import SimPOError
 from ..paths import local_path
+from ..runs.folder import check_output_free
 
 
 @contextmanager

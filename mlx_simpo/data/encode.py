@@ -18,41 +18,41 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import DataConfig
+from ..config.simpo_config import DataConfig
 from ..errors import SimPOError
 from .official import official_tokens
 from .pairs import Quarantined
-from .records import Message, Pair, Refused, as_messages
+from .records import InvalidRecordError, Message, Pair, as_messages
 from .render import Renderer, token_ids
 
 
-class Scored(NamedTuple):
-    """One sequence: int32 token ids [T], of which those from ``start`` (≥ 1) on are scored."""
+class TokenizedSequence(NamedTuple):
+    """One sequence: int32 token ids [T], of which those from ``score_start`` (≥ 1) on are scored."""
 
     tokens: np.ndarray
-    start: int
+    score_start: int
 
     @property
-    def scored(self) -> int:
+    def num_scored(self) -> int:
         """|y|, the number of scored tokens."""
-        return len(self.tokens) - self.start
+        return len(self.tokens) - self.score_start
 
 
 @dataclass(frozen=True)
 class EncodedPair:
     """A pair as tokens.
 
-    moved: tokens of the prompt that are scored because the tokenizer merges across the boundary.
-    cut_prompt, cut_answers: tokens that max_length took away (the answers' together).
+    boundary_tokens: tokens of the prompt that are scored because the tokenizer merges across the boundary.
+    cut_prompt, cut_response: tokens that max_length took away (the answers' together).
     """
 
-    chosen: Scored
-    rejected: Scored
+    chosen: TokenizedSequence
+    rejected: TokenizedSequence
     index: int = 0
     source: str = ""
-    moved: int = 0
+    boundary_tokens: int = 0
     cut_prompt: int = 0
-    cut_answers: int = 0
+    cut_response: int = 0
 
     @property
     def length(self) -> int:
@@ -110,7 +110,7 @@ class Encoder:
                 max_length=self.config.max_length,
                 max_prompt_length=self.config.max_prompt_length,
             )
-            sides, cuts, moved = encoded.sides, encoded.cuts, encoded.moved
+            sides, cuts, moved = encoded.sides, encoded.cuts, encoded.boundary_tokens
         else:
             prompt, chosen, rejected = self._texts(pair)
             start = max(1, common_prefix(prompt, chosen, rejected))
@@ -118,10 +118,12 @@ class Encoder:
             moved = len(prompt) - start
             sides, cuts = self._truncate(sides)
         if any(start >= len(tokens) for tokens, start in sides):
-            raise Refused("no scored token left", "the prompt fills data.max_length")
+            raise InvalidRecordError("no scored token left", "the prompt fills data.max_length")
         if sides[0] == sides[1]:
-            raise Refused("identical answers", "after tokenization and truncation")
-        chosen, rejected = (Scored(np.array(tokens, np.int32), start) for tokens, start in sides)
+            raise InvalidRecordError("identical answers", "after tokenization and truncation")
+        chosen, rejected = (
+            TokenizedSequence(np.array(tokens, np.int32), start) for tokens, start in sides
+        )
         return EncodedPair(chosen, rejected, pair.index, pair.source, max(0, moved), *cuts)
 
     def prompt_tokens(self, prompt: str | list[Message], tools: list | None = None) -> list[int]:
@@ -199,7 +201,7 @@ def encode_pairs(
     for pair in pairs:
         try:
             encoded.append(encoder.encode(pair))
-        except Refused as refusal:
+        except InvalidRecordError as refusal:
             refused.append(Quarantined(pair.source, *refusal.args))
         advance()
     return encoded, refused

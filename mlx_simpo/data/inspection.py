@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from .encode import EncodedPair, Encoder, Scored
+from .encode import EncodedPair, Encoder, TokenizedSequence
 from .pairs import Quarantined, count_reasons
 from .tokens import column, lengths
 
@@ -14,24 +14,27 @@ QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, 
 
 
 def summarize(
-    pairs: Sequence[EncodedPair], left_out: Sequence[Quarantined], encoder: Encoder
+    pairs: Sequence[EncodedPair], quarantined: Sequence[Quarantined], encoder: Encoder
 ) -> dict[str, Any]:
     """Counts and length quantiles of an encoded data set, ready for JSON."""
     chosen, rejected = column(pairs, "chosen"), column(pairs, "rejected")
-    prompts = column(pairs, "chosen_start")
-    scored = {"chosen": chosen - prompts, "rejected": rejected - column(pairs, "rejected_start")}
+    prompts = column(pairs, "chosen_score_start")
+    scored = {
+        "chosen": chosen - prompts,
+        "rejected": rejected - column(pairs, "rejected_score_start"),
+    }
     sizes = {"prompt": prompts, **scored, "longer sequence": lengths(pairs)}
-    of_prompts, of_answers = column(pairs, "cut_prompt"), column(pairs, "cut_answers")
+    of_prompts, of_answers = column(pairs, "cut_prompt"), column(pairs, "cut_response")
     return {
-        "records": len(pairs) + len(left_out),
+        "records": len(pairs) + len(quarantined),
         "pairs": len(pairs),
         "chat_template": encoder.renderer.origin,
-        "left_out": count_reasons(left_out),
-        "left_out_records": [q._asdict() for q in left_out],
+        "left_out": count_reasons(quarantined),
+        "left_out_records": [q._asdict() for q in quarantined],
         "prompts_cut": int(np.count_nonzero(of_prompts)),
         "answers_cut": int(np.count_nonzero(of_answers)),
         "tokens_cut": total(of_prompts) + total(of_answers),
-        "boundary_moved": int(np.count_nonzero(column(pairs, "moved"))),
+        "boundary_moved": int(np.count_nonzero(column(pairs, "boundary_tokens"))),
         "tokens": total(chosen) + total(rejected),
         "scored_tokens": total(scored["chosen"]) + total(scored["rejected"]),
         "lengths": {
@@ -46,15 +49,15 @@ def total(values: np.ndarray) -> int:
     return int(values.sum(dtype=np.int64))
 
 
-def marked(sequence: Scored, tokenizer: Any, style: str) -> Text:
+def marked(sequence: TokenizedSequence, tokenizer: Any, style: str) -> Text:
     """A sequence with its scored tokens told apart, with and without colour.
 
     What is only read is dim; each scored token is underlined in turns and ends in a bar.
     """
     text = Text()
-    text.append(show(tokenizer, sequence.tokens[: sequence.start].tolist()), style="dim")
+    text.append(show(tokenizer, sequence.tokens[: sequence.score_start].tolist()), style="dim")
     text.append("⟦", style="bold")
-    for number, token in enumerate(sequence.tokens[sequence.start :].tolist()):
+    for number, token in enumerate(sequence.tokens[sequence.score_start :].tolist()):
         text.append(show(tokenizer, [token]), style=f"{style} underline" if number % 2 else style)
         text.append("|", style="dim")
     text.append("⟧", style="bold")

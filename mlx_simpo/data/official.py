@@ -16,7 +16,7 @@ recipe's file in configs/ gives that template as ``chat_template``.
 
 from typing import Any, NamedTuple
 
-from .records import Message, Pair, Refused
+from .records import InvalidRecordError, Message, Pair
 from .render import Renderer, token_ids
 
 
@@ -25,7 +25,7 @@ class OfficialTokens(NamedTuple):
 
     sides: tuple[tuple[list[int], int], tuple[list[int], int]]
     cuts: tuple[int, int]
-    moved: int
+    boundary_tokens: int
 
 
 def official_tokens(
@@ -41,23 +41,25 @@ def official_tokens(
     (first, _), (second, _) = sides
     differing = sum(a != b for a, b in zip(first, second, strict=False))
     if differing > 1 or abs(len(first) - len(second)) > 1:
-        raise Refused("official check fails", "prompts differ by more than their last token")
+        raise InvalidRecordError(
+            "official check fails", "prompts differ by more than their last token"
+        )
     moved = len(token_ids(tokenizer, prompt)) - min(len(first), len(second))
 
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     sides = [(p if p[:1] == bos else bos + p, a if a[-1:] == eos else a + eos) for p, a in sides]
     longest = max(len(answer) for _, answer in sides)
-    cut_prompt = cut_answers = 0
+    cut_prompt = cut_response = 0
     kept = []
     for before, answer in sides:
         if len(before) + longest > max_length:
             cut_prompt = max(cut_prompt, len(before) - max_prompt_length)
             before = before[-max_prompt_length:]
         if len(before) + longest > max_length:
-            cut_answers += max(0, len(answer) - (max_length - max_prompt_length))
+            cut_response += max(0, len(answer) - (max_length - max_prompt_length))
             answer = answer[: max_length - max_prompt_length]
         kept.append((before + answer, len(before)))
-    return OfficialTokens((kept[0], kept[1]), (max(0, cut_prompt), cut_answers), moved)
+    return OfficialTokens((kept[0], kept[1]), (max(0, cut_prompt), cut_response), moved)
 
 
 def official_texts(renderer: Renderer, tokenizer: Any, pair: Pair) -> tuple[str, str, str]:
@@ -83,6 +85,8 @@ def split_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], l
     """
     before, whole = token_ids(tokenizer, prompt), token_ids(tokenizer, prompt + answer)
     if len(whole) < len(before):
-        raise Refused("official check fails", "prompt and answer have fewer tokens than the prompt")
+        raise InvalidRecordError(
+            "official check fails", "prompt and answer have fewer tokens than the prompt"
+        )
     start = len(before) if whole[: len(before)] == before else len(before) - 1
     return whole[:start], whole[start:]

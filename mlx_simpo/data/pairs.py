@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import SimPOError
-from .records import Pair, Refused, as_messages, parse_pair
+from .records import InvalidRecordError, Pair, as_messages, parse_pair
 from .sources import read_rows
 
 
@@ -40,30 +40,32 @@ class PairSet:
 
 
 def check_share(
-    usable: int, left_out: Sequence[Quarantined], max_quarantined: float, name: str
+    usable: int, quarantined: Sequence[Quarantined], max_quarantined: float, name: str
 ) -> None:
     """Refuse a source without a usable record, or with too many unusable ones.
 
     Raises:
         SimPOError: with the reasons, counted, and the first example of each.
     """
-    total = usable + len(left_out)
+    total = usable + len(quarantined)
     if total == 0:
         raise SimPOError(f"{name} is empty; it must hold at least one preference pair")
-    if usable and len(left_out) / total <= max_quarantined:
+    if usable and len(quarantined) / total <= max_quarantined:
         return
-    first = {q.reason: q for q in reversed(left_out)}
+    first = {q.reason: q for q in reversed(quarantined)}
     summary = "; ".join(
         f"{count} × {reason}, e.g. {first[reason].place}"
-        for reason, count in count_reasons(left_out).items()
+        for reason, count in count_reasons(quarantined).items()
     )
     rule = f"more than data.max_quarantined={max_quarantined:g} allows" if usable else "all of them"
-    raise SimPOError(f"{name}: {len(left_out)} of {total} records are unusable, {rule}: {summary}")
+    raise SimPOError(
+        f"{name}: {len(quarantined)} of {total} records are unusable, {rule}: {summary}"
+    )
 
 
-def count_reasons(left_out: Iterable[Quarantined]) -> dict[str, int]:
+def count_reasons(quarantined: Iterable[Quarantined]) -> dict[str, int]:
     """How often each reason stands, the most frequent first."""
-    return dict(Counter(q.reason for q in left_out).most_common())
+    return dict(Counter(q.reason for q in quarantined).most_common())
 
 
 def load_pairs(
@@ -88,7 +90,7 @@ def load_pairs(
     for row in read_rows(name, split, subset):
         try:
             found.pairs.append(parse_pair(row, implicit_string_prompts))
-        except Refused as refusal:
+        except InvalidRecordError as refusal:
             found.quarantined.append(Quarantined(row.source, *refusal.args))
     return found
 

@@ -36,45 +36,49 @@ class Pair:
     whole: bool = False
 
 
-class Refused(Exception):
+class InvalidRecordError(Exception):
     """Why a record is no pair: (reason, detail)."""
 
 
 def parse_pair(row: Row, implicit_string_prompts: bool = False) -> Pair:
-    """The pair in one row; raises `Refused` when there is none."""
+    """The pair in one row; raises `InvalidRecordError` when there is none."""
     record = row.value
     if row.problem:
-        raise Refused("unreadable row", row.problem)
+        raise InvalidRecordError("unreadable row", row.problem)
     if not isinstance(record, dict):
-        raise Refused("not a record", f"a JSON {type(record).__name__}, not an object")
+        raise InvalidRecordError("not a record", f"a JSON {type(record).__name__}, not an object")
     missing = [key for key in ("chosen", "rejected") if record.get(key) is None]
     if len(missing) == 2 and "completion" in record and "label" in record:
-        raise Refused("unpaired record", "prompt, completion, label: for KTO only")
+        raise InvalidRecordError("unpaired record", "prompt, completion, label: for KTO only")
     if missing:
-        raise Refused("missing answer", f"no {' and no '.join(missing)}")
+        raise InvalidRecordError("missing answer", f"no {' and no '.join(missing)}")
     prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is not None and not isinstance(prompt, str):
-            raise Refused("strings and messages mixed", "prompt is no string, the answers are")
+            raise InvalidRecordError(
+                "strings and messages mixed", "prompt is no string, the answers are"
+            )
         parts = string_parts(prompt, chosen, rejected, implicit_string_prompts)
         return Pair(*parts, row.number, row.source, parse_tools(record))
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         kinds = f"chosen is {kind(chosen)}, rejected is {kind(rejected)}"
-        raise Refused("strings and messages mixed", kinds)
+        raise InvalidRecordError("strings and messages mixed", kinds)
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         check_messages(name, messages)
         if not messages or messages[-1]["role"] != "assistant":
             last = messages[-1]["role"] if messages else "nothing"
-            raise Refused("last turn not the assistant's", f"{name} ends with {last}")
+            raise InvalidRecordError("last turn not the assistant's", f"{name} ends with {last}")
     if chosen == rejected:
-        raise Refused("identical answers")
+        raise InvalidRecordError("identical answers")
     before, chosen, rejected, whole = message_parts(prompt, chosen, rejected)
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if is_empty_answer(messages):
-            raise Refused("empty answer", name)
+            raise InvalidRecordError("empty answer", name)
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if (first := messages[0]["role"]) != "assistant":
-            raise Refused("conversations differ before the answer", f"{name} goes on with {first}")
+            raise InvalidRecordError(
+                "conversations differ before the answer", f"{name} goes on with {first}"
+            )
     return Pair(before, chosen, rejected, row.number, row.source, parse_tools(record), whole)
 
 
@@ -84,14 +88,16 @@ def string_parts(
     """(prompt, chosen, rejected) of a record of strings."""
     if prompt is None:
         if not implicit:
-            raise Refused("no prompt", "strings without a prompt; see data.implicit_string_prompts")
+            raise InvalidRecordError(
+                "no prompt", "strings without a prompt; see data.implicit_string_prompts"
+            )
         shared = shared_words(chosen, rejected)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
-            raise Refused("empty answer", name)
+            raise InvalidRecordError("empty answer", name)
     if chosen == rejected:
-        raise Refused("identical answers")
+        raise InvalidRecordError("identical answers")
     return prompt, chosen, rejected
 
 
@@ -123,18 +129,22 @@ def message_parts(
         return prompt, chosen[n:], rejected[n:], True
     prompt = None if prompt == [] else prompt
     if prompt is not None and not isinstance(prompt, str):
-        raise Refused("strings and messages mixed", f"prompt is {kind(prompt)}")
+        raise InvalidRecordError("strings and messages mixed", f"prompt is {kind(prompt)}")
     pairs = zip(chosen, rejected, strict=False)
     shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
     if shared == 0:
         if prompt is not None and chosen[0]["role"] == "assistant":
-            raise Refused("strings and messages mixed", "prompt is a string, the answers are not")
-        raise Refused("conversations do not share a beginning")
+            raise InvalidRecordError(
+                "strings and messages mixed", "prompt is a string, the answers are not"
+            )
+        raise InvalidRecordError("conversations do not share a beginning")
     before = chosen[:shared]
     if prompt is not None:
         asked = next((m["content"] for m in before if m["role"] == "user"), None)
         if asked is None or text_of(asked).strip() != prompt.strip():
-            raise Refused("prompt and conversation disagree", "the first user turn is another")
+            raise InvalidRecordError(
+                "prompt and conversation disagree", "the first user turn is another"
+            )
     return before, chosen[shared:], rejected[shared:], True
 
 
@@ -148,13 +158,13 @@ def check_messages(name: str, messages: list) -> None:
     for number, message in enumerate(messages):
         where = f"{name}[{number}]"
         if not isinstance(message, dict) or "role" not in message:
-            raise Refused("strings and messages mixed", f"{where} is no message")
+            raise InvalidRecordError("strings and messages mixed", f"{where} is no message")
         if message["role"] not in ROLES:
-            raise Refused("unknown role", f"{where} has role {message['role']!r}")
+            raise InvalidRecordError("unknown role", f"{where} has role {message['role']!r}")
         if message.get("content") is None and not message.get("tool_calls"):
-            raise Refused("null content", where)
+            raise InvalidRecordError("null content", where)
         if not is_text(message.get("content")):
-            raise Refused("content is no text", f"{where} is {kind(message['content'])}")
+            raise InvalidRecordError("content is no text", f"{where} is {kind(message['content'])}")
 
 
 def is_text(content: Any) -> bool:
@@ -187,9 +197,9 @@ def parse_tools(record: dict) -> list | None:
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
-            raise Refused("tools are no JSON list", str(error)) from None
+            raise InvalidRecordError("tools are no JSON list", str(error)) from None
     if tools is not None and not isinstance(tools, list):
-        raise Refused("tools are no JSON list", kind(tools))
+        raise InvalidRecordError("tools are no JSON list", kind(tools))
     return tools or None
 
 

@@ -6,7 +6,7 @@ from jinja2 import TemplateError
 
 from ..errors import SimPOError
 from ..paths import local_path
-from .records import Message, Pair, Refused, as_messages
+from .records import InvalidRecordError, Message, Pair, as_messages
 
 # A template's expressions run on a record's content: they raise what Python's operators raise.
 TEMPLATE_ERRORS = (
@@ -87,7 +87,9 @@ class Renderer:
                 messages, tokenize=False, add_generation_prompt=generation, **options
             )
         except TEMPLATE_ERRORS as error:
-            raise Refused("the chat template refuses it", " ".join(str(error).split())) from None
+            raise InvalidRecordError(
+                "the chat template refuses it", " ".join(str(error).split())
+            ) from None
 
 
 def read_template(given: str) -> tuple[str, str]:
@@ -112,5 +114,5 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Refused("no valid text", error.reason) from None
+        raise InvalidRecordError("no valid text", error.reason) from None
     return tokenizer.encode(text, add_special_tokens=False)

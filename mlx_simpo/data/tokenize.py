@@ -16,7 +16,7 @@ from typing import Any
 
 from .encode import EncodedPair, Encoder
 from .pairs import Quarantined, prompt_text
-from .records import Refused, parse_pair
+from .records import InvalidRecordError, parse_pair
 from .sources import Row
 from .tokens import TokenWriter
 
@@ -88,7 +88,7 @@ def encode_row(encoder: Encoder, row: Row) -> Outcome:
     try:
         pair = parse_pair(row, encoder.config.implicit_string_prompts)
         return encoder.encode(pair), prompt_text(pair).encode()
-    except Refused as refusal:
+    except InvalidRecordError as refusal:
         return Quarantined(row.source, *refusal.args)
 
 

@@ -15,19 +15,19 @@ from typing import Any, overload
 
 import numpy as np
 
-from .encode import EncodedPair, Scored
+from .encode import EncodedPair, TokenizedSequence
 
 FILES = ("records.bin", "tokens.bin", "text.bin")
 # The numbers of a pair that need no tokens to be read; see `column`.
 NUMBERS: dict[str, Callable[[EncodedPair], int]] = {
     "chosen": lambda pair: len(pair.chosen.tokens),
     "rejected": lambda pair: len(pair.rejected.tokens),
-    "chosen_start": lambda pair: pair.chosen.start,
-    "rejected_start": lambda pair: pair.rejected.start,
+    "chosen_score_start": lambda pair: pair.chosen.score_start,
+    "rejected_score_start": lambda pair: pair.rejected.score_start,
     "index": lambda pair: pair.index,
-    "moved": lambda pair: pair.moved,
+    "boundary_tokens": lambda pair: pair.boundary_tokens,
     "cut_prompt": lambda pair: pair.cut_prompt,
-    "cut_answers": lambda pair: pair.cut_answers,
+    "cut_response": lambda pair: pair.cut_response,
 }
 # The system counts what was read of a mapped file as memory of the program. It is given back after
 # so many reads, and stays in the system's own cache while there is room.
@@ -72,13 +72,13 @@ class TokenizedPairs(Sequence[EncodedPair]):
         first = record["first_byte"]
         source = self._text.read()[first : first + record["source_bytes"]]
         return EncodedPair(
-            Scored(tokens[: record["chosen"]], record["chosen_start"]),
-            Scored(tokens[record["chosen"] :], record["rejected_start"]),
+            TokenizedSequence(tokens[: record["chosen"]], record["chosen_score_start"]),
+            TokenizedSequence(tokens[record["chosen"] :], record["rejected_score_start"]),
             record["index"],
             source.decode("utf-8", "surrogatepass"),
-            record["moved"],
+            record["boundary_tokens"],
             record["cut_prompt"],
-            record["cut_answers"],
+            record["cut_response"],
         )
 
     def take(self, places: np.ndarray) -> "TokenizedPairs":

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..config.yaml import parse_yaml
 from ..errors import SimPOError
+from ..files import MODEL_WEIGHTS, read_header, read_json
 from ..model.adapters import CONFIG, PEFT_WEIGHTS, WEIGHTS
-from ..model.files import MODEL_WEIGHTS, read_header, read_json
 from ..model.record import RECORD, RECORD_FILE, table
 from ..paths import local_path
-from ..strict_yaml import parse_yaml
 
 MODEL_CONFIG = "config.json"
 # Absolute, of a home, or relative to where somebody stood; with a drive or a share on Windows.

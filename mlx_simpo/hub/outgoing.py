@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import SimPOError
+from ..files import PICKLES, read_json
 from ..model.adapters import CONFIG
-from ..model.files import PICKLES, read_json
 from ..model.record import RECORD_FILE
 from .folders import HF, MLX, MODEL_CONFIG, PEFT, RUN, Folder, Kind, is_local, last_part
 

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[a
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import SimPOError
-from ..report import Report
+from ..reporting.display import Display
 from .card import make_card, users_card
 from .folders import open_folder
 from .outgoing import CARD, sort_files, without_paths
@@ -72,7 +72,7 @@ def push(
     dry_run: bool = False,
     revision: str | None = None,
     message: str | None = None,
-    report: Report | None = None,
+    display: Display | None = None,
 ) -> Push:
     """Send ``folder`` to the model repository ``repo`` (owner/name), which is made if need be.
 
@@ -85,7 +85,7 @@ def push(
     Raises:
         SimPOError: a folder or name that cannot be sent, or a Hub that does not take it.
     """
-    report = report or Report()
+    display = display or Display()
     check_names(repo, revision)
     opened = open_folder(folder)
     files = sort_files(opened)
@@ -100,7 +100,7 @@ def push(
     )
     if dry_run:
         return plan
-    report.note(f"sending {len(entries)} files, {sum(e.size for e in entries):,} bytes, to {repo}")
+    display.note(f"sending {len(entries)} files, {sum(e.size for e in entries):,} bytes, to {repo}")
     try:
         url = send(plan, opened.path, message or f"Upload {opened.kind.what}")
     except HUB_ERRORS as error:

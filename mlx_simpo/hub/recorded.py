@@ -6,8 +6,8 @@ What the record does not hold is left out; no default takes its place.
 import math
 from typing import Any
 
-from ..report import EVALUATION_ROWS, metric_text
-from ..sections import LoRAConfig
+from ..config.sections import LoRAConfig
+from ..reporting.display import EVALUATION_ROWS, metric_text
 from .folders import RUN, Folder, at, text_or_none
 from .markdown import code, number, shown, table
 

@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
 from ..errors import SimPOError
+from ..files import load_safetensors, read_header, read_json, save_safetensors
 from ..paths import local_path
-from .files import load_safetensors, read_header, read_json, save_safetensors
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"

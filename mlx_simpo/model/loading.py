@@ -14,9 +14,9 @@ from mlx_lm import load as mlx_lm_load
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 
 from ..errors import SimPOError
+from ..files import read_header, weight_files
 from ..paths import local_path
 from .adapters import flat_arrays
-from .files import read_header, weight_files
 from .repair import repaired
 
 # What loaders raise at a config.json, tokenizer or weights that are not what they expect.
@@ -37,7 +37,7 @@ LOAD_ERRORS = (
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model ready to run. config: its config.json, repaired; dtype: of its weights; folder: where
     it was read from; name and revision: as asked for, the revision of a Hub model as its commit."""
 
@@ -86,7 +86,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
-) -> Loaded:
+) -> LoadedModel:
     """Load a model with its tokenizer; the weights are read from disk when first used.
 
     Args:
@@ -118,7 +118,7 @@ def load_model(
     if dtype != "auto":
         model.set_dtype(DTYPES[dtype])
     commit = folder.name if folder.parent.name == "snapshots" else revision
-    return Loaded(model, tokenizer, config, dtype_of(model), folder, name, commit)
+    return LoadedModel(model, tokenizer, config, dtype_of(model), folder, name, commit)
 
 
 @contextmanager

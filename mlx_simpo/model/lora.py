@@ -8,7 +8,7 @@ from mlx.utils import tree_map
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from ..config import LoRAConfig
+from ..config.simpo_config import LoRAConfig
 from ..errors import SimPOError
 from .adapters import load_weights, read_adapter_config
 

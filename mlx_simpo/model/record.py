@@ -4,15 +4,17 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from ..config import SimPOConfig
+from ..config.simpo_config import SimPOConfig
 from ..version import __version__
-from .loading import Loaded
+from .loading import LoadedModel
 
 RECORD = "mlx_simpo"  # the key in mlx-lm's adapter_config.json, whose readers leave it alone
 RECORD_FILE = "mlx_simpo.json"  # beside what was converted
 
 
-def training_record(loaded: Loaded, config: SimPOConfig, template: str | None) -> dict[str, Any]:
+def training_record(
+    loaded: LoadedModel, config: SimPOConfig, template: str | None
+) -> dict[str, Any]:
     """The record of a run.
 
     Args:
@@ -26,7 +28,7 @@ def training_record(loaded: Loaded, config: SimPOConfig, template: str | None) -
     }
 
 
-def base_record(loaded: Loaded) -> dict[str, Any]:
+def base_record(loaded: LoadedModel) -> dict[str, Any]:
     """What is to be known of a base model: name, commit of the Hub, quantization."""
     return {
         "model": loaded.name,
@@ -46,7 +48,9 @@ def table(content: Any, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def mismatches(record: dict[str, Any], loaded: Loaded, template: str | None = None) -> list[str]:
+def mismatches(
+    record: dict[str, Any], loaded: LoadedModel, template: str | None = None
+) -> list[str]:
     """How a model differs from the one an adapter was trained on; empty if in nothing known.
 
     Args:

@@ -8,8 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from hostile import SOURCE, Spoil, content, convert, limited
-from mistakes import (
+from helpers.hostile import SOURCE, Spoil, content, convert, limited
+from helpers.mistakes import (
     ADAPTERS,
     EXPERTS,
     UNTIED,
@@ -19,9 +19,9 @@ from mistakes import (
     moved,
     trainable,
 )
+from helpers.tiny import tiny_config, tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 from mlx_simpo.convert import from_hf, from_peft, fuse, to_peft
 from mlx_simpo.errors import SimPOError

@@ -6,9 +6,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import written_report
+from helpers.commands import written_report
+from helpers.tiny import tiny_config, tiny_folder
 from mlx_lm.utils import load as mlx_lm_load
-from tiny import tiny_config, tiny_folder
 
 from mlx_simpo import SimPOError, from_hf, load_model
 
@@ -37,14 +37,14 @@ def test_mlx_lm_finds_the_rotary_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized(bits: int, tmp_path: Path) -> None:
-    report, text = written_report()
+    display, text = written_report()
     done = from_hf(
         str(new_style(tmp_path / "hf")),
         tmp_path / "mlx",
         quantize=bits,
         group_size=32,
         verify=True,
-        report=report,
+        display=display,
     )
     config = json.loads((done.output / "config.json").read_text())
     assert config["quantization"] == {"group_size": 32, "bits": bits, "mode": "affine"}

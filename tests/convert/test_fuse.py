@@ -8,13 +8,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import arrays, assert_same_arrays, written_report
-from made import MIXTRAL, mlx_adapter, mlx_model
-from tiny import tiny_folder
+from helpers.commands import arrays, assert_same_arrays, written_report
+from helpers.made import MIXTRAL, mlx_adapter, mlx_model
+from helpers.tiny import tiny_folder
 
 from mlx_simpo import SimPOError, fuse, load_adapter, load_model
 from mlx_simpo.convert import folder as folders
-from mlx_simpo.convert import verify
+from mlx_simpo.convert.verify import compare as verify
 from mlx_simpo.model.adapters import flat_arrays
 
 TOKENS = mx.array([[3, 14, 15, 92, 65, 35, 89]])
@@ -85,9 +85,9 @@ def test_tensors_that_mlx_does_not_run_go_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_dtype(dtype: str, tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    report, text = written_report()
+    display, text = written_report()
     adapter = mlx_adapter(base, tmp_path / "adapter")
-    done = fuse(tmp_path / "out", adapter=adapter, dtype=dtype, verify=True, report=report)
+    done = fuse(tmp_path / "out", adapter=adapter, dtype=dtype, verify=True, display=display)
     assert load_model(str(done.output)).dtype == dtype
     assert json.loads((done.output / "config.json").read_text())["dtype"] == dtype
     said = text.getvalue()
@@ -101,14 +101,14 @@ def test_packing_again_is_shown_for_what_it_is(tmp_path: Path) -> None:
     """On a small tune the rounding is larger than what was learnt."""
     base = mlx_model(tmp_path / "base", "llama", 4)
     adapter = mlx_adapter(base, tmp_path / "adapter", size=0.01)
-    report, _ = written_report()
+    display, _ = written_report()
     done = fuse(
         tmp_path / "out",
         adapter=adapter,
         format="mlx",
         dequantize=False,
         verify=True,
-        report=report,
+        display=display,
     )
     rounding, learnt, merged, same = done.comparisons[:4]
     assert rounding.mean > learnt.mean
@@ -172,8 +172,8 @@ def test_what_does_not_fit_is_not_verified_and_said(
 ) -> None:
     base = tiny_folder(tmp_path / "base")
     monkeypatch.setattr(verify.os, "sysconf", lambda name: 1)
-    report, text = written_report()
-    done = fuse(tmp_path / "out", model=str(base), format=format, report=report)
+    display, text = written_report()
+    done = fuse(tmp_path / "out", model=str(base), format=format, display=display)
     assert done.comparisons == []
     assert "not verified: in float32 the model takes" in text.getvalue()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from hostile import ADAPTER, FILE, LONG, Spoil, changed, nested
+from helpers.hostile import ADAPTER, FILE, LONG, Spoil, changed, nested
 
 PATTERN_ERRORS = (
     "(",

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import command, complaint
-from hostile import (
+from helpers.commands import command, complaint
+from helpers.hostile import (
     ADAPTER,
     CONFIG,
     FILE,

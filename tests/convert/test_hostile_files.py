@@ -8,12 +8,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from hostile import FILE, SOURCE, Header, conversions, convert, file_of, first, parts
+from helpers.hostile import FILE, SOURCE, Header, conversions, convert, file_of, first, parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo.errors import SimPOError
-from mlx_simpo.model.files import load_safetensors, read_header
+from mlx_simpo.files import load_safetensors, read_header
 
 
 @conversions

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile import (
+from helpers.hostile import (
     ADAPTER,
     CONFIG,
     FILE,
@@ -29,7 +29,7 @@ from hostile import (
     program,
 )
 
-from mlx_simpo.convert.verify import check, compare
+from mlx_simpo.convert.verify.compare import check, compare
 from mlx_simpo.errors import SimPOError
 
 

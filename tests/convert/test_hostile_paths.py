@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from hostile import ADAPTER, SOURCE, changed, content, conversions, convert
+from helpers.hostile import ADAPTER, SOURCE, changed, content, conversions, convert
 
 NAMES = ["../../x", "/etc/passwd", "~root/x", "~nosuchuser/x", "a\0b", "x" * 5000, "", "a/b/c", "."]
 

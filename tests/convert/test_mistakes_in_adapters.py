@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mistakes import (
+from helpers.mistakes import (
     ADAPTERS,
     EXPERT_ORDER,
     WRONG,
@@ -21,7 +21,7 @@ from mistakes import (
 
 from mlx_simpo.convert import mlx_format as mlx_format_module
 from mlx_simpo.convert.names import Target
-from mlx_simpo.convert.peft_write import Written
+from mlx_simpo.convert.peft.write import Written
 from mlx_simpo.errors import SimPOError
 
 
@@ -34,13 +34,13 @@ def test_without_a_mistake(conversion: str, name: str, converted: Converted) -> 
 def tensors(patch: Patch, change: Callable[[Arrays, Written], Arrays]) -> None:
     """Change the tensors of each module before they are written."""
     after(
-        patch, modules["mlx_simpo.convert.peft_write"], "tensors_of", lambda t, w, _: change(t, w)
+        patch, modules["mlx_simpo.convert.peft.write"], "tensors_of", lambda t, w, _: change(t, w)
     )
 
 
 def settings(patch: Patch, **changes: Callable[[Any], Any]) -> None:
     """Change entries of PEFT's configuration before it is written."""
-    module = modules["mlx_simpo.convert.peft_write"]
+    module = modules["mlx_simpo.convert.peft.write"]
     after(
         patch, module, "configuration", lambda c, *_: c | {n: f(c[n]) for n, f in changes.items()}
     )
@@ -91,7 +91,7 @@ def gate_is_up(real: Target, *_: object) -> Target:
 
 
 def writer_exchanges(patch: Patch) -> None:
-    after(patch, modules["mlx_simpo.convert.peft_write"], "peft_target", gate_is_up)
+    after(patch, modules["mlx_simpo.convert.peft.write"], "peft_target", gate_is_up)
 
 
 def both_exchange(patch: Patch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mistakes import (
+from helpers.mistakes import (
     EXPERT_ORDER,
     FROM_HF,
     FUSE,

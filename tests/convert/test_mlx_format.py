@@ -5,23 +5,23 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tuner.utils import load_adapters
-from tiny import tiny_model
 
 from mlx_simpo import SimPOError
+from mlx_simpo.convert.lora_delta import LoRADelta, lora_deltas_of
 from mlx_simpo.convert.mlx_format import keys_of, read_mlx, write_mlx
 from mlx_simpo.convert.names import adaptable_layers, layer_shape
-from mlx_simpo.convert.updates import Update, updates_of
 
 PATHS = sorted(p for p in adaptable_layers(tiny_model()) if "layers" in p)
 
 
-def update(path: str, rank: int = 2, scale: float = 2.0, seed: int = 0) -> Update:
+def update(path: str, rank: int = 2, scale: float = 2.0, seed: int = 0) -> LoRADelta:
     out, into = layer_shape(adaptable_layers(tiny_model())[path])
     key_a, key_b = mx.random.split(mx.random.key(seed))
-    return Update(
+    return LoRADelta(
         mx.random.normal((rank, into), key=key_a), mx.random.normal((out, rank), key=key_b), scale
     )
 
@@ -35,7 +35,7 @@ def test_exactly_these_layers_are_adapted(
     updates = {path: update(path, seed=n) for n, path in enumerate(sorted(paths))}
     write_mlx(folder, updates, tiny_model(), {})
     model = load_adapters(tiny_model(), str(folder))
-    found = updates_of(model)
+    found = lora_deltas_of(model)
     assert found.keys() == paths
     for path in paths:
         assert mx.array_equal(found[path].a, updates[path].a)
@@ -78,9 +78,9 @@ def test_what_else_is_recorded_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("updates", "words"),
     [
-        (lambda u: {PATHS[0]: Update(u.a, u.b, 0.0)}, "changes nothing"),
+        (lambda u: {PATHS[0]: LoRADelta(u.a, u.b, 0.0)}, "changes nothing"),
         (
-            lambda u: {PATHS[0]: Update(u.a, u.b, 1.0, mx.ones(32)), PATHS[1]: update(PATHS[1])},
+            lambda u: {PATHS[0]: LoRADelta(u.a, u.b, 1.0, mx.ones(32)), PATHS[1]: update(PATHS[1])},
             "some of its layers only",
         ),
     ],

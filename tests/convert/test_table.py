@@ -5,9 +5,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from commands import command, complaint
+from helpers.commands import command, complaint
+from helpers.tiny import tiny_config, tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten
-from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 from mlx_simpo import SimPOError, fuse, load_model
 from mlx_simpo.convert.architectures import TABLE, architecture_of

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import BARE, some_pairs, tiny_tokenizer, write_jsonl
+from helpers.tiny import BARE, some_pairs, tiny_tokenizer, write_jsonl
 
 from mlx_simpo import DataConfig, SimPOError, load_pairs
 from mlx_simpo.data import cache
@@ -64,7 +64,13 @@ def made(data: Path, bar: Bar | None = None, **config: Any) -> Tokenized:
 
 def plain(found: Tokenized) -> list[tuple]:
     return [
-        (p.chosen.tokens.tolist(), p.rejected.tokens.tolist(), p.chosen.start, p.index, p.source)
+        (
+            p.chosen.tokens.tolist(),
+            p.rejected.tokens.tolist(),
+            p.chosen.score_start,
+            p.index,
+            p.source,
+        )
         for p in found.pairs
     ]
 
@@ -74,7 +80,13 @@ def expected(data: Path, **config: Any) -> list[tuple]:
     coder = Encoder(tiny_tokenizer(), DataConfig(**config))
     pairs, _ = encode_pairs(coder, load_pairs(str(data)).pairs)
     return [
-        (p.chosen.tokens.tolist(), p.rejected.tokens.tolist(), p.chosen.start, p.index, p.source)
+        (
+            p.chosen.tokens.tolist(),
+            p.rejected.tokens.tolist(),
+            p.chosen.score_start,
+            p.index,
+            p.source,
+        )
         for p in pairs
     ]
 
@@ -311,7 +323,7 @@ PROGRAM = """
 import sys
 from contextlib import nullcontext
 sys.path.insert(0, {tests!r})
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
 from mlx_simpo import DataConfig
 from mlx_simpo.data.cache import tokenized
 from mlx_simpo.data.encode import Encoder

@@ -1,16 +1,16 @@
-"""Scored are the answer and the one token that ends it, never the prompt."""
+"""TokenizedSequence are the answer and the one token that ends it, never the prompt."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tiny import BARE, CHATML, INST, assistant, system, tiny_tokenizer, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BARE, CHATML, INST, assistant, system, tiny_tokenizer, user
 
 from mlx_simpo import DataConfig, SimPOError
-from mlx_simpo.data.encode import EncodedPair, Encoder, Scored, encode_pairs
-from mlx_simpo.data.records import Pair, Refused
+from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence, encode_pairs
+from mlx_simpo.data.records import InvalidRecordError, Pair
 from mlx_simpo.model.loading import load_only_tokenizer
 
 TINY = tiny_tokenizer()
@@ -29,16 +29,16 @@ def ids(text: str) -> list[int]:
     return TINY.encode(text, add_special_tokens=False)
 
 
-def read(side: Scored) -> str:
-    return TINY.decode(side.tokens[: side.start].tolist())
+def read(side: TokenizedSequence) -> str:
+    return TINY.decode(side.tokens[: side.score_start].tolist())
 
 
-def scored(side: Scored) -> str:
-    return TINY.decode(side.tokens[side.start :].tolist())
+def scored(side: TokenizedSequence) -> str:
+    return TINY.decode(side.tokens[side.score_start :].tolist())
 
 
-def pieces(side: Scored, tokenizer: Any) -> list[str]:
-    return [tokenizer.decode([token]) for token in side.tokens[side.start :].tolist()]
+def pieces(side: TokenizedSequence, tokenizer: Any) -> list[str]:
+    return [tokenizer.decode([token]) for token in side.tokens[side.score_start :].tolist()]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_the_answer_and_one_end(template: str | None, pair: Pair, prompt: str, e
     for side, answer in ((found.chosen, "Because."), (found.rejected, "No")):
         assert (read(side), scored(side)) == (prompt, answer + end)
         assert side.tokens.tolist() == ids(prompt) + ids(answer) + ids(end)
-        assert side.scored == len(ids(answer)) + 1
+        assert side.num_scored == len(ids(answer)) + 1
 
 
 def test_an_end_of_turn_of_the_models_own_needs_no_eos() -> None:
@@ -121,7 +121,7 @@ def test_where_the_tokenizer_merges_prompt_and_answer(smollm2_folder: Path, row:
     assert pieces(found.chosen, coder.tokenizer)[:-1] == one
     assert pieces(found.rejected, coder.tokenizer)[:-1] == two
     assert (found.chosen.tokens[-1], found.rejected.tokens[-1]) == (coder.eos, coder.eos)
-    assert found.moved == moved
+    assert found.boundary_tokens == moved
 
 
 TEXT = st.text(st.sampled_from("ab the.\n é🙂空1"), max_size=12)
@@ -136,7 +136,7 @@ def test_the_prompt_has_no_say_in_what_is_scored(first: str, prompt: str, answer
     a, b = (answer.lstrip() for answer in answers)
     found = encoder().encode(Pair([user(first), A, user(prompt)], [assistant(a)], [assistant(b)]))
     for side, answer in ((found.chosen, a), (found.rejected, b)):
-        assert side.tokens[side.start :].tolist() == ids(f"{answer}<|im_end|>")
+        assert side.tokens[side.score_start :].tolist() == ids(f"{answer}<|im_end|>")
 
 
 @given(st.sampled_from([CHATML, INST, BARE, None]), TEXT, ANSWERS)
@@ -144,17 +144,17 @@ def test_the_prompt_has_no_say_in_what_is_scored(first: str, prompt: str, answer
 def test_what_is_read_and_what_is_scored(template: str | None, prompt: str, answers: tuple) -> None:
     coder = encoder(template, bos="<s>", adds_bos=True)
     found, asked = coder.encode(Pair(prompt, *answers)), coder.prompt_tokens(prompt)
-    start = found.chosen.start
+    start = found.chosen.score_start
     firsts = set(asked[start : start + 1])
     end = {CHATML: "<|im_end|>", INST: "</s>", BARE: "\n</s>", None: "</s>"}[template]
     for side, answer in zip((found.chosen, found.rejected), answers, strict=True):
-        assert side.tokens[: side.start].tolist() == asked[:start]
+        assert side.tokens[: side.score_start].tolist() == asked[:start]
         whole = TINY.decode(asked) + " " * (template == INST) + answer + end
         assert read(side) + scored(side) == whole
         assert scored(side).endswith(answer + end)  # all of it, whatever it begins with
-        firsts.add(int(side.tokens[side.start]))
-    assert found.moved == len(asked) - start
-    assert not found.moved or len(firsts) > 1  # not earlier than where the three part
+        firsts.add(int(side.tokens[side.score_start]))
+    assert found.boundary_tokens == len(asked) - start
+    assert not found.boundary_tokens or len(firsts) > 1  # not earlier than where the three part
 
 
 @pytest.mark.parametrize(
@@ -197,8 +197,8 @@ def cut(sizes: tuple[int, int, int], limits: tuple[int, int], **options: Any) ->
 )
 def test_what_is_cut(sizes: tuple, limits: tuple, kept: tuple, lost: tuple) -> None:
     found = cut(sizes, limits)
-    assert (found.chosen.start, found.chosen.scored, found.rejected.scored) == kept
-    assert (found.cut_prompt, found.cut_answers) == lost
+    assert (found.chosen.score_start, found.chosen.num_scored, found.rejected.num_scored) == kept
+    assert (found.cut_prompt, found.cut_response) == lost
 
 
 @given(st.tuples(*[st.integers(2, 20)] * 3), st.integers(1, 20), st.integers(1, 20), st.booleans())
@@ -208,25 +208,25 @@ def test_the_rule_of_truncation(sizes: tuple, max_prompt: int, more: int, bos: b
     limits = (max_prompt + more, max_prompt)
     options: dict[str, Any] = {"bos": "<s>", "adds_bos": True} if bos else {}
     whole = cut(sizes, (1000, 999), **options)
-    before = whole.chosen.tokens.tolist()[: whole.chosen.start]
-    answers = [s.tokens.tolist()[s.start :] for s in (whole.chosen, whole.rejected)]
+    before = whole.chosen.tokens.tolist()[: whole.chosen.score_start]
+    answers = [s.tokens.tolist()[s.score_start :] for s in (whole.chosen, whole.rejected)]
     keep = min(len(before), max(max_prompt, limits[0] - max(map(len, answers))))
     head = before[:1] + before[len(before) - keep + 1 :] if bos else before[-keep:]
     tails = [answer[: limits[0] - keep] for answer in answers]
     if tails[0] == tails[1]:
-        with pytest.raises(Refused, match="identical answers"):
+        with pytest.raises(InvalidRecordError, match="identical answers"):
             cut(sizes, limits, **options)
         return
     found = cut(sizes, limits, **options)
     assert [s.tokens.tolist() for s in (found.chosen, found.rejected)] == [head + t for t in tails]
-    assert (found.chosen.start, found.rejected.start) == (keep, keep)
+    assert (found.chosen.score_start, found.rejected.score_start) == (keep, keep)
     assert found.cut_prompt == len(before) - keep
-    assert found.cut_answers == sum(map(len, answers)) - sum(map(len, tails))
+    assert found.cut_response == sum(map(len, answers)) - sum(map(len, tails))
 
 
 def test_an_answer_of_which_nothing_is_scored() -> None:
     silent = "q</s>{{ messages[1].content if messages[1] and messages[1].content != 'x' }}"
-    with pytest.raises(Refused, match="no scored token left"):
+    with pytest.raises(InvalidRecordError, match="no scored token left"):
         encoder(silent).encode(Pair("q", "x", "b"))
 
 

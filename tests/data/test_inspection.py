@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny import BARE, assistant, some_pairs, system, tiny_tokenizer, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
-from tiny import BARE, assistant, some_pairs, system, tiny_tokenizer, user
 
 from mlx_simpo import DataConfig
-from mlx_simpo.data.encode import EncodedPair, Encoder, Scored, encode_pairs
+from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence, encode_pairs
 from mlx_simpo.data.inspection import marked, show, summarize
 from mlx_simpo.data.pairs import Quarantined
 from mlx_simpo.data.records import Pair
@@ -25,14 +25,16 @@ CODER = Encoder(TINY, DataConfig())
 PAIRS = [Pair(**record, index=i) for i, record in enumerate(some_pairs(9))]
 
 
-def summary(pairs: list[Pair], left_out: tuple = (), **config: Any) -> dict[str, Any]:
+def summary(pairs: list[Pair], quarantined: tuple = (), **config: Any) -> dict[str, Any]:
     coder = Encoder(TINY, DataConfig(**config))
     encoded, refused = encode_pairs(coder, pairs)
-    return summarize(encoded, [*left_out, *refused], coder)
+    return summarize(encoded, [*quarantined, *refused], coder)
 
 
 def sized(prompt: int, chosen: int, rejected: int, **counts: int) -> EncodedPair:
-    sides = (Scored(np.arange(prompt + n, dtype=np.int32), prompt) for n in (chosen, rejected))
+    sides = (
+        TokenizedSequence(np.arange(prompt + n, dtype=np.int32), prompt) for n in (chosen, rejected)
+    )
     return EncodedPair(*sides, **counts)
 
 
@@ -96,8 +98,8 @@ def test_cuts_are_counted_by_pair_and_by_token() -> None:
     pairs = [
         sized(5, 5, 5),
         sized(5, 5, 5, cut_prompt=3),
-        sized(5, 5, 5, cut_answers=4),
-        sized(5, 5, 5, cut_prompt=10, cut_answers=20),
+        sized(5, 5, 5, cut_response=4),
+        sized(5, 5, 5, cut_prompt=10, cut_response=20),
     ]
     found = summarize(pairs, [], CODER)
     assert (found["prompts_cut"], found["answers_cut"], found["tokens_cut"]) == (2, 2, 37)
@@ -173,7 +175,7 @@ TEXT = st.text(st.sampled_from("ab the.\n1"), max_size=12)
 def test_every_scored_token_ends_in_a_bar(prompt: str, answer: str) -> None:
     side = CODER.encode(Pair(prompt, answer, "other")).chosen
     _, scored = halves(marked(side, TINY, "green"))
-    assert scored.count("|") == side.scored + "<|im_end|>".count("|")
+    assert scored.count("|") == side.num_scored + "<|im_end|>".count("|")
     tokens = scored.replace("<|im_end|>", "END").split("|")[:-1]
     assert "".join(tokens).replace("↵", "") == f"{answer}END"
 

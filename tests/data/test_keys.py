@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import (
+from helpers.tiny import (
     BARE,
     CHATML,
     INST,
@@ -249,8 +249,10 @@ def outcomes() -> list[Any]:
                 found.append([outcome.source, outcome.reason])
                 continue
             pair, prompt = outcome
-            sides = [[s.tokens.tolist(), s.start] for s in (pair.chosen, pair.rejected)]
-            found.append([*sides, pair.moved, pair.cut_prompt, pair.cut_answers, prompt.decode()])
+            sides = [[s.tokens.tolist(), s.score_start] for s in (pair.chosen, pair.rejected)]
+            found.append(
+                [*sides, pair.boundary_tokens, pair.cut_prompt, pair.cut_response, prompt.decode()]
+            )
     return found
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tiny import BARE, CHATML, INST, assistant, system, tiny_tokenizer, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BARE, CHATML, INST, assistant, system, tiny_tokenizer, user
 
 from mlx_simpo import DataConfig, SimPOError
-from mlx_simpo.data.encode import EncodedPair, Encoder, Scored
-from mlx_simpo.data.records import Pair, Refused
+from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence
+from mlx_simpo.data.records import InvalidRecordError, Pair
 from mlx_simpo.model.loading import load_only_tokenizer
 
 TINY = tiny_tokenizer(bos="<s>")
@@ -30,10 +30,10 @@ def ids(text: str) -> list[int]:
     return TINY.encode(text, add_special_tokens=False)
 
 
-def halves(side: Scored) -> tuple[str, str]:
+def halves(side: TokenizedSequence) -> tuple[str, str]:
     """What is read and what is scored."""
     tokens = side.tokens.tolist()
-    return TINY.decode(tokens[: side.start]), TINY.decode(tokens[side.start :])
+    return TINY.decode(tokens[: side.score_start]), TINY.decode(tokens[side.score_start :])
 
 
 def restated(
@@ -70,7 +70,7 @@ def restated(
 
 def as_rows(found: EncodedPair) -> list[tuple[list[int], list[int]]]:
     sides = (found.chosen, found.rejected)
-    return [(s.tokens.tolist()[: s.start], s.tokens.tolist()[s.start :]) for s in sides]
+    return [(s.tokens.tolist()[: s.score_start], s.tokens.tolist()[s.score_start :]) for s in sides]
 
 
 @pytest.mark.parametrize("pair", [STRINGS, Pair([Q], [A], [B]), Pair([Q], [A], [B], whole=True)])
@@ -161,7 +161,7 @@ def test_the_boundary_goes_one_token_back(
 ) -> None:
     found = encoder(JOINED).encode(Pair(prompt, a, b))
     assert (halves(found.chosen), halves(found.rejected)) == (one, two)
-    assert found.moved == moved
+    assert found.boundary_tokens == moved
 
 
 TEXT = st.text(st.sampled_from("ab the.\n é空1"), min_size=1, max_size=20).filter(str.strip)
@@ -183,7 +183,7 @@ def test_token_for_token(
     coder = encoder(template, max_length=max_length, max_prompt_length=max_prompt)
     expected = restated(coder.tokenizer, texts, max_length, max_prompt)
     if expected is None or expected[0] == expected[1]:
-        with pytest.raises(Refused):
+        with pytest.raises(InvalidRecordError):
             coder.encode(Pair(prompt, a, b))
         return
     found = coder.encode(Pair(prompt, a, b))
@@ -195,7 +195,7 @@ def test_token_for_token(
         for rows in zip(whole, expected, strict=True)
     ]
     assert found.cut_prompt == max(lost[0][0], lost[1][0])
-    assert found.cut_answers == lost[0][1] + lost[1][1]
+    assert found.cut_response == lost[0][1] + lost[1][1]
 
 
 def test_a_short_prompt_gives_no_room_to_the_answer() -> None:
@@ -203,14 +203,14 @@ def test_a_short_prompt_gives_no_room_to_the_answer() -> None:
     coder = encoder(BARE, max_length=40, max_prompt_length=25)
     found = coder.encode(Pair("q", "the " * 40, "No"))
     assert halves(found.chosen)[0] == "<s>user: q\n"
-    assert found.chosen.scored == 40 - 25
+    assert found.chosen.num_scored == 40 - 25
     assert (found.cut_prompt, found.rejected.tokens[-1]) == (0, coder.eos)
     assert found.chosen.tokens[-1] != coder.eos
 
 
 def test_a_cut_prompt_loses_bos() -> None:
     found = encoder(BARE, max_length=20, max_prompt_length=4).encode(Pair("the " * 9, "a", "b"))
-    assert (found.chosen.start, found.cut_prompt) == (
+    assert (found.chosen.score_start, found.cut_prompt) == (
         4,
         len(ids("<s>user: " + "the " * 9 + "\n")) - 4,
     )
@@ -218,7 +218,7 @@ def test_a_cut_prompt_loses_bos() -> None:
 
 
 def test_an_answer_that_merges_into_fewer_tokens_than_its_prompt() -> None:
-    with pytest.raises(Refused, match="official check fails"):
+    with pytest.raises(InvalidRecordError, match="official check fails"):
         encoder(JOINED).encode(Pair("number", "s", "x"))
 
 
@@ -238,5 +238,5 @@ def test_the_official_code_needs_eos() -> None:
 
 
 def test_half_a_surrogate_pair_is_refused() -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(InvalidRecordError):
         encoder().encode(Pair("q", "\ud800", "b"))

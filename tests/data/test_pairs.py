@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.tiny import assistant, some_pairs, split_pairs, user, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import assistant, some_pairs, split_pairs, user, write_jsonl
 
 from mlx_simpo import SimPOError
 from mlx_simpo.data.pairs import (
@@ -33,7 +33,7 @@ BAD = [
 ]
 
 
-def left_out(*reasons: str) -> list[Quarantined]:
+def quarantined(*reasons: str) -> list[Quarantined]:
     return [Quarantined(f"pairs.jsonl:{n}", reason) for n, reason in enumerate(reasons, start=1)]
 
 
@@ -83,14 +83,14 @@ def test_exactly_the_share_allowed_passes_and_one_more_does_not(
     total: int, data: st.DataObject
 ) -> None:
     bad = data.draw(st.integers(0, total - 1))
-    check_share(total - bad, left_out(*["x"] * bad), bad / total, "pairs.jsonl")
+    check_share(total - bad, quarantined(*["x"] * bad), bad / total, "pairs.jsonl")
     with pytest.raises(SimPOError, match=f"{bad + 1} of {total} records are unusable"):
-        check_share(total - bad - 1, left_out(*["x"] * (bad + 1)), bad / total, "pairs.jsonl")
+        check_share(total - bad - 1, quarantined(*["x"] * (bad + 1)), bad / total, "pairs.jsonl")
 
 
 @pytest.mark.parametrize(("bad", "total", "share"), [(3, 10, 0.3), (1, 20, 0.05), (7, 100, 0.07)])
 def test_shares_as_people_write_them(bad: int, total: int, share: float) -> None:
-    check_share(total - bad, left_out(*["x"] * bad), share, "pairs.jsonl")
+    check_share(total - bad, quarantined(*["x"] * bad), share, "pairs.jsonl")
 
 
 def test_nothing_left_out_passes_at_share_zero() -> None:
@@ -98,7 +98,7 @@ def test_nothing_left_out_passes_at_share_zero() -> None:
 
 
 def test_the_message_counts_reasons_and_gives_the_first_place_of_each() -> None:
-    bad = left_out("identical answers", "empty answer", "empty answer")
+    bad = quarantined("identical answers", "empty answer", "empty answer")
     bad[1] = bad[1]._replace(detail="chosen")
     with pytest.raises(SimPOError) as caught:
         check_share(7, bad, 0.05, "pairs.jsonl")
@@ -111,7 +111,7 @@ def test_the_message_counts_reasons_and_gives_the_first_place_of_each() -> None:
 
 def test_no_share_allows_a_source_without_a_usable_record() -> None:
     with pytest.raises(SimPOError, match=r"2 of 2 .* all of them: 2 × x, e\.g\. pairs\.jsonl:1"):
-        check_share(0, left_out("x", "x"), 1.0, "pairs.jsonl")
+        check_share(0, quarantined("x", "x"), 1.0, "pairs.jsonl")
 
 
 def test_an_empty_source() -> None:

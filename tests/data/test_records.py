@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from helpers.tiny import assistant, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import assistant, system, user
 
-from mlx_simpo.data.records import ROLES, Pair, Refused, parse_pair
+from mlx_simpo.data.records import ROLES, InvalidRecordError, Pair, parse_pair
 from mlx_simpo.data.sources import Row
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
@@ -25,7 +25,7 @@ def parse(record: Any, implicit: bool = False) -> Pair:
 
 def refusal(record: Any, implicit: bool = False) -> tuple[str, str]:
     """(reason, detail) of a record that must be refused."""
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidRecordError) as caught:
         parse(record, implicit)
     reason, *detail = caught.value.args
     return reason, "".join(detail)
@@ -178,7 +178,7 @@ def test_refused_records(record: Any, reason: str, detail: str) -> None:
 
 
 def test_an_unreadable_row_keeps_its_problem() -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidRecordError) as caught:
         parse_pair(Row(3, "pairs.jsonl:4", None, "no valid JSON: x"))
     assert caught.value.args == ("unreadable row", "no valid JSON: x")
 
@@ -207,7 +207,7 @@ def test_a_question_is_no_answer(record: dict) -> None:
 def test_an_empty_message_list_is_no_prompt() -> None:
     try:
         pair = parse(chats([Q, A], [Q, B], prompt=[]))
-    except Refused:
+    except InvalidRecordError:
         return
     assert (pair.prompt, pair.chosen, pair.rejected) == ([Q], [A], [B])
 
@@ -257,7 +257,7 @@ def test_implicit_string_prompts_refused(chosen: str, rejected: str, reason: str
 def parse_or_reason(record: Any, implicit: bool) -> Pair | str:
     try:
         return parse(record, implicit)
-    except Refused as refused:
+    except InvalidRecordError as refused:
         return "".join(refused.args[:1])
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tiny import BARE, CHATML, INST, assistant, system, tiny_tokenizer, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BARE, CHATML, INST, assistant, system, tiny_tokenizer, user
 
 from mlx_simpo import SimPOError
-from mlx_simpo.data.records import Pair, Refused
+from mlx_simpo.data.records import InvalidRecordError, Pair
 from mlx_simpo.data.render import Renderer
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
@@ -24,7 +24,7 @@ def renderer(chat_template: str = "auto", own: str | None = CHATML, **options: A
 
 
 def refusal(chat_template: str, messages: list[dict]) -> tuple[str, ...]:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidRecordError) as caught:
         renderer(chat_template).render(messages)
     return caught.value.args
 
@@ -164,7 +164,7 @@ def test_what_a_template_refuses(template: str, messages: list[dict], detail: st
     ["{% for k, v in tools|dictsort %}{% endfor %}", "{{ 1 // (messages|length - 1) }}"],
 )
 def test_whatever_fails_in_a_template_refuses_the_record(template: str) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(InvalidRecordError):
         renderer(template).render([Q], TOOLS)
 
 
@@ -186,7 +186,7 @@ def test_a_conversation_without_a_template_is_the_users_to_mend(
     found = renderer(chat_template, own)
     with pytest.raises(SimPOError, match=r"pairs\.jsonl:4 .*data\.chat_template") as caught:
         found.conversation(CONVERSATION)
-    assert not isinstance(caught.value, Refused)
+    assert not isinstance(caught.value, InvalidRecordError)
     assert found.conversation(STRINGS) == ([Q], [A], [B])
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.tiny import some_pairs, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import some_pairs, write_jsonl
 
 from mlx_simpo import SimPOError
 from mlx_simpo.data.sources import (

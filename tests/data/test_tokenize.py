@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHATML, assistant, some_pairs, system, tiny_tokenizer, user, write_jsonl
+from helpers.tiny import CHATML, assistant, some_pairs, system, tiny_tokenizer, user, write_jsonl
 
 from mlx_simpo import DataConfig, SimPOError, load_pairs
 from mlx_simpo.data import tokenize
@@ -44,8 +44,15 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def plain(pair: EncodedPair) -> tuple:
-    sides = [(side.tokens.tolist(), side.start) for side in (pair.chosen, pair.rejected)]
-    return (*sides, pair.index, pair.source, pair.moved, pair.cut_prompt, pair.cut_answers)
+    sides = [(side.tokens.tolist(), side.score_start) for side in (pair.chosen, pair.rejected)]
+    return (
+        *sides,
+        pair.index,
+        pair.source,
+        pair.boundary_tokens,
+        pair.cut_prompt,
+        pair.cut_response,
+    )
 
 
 @pytest.mark.parametrize(

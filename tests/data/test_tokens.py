@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_simpo.data.encode import EncodedPair, Scored
+from mlx_simpo.data.encode import EncodedPair, TokenizedSequence
 from mlx_simpo.data.tokens import (
     FILES,
     NUMBERS,
@@ -25,7 +25,9 @@ from mlx_simpo.data.tokens import (
 
 NUMBER = st.integers(0, 2**31 - 1)
 SIDE = st.builds(
-    lambda tokens, start: Scored(np.array(tokens, np.int32), min(start, len(tokens) - 1)),
+    lambda tokens, start: TokenizedSequence(
+        np.array(tokens, np.int32), min(start, len(tokens) - 1)
+    ),
     st.lists(NUMBER, min_size=2, max_size=6),
     st.integers(1, 5),
 )
@@ -42,13 +44,20 @@ def written(folder: Path, pairs: list[EncodedPair], prompts: list[bytes]) -> Tok
 
 
 def plain(pair: EncodedPair) -> tuple:
-    sides = [(side.tokens.tolist(), side.start) for side in (pair.chosen, pair.rejected)]
-    return (*sides, pair.index, pair.source, pair.moved, pair.cut_prompt, pair.cut_answers)
+    sides = [(side.tokens.tolist(), side.score_start) for side in (pair.chosen, pair.rejected)]
+    return (
+        *sides,
+        pair.index,
+        pair.source,
+        pair.boundary_tokens,
+        pair.cut_prompt,
+        pair.cut_response,
+    )
 
 
 def some(count: int) -> list[EncodedPair]:
-    def side(n: int) -> Scored:
-        return Scored(np.arange(n, dtype=np.int32), 1)
+    def side(n: int) -> TokenizedSequence:
+        return TokenizedSequence(np.arange(n, dtype=np.int32), 1)
 
     return [EncodedPair(side(3 + i % 5), side(2 + i % 7), i, f"f:{i}") for i in range(count)]
 
@@ -126,7 +135,7 @@ def test_reading_all_pairs_takes_no_memory(tmp_path: Path) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    side = Scored(np.arange(10_000, dtype=np.int32), 1)
+    side = TokenizedSequence(np.arange(10_000, dtype=np.int32), 1)
     pair = EncodedPair(side, side)
     found = written(tmp_path / "a", [pair] * 2000, [b"q"] * 2000)
     before, highest = resident(), 0

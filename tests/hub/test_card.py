@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import small_run
-from huggingface_hub import ModelCard
-from hypothesis import given
-from hypothesis import strategies as st
-from shared_folders import (
+from helpers.commands import small_run
+from helpers.shared_folders import (
     BASE,
     every_kind,
     peft_folder,
@@ -21,7 +18,10 @@ from shared_folders import (
     whole_folder,
     write_json,
 )
-from tiny import some_pairs, write_jsonl
+from helpers.tiny import some_pairs, write_jsonl
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_simpo import SimPOError, __version__, load_config, train
 from mlx_simpo.hub.card import MARK, make_card, users_card

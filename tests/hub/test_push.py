@@ -11,15 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from shared_folders import (
+from helpers.shared_folders import (
     every_kind,
     peft_folder,
     record,
@@ -27,6 +19,14 @@ from shared_folders import (
     whole_folder,
     write_json,
     write_weights,
+)
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from mlx_simpo import SimPOError

@@ -9,9 +9,9 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from commands import arrays, assert_same_arrays, changed_copy
+from helpers.commands import arrays, assert_same_arrays, changed_copy
+from helpers.tiny import tiny_config, tiny_folder, tiny_model
 from mlx.utils import tree_flatten, tree_map
-from tiny import tiny_config, tiny_folder, tiny_model
 
 from mlx_simpo import LoRAConfig, SimPOError
 from mlx_simpo.model.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter

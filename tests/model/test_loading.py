@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from commands import changed_copy
+from helpers.commands import changed_copy
+from helpers.tiny import CHATML, tiny_config, tiny_model, tiny_tokenizer
 from huggingface_hub.errors import LocalEntryNotFoundError
 from mlx.utils import tree_flatten
-from tiny import CHATML, tiny_config, tiny_model, tiny_tokenizer
 
 from mlx_simpo import SimPOError
 from mlx_simpo.model import loading

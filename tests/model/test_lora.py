@@ -6,8 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.tiny import tiny_model
 from mlx.utils import tree_flatten, tree_map
-from tiny import tiny_model
 
 from mlx_simpo import LoRAConfig, SimPOError
 from mlx_simpo.model.adapters import save_adapter

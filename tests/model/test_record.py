@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import arrays, assert_same_arrays, small_run, written_report
+from helpers.commands import arrays, assert_same_arrays, small_run, written_report
+from helpers.tiny import CHATML, INST, some_pairs, tiny_folder, write_jsonl
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load as mlx_lm_load
-from tiny import CHATML, INST, some_pairs, tiny_folder, write_jsonl
 
 from mlx_simpo import SimPOError, __version__, evaluate, generate, load_config, load_model, train
-from mlx_simpo.model.loading import Loaded
+from mlx_simpo.model.loading import LoadedModel
 from mlx_simpo.model.record import base_record, mismatches, table, template_hash
 
 FOUR = {"group_size": 64, "bits": 4, "mode": "affine"}
 
 
-def loaded(**changes: Any) -> Loaded:
+def loaded(**changes: Any) -> LoadedModel:
     """A loaded model of which only the record is looked at."""
     config = {"quantization": changes.pop("quantization", None)}
     values = {"name": "org/model", "revision": "abc", "folder": Path(), **changes}
-    return Loaded(None, None, config, "float32", **values)  # type: ignore[arg-type]
+    return LoadedModel(None, None, config, "float32", **values)  # type: ignore[arg-type]
 
 
 def test_a_run_records_what_it_was_trained_on(adapter: Path, model_folder: Path) -> None:
@@ -84,17 +84,17 @@ def test_every_way_of_loading_warns(adapter: Path, pairs_file: Path, tmp_path: P
     """evaluate, generate and lora.init_from, with another model than the adapter's."""
     other = tiny_folder(tmp_path / "another")
     warning = f"model was {load_config(adapter / 'config.yaml').model} in training and is {other}"
-    report, text = written_report()
+    display, text = written_report()
     given = [f"model={other}", f"data.valid={pairs_file}"]
-    evaluate(load_config(None, given), adapter, report)
+    evaluate(load_config(None, given), adapter, display)
     assert text.getvalue().count(warning) == 1
-    report, text = written_report()
-    generate(load_config(None, given), "Hello", adapter, max_tokens=1, report=report)
+    display, text = written_report()
+    generate(load_config(None, given), "Hello", adapter, max_tokens=1, display=display)
     assert text.getvalue().count(warning) == 1
-    report, text = written_report()
+    display, text = written_report()
     pairs = write_jsonl(tmp_path / "pairs.jsonl", some_pairs())
     more = small_run(other, pairs, tmp_path / "run", f"lora.init_from={adapter}")
-    train(load_config(None, more), report)
+    train(load_config(None, more), display)
     assert text.getvalue().count(warning) == 1
 
 

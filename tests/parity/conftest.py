@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mlx_simpo.model.loading import Loaded, load_model
+from mlx_simpo.model.loading import LoadedModel, load_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "train.jsonl"
 PAIRS = 32
@@ -48,5 +48,5 @@ def hf_model(smollm2_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def mlx_model(smollm2_folder: Path) -> Loaded:
+def mlx_model(smollm2_folder: Path) -> LoadedModel:
     return load_model(str(smollm2_folder))

@@ -25,7 +25,7 @@ Record = Mapping[str, Any]
 SIDES = ("chosen", "rejected")
 
 
-class Scored(NamedTuple):
+class TokenizedSequence(NamedTuple):
     """A tokenized preference pair; each side is scored from its start index on."""
 
     chosen: list[int]
@@ -116,7 +116,7 @@ def _cut_prompt(prompt: list[int], length: int, bos: int | None) -> list[int]:
 
 def scored_default(
     tokenizer: Tokenizer, record: Record, max_length: int, max_prompt_length: int
-) -> Scored | None:
+) -> TokenizedSequence | None:
     """Tokenize a pair by the library's documented rules.
 
     The three texts (prompt with generation prompt, both whole conversations) are
@@ -146,7 +146,7 @@ def scored_default(
     chosen, rejected = head + tails[0], head + tails[1]
     if min(len(chosen), len(rejected)) <= start:
         return None
-    return Scored(chosen, start, rejected, start)
+    return TokenizedSequence(chosen, start, rejected, start)
 
 
 def _official_texts(tokenizer: Tokenizer, record: Record) -> tuple[str, str, str]:
@@ -179,7 +179,7 @@ def _official_split(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[lis
 
 def scored_official(
     tokenizer: Tokenizer, record: Record, max_length: int, max_prompt_length: int
-) -> Scored:
+) -> TokenizedSequence:
     """Tokenize a pair by the rules of princeton-nlp/SimPO (truncation keep_end).
 
     Raises ValueError where the authors' code cannot run: without a BOS or EOS token,
@@ -212,7 +212,7 @@ def scored_official(
         if len(head) + longer > max_length:
             tail = tail[: max_length - max_prompt_length]
         sides.append((head + tail, len(head)))
-    return Scored(*sides[0], *sides[1])
+    return TokenizedSequence(*sides[0], *sides[1])
 
 
 def average_logps(

@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
+from parity.zoo import COMMON as ZOO_COMMON
 from transformers import AutoConfig, AutoModelForCausalLM
-from zoo import COMMON as ZOO_COMMON
 
 from mlx_simpo.model.loading import load_model
 

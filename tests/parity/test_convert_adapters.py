@@ -10,8 +10,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from parity.zoo import (
+    ZOO,
+    agree,
+    attention,
+    mlx_adapter,
+    mlx_logits,
+    saved,
+    torch_logits,
+    torch_model,
+)
 from peft import LoraConfig, get_peft_model
-from zoo import ZOO, agree, attention, mlx_adapter, mlx_logits, saved, torch_logits, torch_model
 
 from mlx_simpo import SimPOError
 from mlx_simpo.convert import from_peft, to_peft

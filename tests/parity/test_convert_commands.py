@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import written_report
-from wrapped import MODELS
-from zoo import ZOO, agree, mlx_adapter, mlx_logits, saved, torch_logits
+from helpers.commands import written_report
+from parity.wrapped import MODELS
+from parity.zoo import ZOO, agree, mlx_adapter, mlx_logits, saved, torch_logits
 
 from mlx_simpo import SimPOError, from_hf, from_peft, fuse, to_peft
 from mlx_simpo.convert import names
 from mlx_simpo.convert.architectures import TABLE
-from mlx_simpo.convert.peft_config import PeftConfig
+from mlx_simpo.convert.peft.config import PeftConfig
 
 CLOSE = 1e-3
 PEFT_FAILS = ("granitemoe", "qwen2_moe", "phimoe")
@@ -45,8 +45,8 @@ def test_everything_verified(name: str, tmp_path: Path) -> None:
 def test_a_base_that_differs_by_itself_is_said(name: str, tmp_path: Path) -> None:
     """What it differs by hides as much of a conversion's mistakes."""
     base = saved(name, tmp_path / "base")
-    report, text = written_report()
-    to_peft(mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft", verify=True, report=report)
+    display, text = written_report()
+    to_peft(mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft", verify=True, display=display)
     said = "MLX and transformers on the base model itself" in text.getvalue()
     assert said == (name == "gemma")
     assert ("exact GELU" in text.getvalue()) == said

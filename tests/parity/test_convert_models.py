@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 from mlx_lm.utils import load_config, quantize_model, save
+from parity.zoo import TOKENS, ZOO, agree, mlx_adapter, mlx_logits, saved, torch_logits, torch_model
 from peft import IA3Config, LoraConfig, get_peft_model
-from zoo import TOKENS, ZOO, agree, mlx_adapter, mlx_logits, saved, torch_logits, torch_model
 
 from mlx_simpo import SimPOError, load_adapter, load_model
 from mlx_simpo.convert import from_peft, fuse, to_peft

@@ -25,7 +25,7 @@ from mlx_simpo import (
     to_peft,
     train,
 )
-from mlx_simpo.convert.verify import mlx_logits, sample_tokens
+from mlx_simpo.convert.verify.compare import mlx_logits, sample_tokens
 from mlx_simpo.model.adapters import save_adapter
 from mlx_simpo.model.lora import attach_lora
 

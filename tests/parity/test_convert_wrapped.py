@@ -12,9 +12,9 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_config, quantize_model, save
+from parity.wrapped import CASES, COMPANIONS, MODELS, rewritten, saved, torch_logits, torch_model
+from parity.zoo import EXACT, agree, mlx_adapter, mlx_logits
 from peft import LoraConfig, get_peft_model
-from wrapped import CASES, COMPANIONS, MODELS, rewritten, saved, torch_logits, torch_model
-from zoo import EXACT, agree, mlx_adapter, mlx_logits
 
 from mlx_simpo import SimPOError, load_model
 from mlx_simpo.convert import from_hf, from_peft, fuse, to_peft

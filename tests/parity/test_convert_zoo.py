@@ -7,13 +7,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-import wrapped
 from mlx.utils import tree_flatten
-from zoo import COMMON, EXACT, TOKENS, ZOO, mlx_adapter, mlx_logits, saved, torch_logits
+from parity import wrapped
+from parity.zoo import COMMON, EXACT, TOKENS, ZOO, mlx_adapter, mlx_logits, saved, torch_logits
 
 from mlx_simpo import load_adapter, load_model
 from mlx_simpo.convert.architectures import deviation
-from mlx_simpo.model.files import read_json
+from mlx_simpo.files import read_json
 
 
 @pytest.mark.parametrize("name", ZOO)

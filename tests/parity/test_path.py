@@ -12,14 +12,14 @@ from parity import oracle
 
 from mlx_simpo import DataConfig, ObjectiveConfig, evaluate_pairs, load_pairs
 from mlx_simpo.data.encode import Encoder, encode_pairs
-from mlx_simpo.model.loading import Loaded
+from mlx_simpo.model.loading import LoadedModel
 
 LENGTHS = [(1024, 512), (96, 48)]  # as people train, and so short that most pairs are cut
 
 
 def oracle_rows(
     tokenizer: Any, records: list[dict], compat: str | None, max_length: int, max_prompt: int
-) -> list[tuple[int, oracle.Scored]]:
+) -> list[tuple[int, oracle.TokenizedSequence]]:
     encode = oracle.scored_official if compat else oracle.scored_default
     rows = [(i, encode(tokenizer, r, max_length, max_prompt)) for i, r in enumerate(records)]
     return [(i, row) for i, row in rows if row is not None and row.chosen != row.rejected]
@@ -31,7 +31,7 @@ def test_tokens_and_scored_positions(
     pairs_path: Path,
     records: list[dict],
     hf_tokenizer: Any,
-    mlx_model: Loaded,
+    mlx_model: LoadedModel,
     compat: str | None,
     max_length: int,
     max_prompt: int,
@@ -49,7 +49,10 @@ def test_tokens_and_scored_positions(
     for pair, (_, row) in zip(found, expected, strict=True):
         assert pair.chosen.tokens.tolist() == row.chosen
         assert pair.rejected.tokens.tolist() == row.rejected
-        assert (pair.chosen.start, pair.rejected.start) == (row.chosen_start, row.rejected_start)
+        assert (pair.chosen.score_start, pair.rejected.score_start) == (
+            row.chosen_start,
+            row.rejected_start,
+        )
 
 
 @pytest.mark.parametrize("compat", [None, "official"])
@@ -58,7 +61,7 @@ def test_log_probabilities_and_loss(
     records: list[dict],
     hf_tokenizer: Any,
     hf_model: Any,
-    mlx_model: Loaded,
+    mlx_model: LoadedModel,
     compat: str | None,
     record_property: Any,
 ) -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mlx_simpo import LoRAConfig, ObjectiveConfig, SimPOConfig, TrainConfig, load_pairs, train_steps
-from mlx_simpo.config import DataConfig
+from mlx_simpo.config.simpo_config import DataConfig
 from mlx_simpo.data.encode import EncodedPair, Encoder, encode_pairs
 from mlx_simpo.model.loading import load_model
 from mlx_simpo.model.lora import attach_lora
@@ -43,7 +43,7 @@ def torch_step(
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(torch.tensor(start[name].T))
-    rows = [[(s.tokens.tolist(), s.start) for s in (p.chosen, p.rejected)] for p in pairs]
+    rows = [[(s.tokens.tolist(), s.score_start) for s in (p.chosen, p.rejected)] for p in pairs]
     logps = oracle.average_logps(model, [c for c, _ in rows] + [r for _, r in rows], len(rows))
     loss = oracle.simpo_loss(logps[: len(rows)], logps[len(rows) :], BETA, RATIO)
     loss.backward()
@@ -132,7 +132,7 @@ def test_schedules(smollm2_folder: Path) -> None:
     """The rate of every step against transformers' own schedules."""
     import transformers
 
-    from mlx_simpo.optimizer import learning_rate_schedule
+    from mlx_simpo.training.optimizer import learning_rate_schedule
 
     makers: dict[str, Any] = {
         "cosine": transformers.get_cosine_schedule_with_warmup,

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import torch
-import zoo
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
+from parity import zoo
+from parity.zoo import COMMON, FEW, GEMMA3, GEMMA4, QWEN3_5, TIED, TOKENS, rope
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from zoo import COMMON, FEW, GEMMA3, GEMMA4, QWEN3_5, TIED, TOKENS, rope
 
 
 class Wrapped(NamedTuple):

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import torch
+from helpers.tiny import tiny_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from peft import PeftModel
-from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlx_simpo import load_adapter, load_model
@@ -222,9 +222,9 @@ def saved(name: str, folder: Path) -> Path:
 
 def torch_model(folder: Path, adapter: Path | None = None, kind: Any = AutoModelForCausalLM) -> Any:
     """transformers' model in float32, with the PEFT adapter; not one key may be missing or left."""
-    model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, display = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        assert not report[kind], (kind, sorted(report[kind])[:5])
+        assert not display[kind], (kind, sorted(display[kind])[:5])
     if adapter is not None:
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")

@@ -1,0 +1,52 @@
+"""Names of settings that users know from other libraries, and hints at the nearest right name."""
+
+import difflib
+from collections.abc import Sequence
+
+# Names that other libraries use for the same thing, or for something users take for it.
+ALIASES = {
+    "gamma": "objective.gamma_beta_ratio (the target margin divided by beta)",
+    "simpo_gamma": "objective.gamma_beta_ratio (TRL's simpo_gamma divided by beta)",
+    "cpo_alpha": "objective.sft_weight",
+    "lr": "train.learning_rate",
+    "alpha": "lora.lora_alpha",
+    "r": "lora.rank",
+    "use_dora": "lora.dora",
+    "use_rslora": "lora.rslora",
+    "max_seq_length": "data.max_length",
+    "iters": "train.steps",
+    "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "output_dir": "output",
+    "adapter_path": "output",
+}
+
+
+def hint_at_name(path: str, names: Sequence[str]) -> str:
+    """A hint such as ``; did you mean 'lora.rank'?`` at one of ``names`` (dotted)."""
+    leaf = path.rpartition(".")[2]
+    if leaf in ALIASES:
+        return f"; did you mean {ALIASES[leaf]}?"
+    same_words = [name for name in names if words(name) == words(path)]  # lora_rank
+    same_leaf = [name for name in names if name.rpartition(".")[2] == leaf]
+    by_leaf = {name.rpartition(".")[2]: name for name in names}
+    close = difflib.get_close_matches(leaf, by_leaf, n=1)
+    found = (
+        same_words
+        or same_leaf
+        or [by_leaf[c] for c in close]
+        or difflib.get_close_matches(path, names, n=1)
+    )
+    return f"; did you mean {found[0]!r}?" if found else "; `mlx-simpo train --help` lists them all"
+
+
+def hint_at_section(name: str, sections: Sequence[str]) -> str:
+    """A hint at a misspelt group of settings, or an empty string."""
+    close = difflib.get_close_matches(name.lower(), sections, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def words(name: str) -> list[str]:
+    """A name's words in lower case, whatever separates them."""
+    return name.lower().replace("-", "_").replace(".", "_").split("_")

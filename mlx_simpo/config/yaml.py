@@ -1,0 +1,79 @@
+"""YAML without surprises: what looks like a number to a person is one, everything else is text.
+
+PyYAML keeps to YAML 1.1, in which ``1e-6`` is text, ``no`` is false, ``010`` is 8, ``1:30`` is 90
+and the last of two equal keys wins.
+"""
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from ..errors import SimPOError
+
+_BOOL, _INT, _FLOAT, _NULL, _MERGE = (
+    f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "null", "merge")
+)
+_NUMBER = list("-+.0123456789")
+_FLOAT_TEXT = re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$")
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Decimal numbers, true, false and null; a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A mapping whose keys must all differ."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise yaml.YAMLError(f"a name must be text, not {key!r} (line {line})")
+            if key in seen:
+                raise yaml.YAMLError(f"{key!r} stands twice (line {line})")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _MERGE)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+StrictLoader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|false)$"), list("tf"))
+StrictLoader.add_implicit_resolver(_INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), _NUMBER)
+StrictLoader.add_implicit_resolver(_FLOAT, _FLOAT_TEXT, _NUMBER)
+
+
+class StrictDumper(yaml.SafeDumper):
+    """Quotes every text that this loader, or anybody's, would take for something else."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Line breaks other than "\\n" survive only as escapes."""
+        style = '"' if re.search("[\r\x85\u2028\u2029]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+StrictDumper.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+}
+StrictDumper.add_implicit_resolver(_FLOAT, _FLOAT_TEXT, _NUMBER)
+StrictDumper.add_representer(str, StrictDumper.represent_text)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What YAML text says; ``where`` names the file or setting in an error.
+
+    Raises:
+        SimPOError: it is no valid YAML.
+    """
+    try:
+        return yaml.load(text, StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise SimPOError(f"{where} is not valid YAML: {reason}") from None
+
+
+def dump_yaml(values: dict) -> str:
+    """YAML text that `parse_yaml` reads back to ``values``, in their order."""
+    return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""Pairs of tokens → log-probabilities: the heart of the package."""

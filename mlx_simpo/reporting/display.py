@@ -1,0 +1,160 @@
+"""What a person sees: notes, progress bars and tables, all on stderr."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from ..evaluation import Evaluation
+
+# Rows of an evaluation's table, in reading order.
+EVALUATION_ROWS = (
+    "loss",
+    "sft_loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "chosen_tokens",
+    "rejected_tokens",
+)
+
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Display:
+    """Writes to ``console``, by default stderr, so that stdout holds results alone."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._live: Progress | None = None
+
+    def note(self, text: str | None) -> None:
+        """Something worth knowing; None is nothing."""
+        if text is not None:
+            self.console.print(readable(text), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Something that may be wrong."""
+        line = Text.assemble(("warning:", "yellow"), " ", readable(text))
+        self.console.print(line, soft_wrap=True)
+
+    def advise(self, text: str | None) -> None:
+        """A warning, where there is one to give (see `advice`)."""
+        if text is not None:
+            self.warn(text)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        """A bar; the context's value is called with the steps done (default 1) and a note.
+
+        A bar within a bar stands below it and goes when it is done. Where stderr is no terminal
+        (a log file) a line is written every few seconds instead.
+        """
+        if not self.console.is_terminal:
+            yield from self._lines(title, total)
+            return
+        if self._live is not None:
+            yield from self._bar(self._live, title, total, keep=False)
+            return
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console) as self._live:
+            try:
+                yield from self._bar(self._live, title, total, keep=True)
+            finally:
+                self._live = None
+
+    def _lines(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        done, written = 0, time.monotonic()
+
+        def advance(more: int = 1, note: str = "") -> None:
+            nonlocal done, written
+            done += more
+            if time.monotonic() - written >= SECONDS_BETWEEN_LINES:
+                self.note(f"{title} {done}/{total}" + (f": {note}" if note else ""))
+                written = time.monotonic()
+
+        yield advance
+
+    def _bar(
+        self, live: Progress, title: str, total: int, *, keep: bool
+    ) -> Iterator[Callable[..., None]]:
+        task = live.add_task(title, total=total, note="")
+
+        def advance(done: int = 1, note: str = "") -> None:
+            live.update(task, advance=done)
+            if note:
+                live.update(task, note=note)
+
+        yield advance
+        if not keep:
+            live.remove_task(task)
+
+    def evaluations(self, columns: Mapping[str, Evaluation], title: str = "") -> None:
+        """Evaluations of the same pairs side by side."""
+        self.console.print(evaluation_table(columns, title))
+
+
+def readable(text: str) -> Text:
+    """``text`` as it is, no markup or emoji in it; bytes that are no text as escapes."""
+    return Text(text.encode("utf-8", "backslashreplace").decode())
+
+
+def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Table:
+    """Evaluations side by side, a column each."""
+    pairs = len(next(iter(columns.values())).pairs)
+    table = Table(title=title or f"{pairs} pairs", title_justify="left")
+    table.add_column("metric")
+    for name in columns:
+        table.add_column(name, justify="right")
+    evaluations = list(columns.values())
+    for row in EVALUATION_ROWS:
+        if row in evaluations[0].metrics:
+            table.add_row(row, *(format_metric(e, row) for e in evaluations))
+        if row == "rewards/accuracies":
+            intervals = (e.accuracy_interval for e in evaluations)
+            cells = (f"{low:.1%} to {high:.1%}" for low, high in intervals)
+            table.add_row("  95 % interval", *cells)
+    return table
+
+
+def format_metric(evaluation: Evaluation, name: str) -> str:
+    """One metric as the table shows it."""
+    return metric_text(name, evaluation.metrics[name])
+
+
+def metric_text(name: str, value: float) -> str:
+    """A metric's value with the digits that are worth reading."""
+    if name == "rewards/accuracies":
+        return f"{value:.1%}"
+    return f"{value:.1f}" if name.endswith("_tokens") else f"{value:.4f}"
+
+
+def step_note(metrics: Mapping[str, Any]) -> str:
+    """The few numbers beside the training bar."""
+    return (
+        f"loss {metrics['loss']:.3f}  accuracy {metrics['rewards/accuracies']:.0%}  "
+        f"margin {metrics['rewards/margins']:+.2f}"
+    )

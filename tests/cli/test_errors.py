@@ -1,0 +1,394 @@
+"""Bad input on the command line: one clear line on stderr, nothing left behind."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from helpers.commands import changed_copy, command, complaint, json_lines, small_run, with_bad_rows
+from helpers.tiny import (
+    assistant,
+    some_pairs,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+    user,
+    write_jsonl,
+)
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def refused(
+    capsys: Capture, tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> Callable[..., str]:
+    """Train with settings that are wrong: the complaint, if nothing at all was left behind."""
+
+    def run(*settings: object, model: Path = model_folder) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        usual = small_run(model, pairs_file, tmp_path / "out")
+        message = complaint(command(capsys, "train", *usual, *settings))
+        assert sorted(tmp_path.rglob("*")) == before
+        return message
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.train=/no/such.jsonl"], "no such file, folder or data set: '/no/such.jsonl'"),
+        (["data.train=null"], "data.train is missing"),
+        (["data.train_split=test"], "a split ('test') is asked for"),
+        (["data.subset=x"], "only Hub data has subsets"),
+        (["data.valid=/no/such.jsonl"], "no such file, folder or data set"),
+        (["data.chat_template=/no/such.jinja"], "data.chat_template is '/no/such.jinja'"),
+        (["data.compat=official"], "this tokenizer has no BOS token"),
+        (["model=/no/such/model"], "model is '/no/such/model'; there is no such folder"),
+        (["model=./no-such-model"], "model is './no-such-model'; there is no such folder"),
+        (["revision=main"], "revision is 'main', but"),
+        (["lora.target_modules=[q_proj, nope]"], "lora.target_modules names 'nope'"),
+        (["lora.num_layers=3"], "lora.num_layers is 3; the model has 2 blocks"),
+        (["lora.init_from=/no/such"], "/no/such is no adapter folder"),
+        (["lora.rank=0"], "lora.rank is 0; it must be greater than 0"),
+        (["lora.rnk=4"], "unknown setting 'lora.rnk'; did you mean 'lora.rank'?"),
+        (["gamma=1"], "did you mean objective.gamma_beta_ratio"),
+        (["train.epochs=1"], "train.epochs and train.steps both set the length"),
+        (["--learning-rate", "1e-5"], "unknown option '--learning-rate'"),
+        (["a.yaml", "b.yaml"], "one configuration file at most, not a.yaml and b.yaml"),
+        (["/no/such.yaml"], "cannot read the configuration '/no/such.yaml'"),
+    ],
+)
+def test_wrong_settings(refused: Callable, settings: list[str], message: str) -> None:
+    assert message in refused(*settings)
+
+
+@pytest.mark.parametrize(
+    ("option", "setting"),
+    [
+        ("--learning-rate=1", "train.learning_rate"),
+        ("--beta", "objective.beta"),
+        ("--data.train", "data.train"),
+        ("--lora-rank", "lora.rank"),
+    ],
+)
+def test_an_unknown_option_shows_the_setting(refused: Callable, option: str, setting: str) -> None:
+    assert refused(option).endswith(f"did you mean {setting!r}?")
+
+
+SAME = "the same words again and again, " * 12
+CONVERSATION = {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Hi"), assistant("b")]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", b"", "is empty; it must hold at least one preference pair"),
+        ("d.jsonl", b"\n\n", "is empty"),
+        (
+            "d.jsonl",
+            b'{"prompt": "x"}\n[1]\nnot json\n',
+            "3 of 3 records are unusable, all of them",
+        ),
+        ("d.jsonl", b"\xff\xfe\n", "no valid JSON"),
+        ("d.jsonl.gz", b"not gzip", "cannot read"),
+        ("d.parquet", b"not parquet", "as Parquet"),
+        ("d.csv", b"prompt,chosen,rejected\n", "is of no known kind"),
+    ],
+)
+def test_unusable_data(
+    refused: Callable, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    found = refused(f"data.train={path}")
+    assert message in found
+    assert str(path) in found
+
+
+def test_too_many_bad_rows_are_counted_and_named(refused: Callable, tmp_path: Path) -> None:
+    data = with_bad_rows(tmp_path / "d.jsonl", 8, (2, 5))
+    message = refused(f"data.train={data}")
+    assert "2 of 10 records are unusable, more than data.max_quarantined=0.05" in message
+    assert f"2 × missing answer, e.g. {data}:3 " in message
+
+
+def test_a_folder_without_data(refused: Callable, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "holds no data" in refused(f"data.train={tmp_path / 'empty'}")
+
+
+def test_conversations_without_a_chat_template(
+    refused: Callable, tmp_path: Path, bare_folder: Path
+) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [CONVERSATION])
+    message = refused(f"data.train={data}", model=bare_folder)
+    assert message.startswith(f"{data}:1 is a conversation")
+    assert "data.chat_template" in message
+
+
+def test_truncation_that_leaves_no_difference(refused: Callable, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "chosen": f"{SAME}yes", "rejected": f"{SAME}no"} for i in range(4)]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    lengths = ("data.max_length=64", "data.max_prompt_length=32", "data.valid_fraction=0")
+    message = refused(f"data.train={data}", *lengths)
+    assert "4 of 4 records are unusable, all of them: 4 × identical answers" in message
+
+
+def config_json(**changes: object) -> str:
+    return json.dumps({**tiny_config(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config__json": None}, "holds no config.json"),
+        ({"config__json": '{"model_type": '}, "Expecting value"),
+        ({"config__json": b"\xff\xfe{}"}, "codec can't decode"),
+        ({"config__json": "{}"}, "model_type"),
+        ({"config__json": config_json(model_type="bert")}, "Model type bert not supported"),
+        ({"config__json": config_json(hidden_size=64)}, "received shape (512, 32)"),
+        ({"model__safetensors": None}, "holds no model*.safetensors"),
+        ({"config__json": config_json(hidden_size="x")}, "TypeError"),
+        ({"tokenizer__json": None, "tokenizer_config__json": None}, "tokenizer"),
+        ({"tokenizer__json": '{"a":'}, "tokenizer.json"),
+        ({"tokenizer__json": '{"a": 1}'}, ""),
+        ({"tokenizer_config__json": '{"a":'}, ""),
+    ],
+)
+def test_a_broken_model_folder(
+    refused: Callable, model_folder: Path, tmp_path: Path, files: dict, message: str
+) -> None:
+    broken = changed_copy(model_folder, tmp_path / "broken", **files)
+    found = refused(model=broken)
+    assert message in found
+    assert str(broken) in found
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config__json": "[]"},
+        {"config__json": config_json(num_attention_heads=0)},
+        {"model__safetensors": b""},
+        {"model__safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
+        {"tokenizer_config__json": "[]"},
+    ],
+    ids=["config-is-a-list", "no-heads", "empty", "lfs-pointer", "tokenizer-list"],
+)
+def test_a_model_folder_broken_in_other_ways(
+    refused: Callable, model_folder: Path, tmp_path: Path, files: dict
+) -> None:
+    broken = changed_copy(model_folder, tmp_path / "broken", **files)
+    assert str(broken) in refused(model=broken)
+
+
+def test_weights_of_which_half_was_fetched(
+    refused: Callable, model_folder: Path, tmp_path: Path
+) -> None:
+    whole = (model_folder / "model.safetensors").read_bytes()
+    half = {"model__safetensors": whole[: len(whole) // 2]}
+    broken = changed_copy(model_folder, tmp_path / "broken", **half)
+    assert str(broken) in refused(model=broken)
+
+
+def with_weight(folder: Path, copy: Path, name: str, value: float) -> Path:
+    """A copy of a model folder with one weight matrix multiplied by ``value``."""
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    weights[name] = weights[name] * value
+    changed = changed_copy(folder, copy, model__safetensors=None)
+    mx.save_safetensors(str(changed / "model.safetensors"), weights, {"format": "pt"})
+    return changed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("valid", [0, 0.2])
+def test_a_loss_that_is_no_number_names_the_step_and_the_pairs(
+    refused: Callable,
+    model_folder: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    value: float,
+    valid: float,
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = with_weight(model_folder, tmp_path / "broken", name, value)
+    message = refused(f"data.valid_fraction={valid}", model=broken)
+    begins = "the log-probabilities of 2 of 2" if valid else "the loss of step 1"
+    assert message.startswith(begins)
+    named = message.partition("at ")[2].removeprefix("the pairs ").partition(";")[0].split(", ")
+    assert len(named) == (2 if valid else 4)
+    assert set(named) <= {f"{pairs_file}:{line}" for line in range(1, 13)}
+
+
+def test_only_the_pairs_that_are_at_fault_are_named(
+    refused: Callable, tmp_path: Path, model_folder: Path
+) -> None:
+    """Embedding and head are apart here, and one token's embedding is NaN."""
+    model = tiny_model(tie_word_embeddings=False)
+    token = tiny_tokenizer().encode("~", add_special_tokens=False)[0]
+    model.model.embed_tokens.weight[token] = mx.array(float("nan"))
+    broken = changed_copy(
+        model_folder, tmp_path / "broken", config__json=config_json(tie_word_embeddings=False)
+    )
+    model.save_weights(str(broken / "model.safetensors"))
+    rows = some_pairs(6)
+    rows[3]["rejected"] += "~ and on"
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    message = refused(
+        f"data.train={data}", "data.valid_fraction=0", "train.batch_size=6", model=broken
+    )
+    assert f"the loss of step 1 is not a finite number, at the pairs {data}:4; " in message
+
+
+def test_an_output_that_holds_a_run(
+    capsys: Capture, adapter: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    before = {path: path.read_bytes() for path in adapter.iterdir()}
+    ran = command(capsys, "train", *small_run(model_folder, pairs_file, adapter))
+    assert "which holds a run already" in complaint(ran)
+    assert {path: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+@pytest.mark.parametrize("output", ["pairs.jsonl", "pairs.jsonl/run"])
+def test_an_output_that_is_a_file_or_under_one(
+    refused: Callable, pairs_file: Path, tmp_path: Path, output: str
+) -> None:
+    before = pairs_file.read_bytes()
+    assert f"output is '{tmp_path / output}'" in refused(f"output={tmp_path / output}")
+    assert pairs_file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("command_line", "message"),
+    [
+        (["evaluate", "--data", "PAIRS"], "--model is missing"),
+        (["evaluate", "--data", "PAIRS", "--adapter", "/no/such"], "no adapter folder"),
+        (["evaluate", "--model", "MODEL", "--data", "/no/such.jsonl"], "no such file"),
+        (
+            ["evaluate", "--model", "MODEL", "--data", "PAIRS", "--adapter", "/no"],
+            "no adapter folder",
+        ),
+        (["evaluate", "--model", "MODEL", "--data", "PAIRS", "--nope"], "unknown option '--nope'"),
+        (
+            ["evaluate", "--model", "MODEL", "--data", "PAIRS", "/no/recipe.yaml"],
+            "cannot read the configuration '/no/recipe.yaml'",
+        ),
+        (
+            ["evaluate", "--model", "MODEL", "--data", "PAIRS", "--per-pair", "/no/x"],
+            "cannot write",
+        ),
+        (["generate", "--prompt", "x"], "--model is missing"),
+        (["generate", "--model", "/no/such", "--prompt", "x"], "there is no such folder"),
+        (["generate", "--model", "MODEL", "--prompt", "x", "lora.rank=0"], "lora.rank is 0"),
+        (["data", "inspect", "/no.jsonl", "--model", "MODEL"], "no such file"),
+        (["data", "inspect", "PAIRS", "--model", "MODEL", "--pair", "12"], "it must be 0 to 11"),
+        (["data", "inspect", "PAIRS", "--model", "MODEL", "--pair", "-1"], "it must be 0 to 11"),
+        (["data", "inspect", "PAIRS", "--model", "MODEL", "--split", "x"], "a split ('x')"),
+    ],
+)
+def test_bad_input_of_the_other_commands(
+    capsys: Capture, model_folder: Path, pairs_file: Path, command_line: list[str], message: str
+) -> None:
+    places = {"PAIRS": str(pairs_file), "MODEL": str(model_folder)}
+    assert message in complaint(command(capsys, *(places.get(a, a) for a in command_line)))
+
+
+@pytest.mark.parametrize(
+    "command_line",
+    [
+        [],
+        ["nope"],
+        ["evaluate"],
+        ["generate", "--prompt"],
+        ["generate", "--prompt", "x", "--max-tokens", "many"],
+        ["data", "inspect", "--model", "x"],
+    ],
+)
+def test_a_command_line_that_lacks_something(capsys: Capture, command_line: list[str]) -> None:
+    assert complaint(command(capsys, *command_line))
+
+
+@pytest.mark.parametrize(
+    "reason", ["no config", "no weights", "peft", "missing", "shape", "broken"]
+)
+def test_a_broken_adapter(capsys: Capture, adapter: Path, tmp_path: Path, reason: str) -> None:
+    weights = dict(mx.load(str(adapter / "adapters.safetensors")))
+    first = min(weights)
+    files: dict = {
+        "no config": {"adapter_config__json": None},
+        "no weights": {"adapters__safetensors": None},
+        "peft": {"adapter_config__json": '{"peft_type": "LORA"}'},
+        "broken": {"adapters__safetensors": (adapter / "adapters.safetensors").read_bytes()[:999]},
+    }
+    broken = changed_copy(adapter, tmp_path / "broken", **files.get(reason, {}))
+    if reason == "missing":
+        del weights[first]
+    elif reason == "shape":
+        weights[first] = mx.zeros((3, 3))
+    if reason in ("missing", "shape"):
+        mx.save_safetensors(str(broken / "adapters.safetensors"), weights)
+    for arguments in (["generate", "--prompt", "x"], ["evaluate", "--data", tmp_path / "p.jsonl"]):
+        write_jsonl(tmp_path / "p.jsonl", some_pairs(2))
+        message = complaint(command(capsys, *arguments, "--adapter", broken, "--json"))
+        assert str(broken) in message
+        assert {"peft": "PEFT adapter", "missing": first, "shape": first}.get(reason, "") in message
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [f"{name}=~nosuchuser/x" for name in ("output", "model", "data.train", "lora.init_from")]
+    + [f"{name}={'x' * 300}" for name in ("output", "model", "data.train")],
+    ids=lambda text: text[:16],
+)
+def test_a_path_that_cannot_be(refused: Callable, setting: str) -> None:
+    assert setting.partition("=")[2][:100] in refused(setting)
+
+
+def test_a_huge_margin_trains(
+    capsys: Capture, model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    run = small_run(model_folder, pairs_file, tmp_path / "run", "train.steps=1")
+    ran = command(capsys, "train", *run, "objective.beta=1000", "objective.gamma_beta_ratio=1")
+    assert ran.status == 0
+
+
+def test_evaluating_a_broken_model_says_so(
+    capsys: Capture, model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    broken = with_weight(model_folder, tmp_path / "b", "model.norm.weight", float("nan"))
+    ran = command(capsys, "evaluate", "--model", broken, "--data", pairs_file, "--json")
+    assert "finite" in complaint(ran)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--prompt", "x", "--max-tokens", "0"],
+        ["--prompt", "", "data.chat_template=none"],
+        ["--prompt", "x", "data.chat_template={{ raise_exception('no system turn') }}"],
+        ["--prompt", "x", "data.chat_template={% bad %}"],
+    ],
+)
+def test_generate_with_nothing_to_do(capsys: Capture, model_folder: Path, more: list[str]) -> None:
+    assert complaint(command(capsys, "generate", "--model", model_folder, *more))
+
+
+def test_a_row_with_half_an_emoji_is_left_out(
+    capsys: Capture, model_folder: Path, tmp_path: Path
+) -> None:
+    rows = [*some_pairs(5), {"prompt": "a \ud83d b", "chosen": "x", "rejected": "y"}]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    ran = command(capsys, "data", "inspect", data, "--model", model_folder, "--json")
+    assert (ran.json["pairs"], len(ran.json["left_out_records"])) == (5, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_a_file_name_that_is_no_text(capsys: Capture, model_folder: Path, tmp_path: Path) -> None:
+    data = with_bad_rows(tmp_path / "p\udcff.jsonl", 30, (4,))
+    run = small_run(model_folder, data, tmp_path / "run")
+    assert command(capsys, "train", *run).status == 0
+    assert json_lines(tmp_path / "run" / "quarantined.jsonl")[0]["reason"] == "missing answer"

@@ -1,0 +1,297 @@
+"""Strict settings: what is taken as it is, what is refused and how."""
+
+import math
+from dataclasses import FrozenInstanceError, dataclass
+from typing import Any, ClassVar, Literal, Optional
+
+import pytest
+
+from mlx_simpo import SimPOConfig, SimPOError
+from mlx_simpo.config.aliases import ALIASES
+from mlx_simpo.config.schema import (
+    FRACTION,
+    NOT_EMPTY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    RawText,
+    Rule,
+    Section,
+    all_settings,
+    coerce,
+    from_mapping,
+    nearest_name,
+    setting,
+)
+
+NAMES = [name for name, _, _ in all_settings(SimPOConfig)]
+Letter = Literal["a", "1"]
+Names = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inner(Section):
+    """A nested group."""
+
+    NAME: ClassVar[str] = "inner"
+
+    share: float | None = setting(None, "a share", SHARE)
+    words: str | tuple[str, ...] = setting("all", "some words")
+
+
+@dataclass(frozen=True)
+class Outer(Section):
+    """A root with one required setting."""
+
+    count: int = setting(help="how many", rule=POSITIVE)
+    inner: Inner = Inner()
+
+
+def read(mapping: dict) -> Outer:
+    return from_mapping(Outer, mapping, Outer)
+
+
+def nested(name: str, value: Any) -> dict:
+    """{"lora": {"rank": value}} of "lora.rank"."""
+    section, _, leaf = name.rpartition(".")
+    return {section: {leaf: value}} if section else {leaf: value}
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "expected"),
+    [
+        (int, 3, 3),
+        (int, -3, -3),
+        (float, 3, 3.0),
+        (float, 2.5, 2.5),
+        (bool, False, False),
+        (str, "", ""),
+        (str, "3", "3"),
+        (int | None, None, None),
+        (Optional[int], 4, 4),  # noqa: UP045
+        (float | None, 0, 0.0),
+        (Letter, "1", "1"),
+        (Letter | None, None, None),
+        (Names, ["q", "k"], ("q", "k")),
+        (Names, ("q",), ("q",)),
+        (Names, "all", "all"),
+    ],
+)
+def test_values_of_the_right_type_are_taken(hint: Any, value: Any, expected: Any) -> None:
+    found = coerce(value, hint, "here")
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "wanted"),
+    [
+        (int, True, "a whole number"),
+        (int, 3.0, "a whole number"),
+        (int, "3", "a whole number"),
+        (int, None, "a whole number"),
+        (int | None, "null", "a whole number or null"),
+        (float, True, "a finite number"),
+        (float, "1.0", "a finite number"),
+        (float, math.nan, "a finite number"),
+        (float, math.inf, "a finite number"),
+        (float | None, -math.inf, "a finite number or null"),
+        (float, [1.0], "a finite number"),
+        (bool, 1, "true or false"),
+        (bool, "true", "true or false"),
+        (bool, None, "true or false"),
+        (str, 3, "text"),
+        (str, True, "text"),
+        (str, None, "text"),
+        (str, ["a"], "text"),
+        (str | None, 0, "text or null"),
+        (Letter, "b", "one of 'a', '1'"),
+        (Letter, 1, "one of 'a', '1'"),
+        (Letter, ["a"], "one of 'a', '1'"),
+        (Letter | None, "b", "one of 'a', '1' or null"),
+        (Names, [1], "text or a list of names"),
+        (Names, ["a", None], "text or a list of names"),
+        (Names, {"a": 1}, "text or a list of names"),
+    ],
+)
+def test_values_of_another_type_are_refused(hint: Any, value: Any, wanted: str) -> None:
+    with pytest.raises(SimPOError) as caught:
+        coerce(value, hint, "the.name")
+    assert str(caught.value) == f"the.name is {value!r}; it must be {wanted}"
+
+
+@pytest.mark.parametrize("value", [10**400, RawText("1" + "0" * 400)], ids=["python", "raw"])
+def test_a_whole_number_beyond_every_float_is_refused(value: Any) -> None:
+    with pytest.raises(SimPOError, match="finite number"):
+        coerce(value, float, "here")
+
+
+@pytest.mark.parametrize(
+    ("hint", "text", "expected"),
+    [
+        (int, "12", 12),
+        (int, "1_000", 1000),
+        (float, "1e-6", 1e-6),
+        (float, "3", 3.0),
+        (float, "-.5", -0.5),
+        (bool, "false", False),
+        (int | None, "null", None),
+        (float | None, "2e0", 2.0),
+        (str, "12", "12"),
+        (str, "1e-6", "1e-6"),
+        (str, "null", "null"),
+        (str, "yes: [no", "yes: [no"),
+        (str | None, "null", None),
+        (str | None, "true", "true"),
+        (Letter, "1", "1"),
+        (Letter | None, "null", None),
+        (Names, "[q, k]", ("q", "k")),
+        (Names, "[yes, no]", ("yes", "no")),
+        (Names, "all", "all"),
+    ],
+)
+def test_command_line_text_is_read_by_the_type_it_is_for(
+    hint: Any, text: str, expected: Any
+) -> None:
+    found = coerce(RawText(text), hint, "here")
+    assert found == expected
+    assert type(found) is type(expected)  # no RawText stays
+
+
+@pytest.mark.parametrize(
+    ("hint", "text"),
+    [
+        (int, "three"),
+        (int, "1e3"),
+        (int, '"3"'),
+        (int, "null"),
+        (int, ""),
+        (int, "08"),
+        (float, ".nan"),
+        (float, ".inf"),
+        (float, "1e999"),
+        (float, "nan"),
+        (float, "1,5"),
+        (bool, "yes"),
+        (bool, "True"),
+        (bool, "1"),
+        (Letter, "null"),
+        (Letter, ""),
+        (Names, "null"),
+        (Names, "[q, 1]"),
+        (Names, "{q: k}"),
+        (Names, "[q"),
+        (int, "!!python/object/apply:os.getpid []"),
+    ],
+)
+def test_command_line_text_of_another_type_is_refused(hint: Any, text: str) -> None:
+    with pytest.raises(SimPOError, match=r"^here "):
+        coerce(RawText(text), hint, "here")
+
+
+@pytest.mark.parametrize(
+    ("rule", "inside", "outside"),
+    [
+        (POSITIVE, [1, 5e-324], [0, -1, -5e-324]),
+        (NOT_NEGATIVE, [0, 1], [-1, -5e-324]),
+        (FRACTION, [0, 1 - 1e-16], [1, -5e-324]),
+        (SHARE, [0, 1], [1 + 1e-15, -5e-324]),
+        (NOT_EMPTY, ["a", " "], [""]),
+    ],
+)
+def test_rules_hold_up_to_their_edges(rule: Rule, inside: list, outside: list) -> None:
+    assert all(rule.holds(value) for value in inside)
+    assert not any(rule.holds(value) for value in outside)
+
+
+def test_a_whole_mapping_is_read() -> None:
+    found = read({"count": 2, "inner": {"share": 1, "words": ["a", "b"]}})
+    assert found == Outer(count=2, inner=Inner(share=1.0, words=("a", "b")))
+    assert type(found.inner.share) is float
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({}, "count is missing; it must be given (how many)"),
+        ({"count": 0}, "count is 0; it must be greater than 0"),
+        ({"count": 1, "inner": 5}, "inner is 5; it must be a group of settings (inner: …)"),
+        ({"count": 1, "inner": [1]}, "inner is [1]; it must be a group of settings (inner: …)"),
+        ({"count": 1, "inner": {"share": 1.5}}, "inner.share is 1.5; it must be between 0 and 1"),
+        ({"count": 1, "inner": {"shar": 1}}, "unknown setting 'inner.shar'; did you mean 'inner."),
+        ({"count": 1, "share": 1}, "unknown setting 'share'; did you mean 'inner.share'?"),
+        ({"count": 1, 5: 6}, "unknown setting '5'; `mlx-simpo train --help` lists them all"),
+        ({"count": 1, "inner": {None: 6}}, "unknown setting 'inner.None'"),
+    ],
+)
+def test_a_wrong_mapping_is_refused(mapping: dict, message: str) -> None:
+    with pytest.raises(SimPOError) as caught:
+        read(mapping)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_rule_is_for_values_not_for_their_absence() -> None:
+    assert Inner(share=None).share is None
+
+
+def test_sections_are_frozen() -> None:
+    section = Inner()
+    with pytest.raises(FrozenInstanceError):
+        section.share = 0.5  # type: ignore[misc]
+
+
+def test_all_settings_are_listed_in_order_with_dots() -> None:
+    assert [name for name, _, _ in all_settings(Outer)] == ["count", "inner.share", "inner.words"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_slip_in_any_name_is_answered_with_the_name(name: str) -> None:
+    section, _, leaf = name.rpartition(".")
+    slip = f"{leaf[:2]}{leaf[1:]}"  # rank → raank
+    path = f"{section}.{slip}" if section else slip
+    with pytest.raises(SimPOError) as caught:
+        from_mapping(SimPOConfig, {"model": "x", **nested(path, 1)}, SimPOConfig)
+    assert str(caught.value) == f"unknown setting {path!r}; did you mean {name!r}?"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("train.rank", "lora.rank"),
+        ("beta", "objective.beta"),
+        ("lora.learning_rate", "train.learning_rate"),
+        ("data.seed", "seed"),
+        ("objective.gamma_beta", "objective.gamma_beta_ratio"),
+    ],
+)
+def test_a_name_in_the_wrong_place_is_answered_with_the_right_place(given: str, meant: str) -> None:
+    assert nearest_name(given, SimPOConfig) == f"; did you mean {meant!r}?"
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+@pytest.mark.parametrize("section", ["", "train.", "lora."])
+def test_other_libraries_names_lead_to_ours(alias: str, section: str) -> None:
+    assert ALIASES[alias].split()[0] in NAMES
+    assert ALIASES[alias] in nearest_name(section + alias, SimPOConfig)
+
+
+def test_the_names_that_users_will_try_first_are_known() -> None:
+    expected = {
+        "gamma": "objective.gamma_beta_ratio",
+        "lr": "train.learning_rate",
+        "alpha": "lora.lora_alpha",
+        "r": "lora.rank",
+        "iters": "train.steps",
+        "max_seq_length": "data.max_length",
+    }
+    assert {name: ALIASES[name].split()[0] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("trian", "train"), ("dta", "data"), ("Train", "train")]
+)
+def test_a_misspelt_section_is_answered_with_the_section(given: str, meant: str) -> None:
+    with pytest.raises(SimPOError) as caught:
+        from_mapping(SimPOConfig, {"model": "x", given: {"rank": 2}}, SimPOConfig)
+    hint = str(caught.value).partition("; ")[2]
+    assert hint.startswith((f"did you mean {meant!r}", f"did you mean '{meant}."))

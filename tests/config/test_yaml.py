@@ -1,0 +1,118 @@
+"""YAML without its traps."""
+
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mlx_simpo import SimPOConfig, SimPOError, load_config
+from mlx_simpo.config.schema import all_settings
+from mlx_simpo.config.yaml import dump_yaml, parse_yaml
+
+NAMES = [name for name, _, _ in all_settings(SimPOConfig)]
+
+
+def refusal(overrides: list[str]) -> str | None:
+    """Why these settings are refused, if they are."""
+    try:
+        load_config(None, overrides)
+    except SimPOError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-6", 1e-6),
+        ("1E5", 1e5),
+        ("+5e-5", 5e-5),
+        ("-2.5e-3", -2.5e-3),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("1.e2", 100.0),
+        ("0.0", 0.0),
+        ("12", 12),
+        ("-1", -1),
+        ("true", True),
+        ("false", False),
+        ("null", None),
+        ("", None),
+        ("~", None),
+    ],
+)
+def test_yaml_scalars_that_are_no_text(text: str, value: Any) -> None:
+    found = parse_yaml(f"key: {text}", "x")["key"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("yes", "no", "on", "off", "Yes", "True", "FALSE", "y", ".inf", ".nan", "1e", "e5"),
+        *("1.2.3", "010", "0x1f", "0b1", "0x_", "1:30", "2024-13-45", "2026-01-01"),
+    ],
+)
+def test_yaml_scalars_that_stay_text(text: str) -> None:
+    assert parse_yaml(f"key: {text}", "x") == {"key": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("a: 1\na: 2", "a", 2),
+        ("a: {b: 1, b: 1}", "b", 1),
+        ("a:\n  b: 1\n  c: 2\n  b: 3", "b", 4),
+        ("a:\n  - {c: 1}\n  - {d: 1, d: 2}", "d", 3),
+        ("1: a\n1: b", "1", 2),
+    ],
+)
+def test_a_key_that_stands_twice_is_an_error(text: str, key: str, line: int) -> None:
+    with pytest.raises(SimPOError, match=f"^the file is not valid YAML.*{key}.*line {line}"):
+        parse_yaml(text, "the file")
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: b: c", "\ta: 1", "a: 'b", "a\x00", "a: *b", "--- 1\n--- 2", "a: !x 1", "%"]
+)
+def test_invalid_yaml_is_one_line_that_names_the_place(text: str) -> None:
+    with pytest.raises(SimPOError, match=r"^the file is not valid YAML: .") as caught:
+        parse_yaml(text, "the file")
+    assert "\n" not in str(caught.value)
+
+
+BROKEN = ["[a]: b", "? {a: 1}\n: b", "a: 1" + "0" * 5000, "[" * 5000]
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=lambda text: text[:12])
+def test_yaml_that_no_value_can_be_made_of_is_refused(text: str) -> None:
+    with pytest.raises(SimPOError, match=r"^the file "):
+        parse_yaml(text, "the file")
+
+
+@given(
+    name=st.sampled_from(NAMES),
+    text=st.text("ab01e.-+_:,'\"#[]{}&*!?|>%@~x \n", max_size=12),
+)
+@example(name="train.steps", text="2024-13-45")
+@example(name="lora.target_modules", text="{[a]: b}")
+@settings(deadline=None, max_examples=50, derandomize=True)
+def test_no_text_for_a_setting_causes_anything_but_a_value_or_an_error(
+    name: str, text: str
+) -> None:
+    message = refusal(["model=x", f"{name}={text}"])
+    assert message is None or name in message
+
+
+@given(
+    st.text(
+        st.sampled_from("019eE+-._:x \t\n\r\x85\u2028~#'\"{}[]é😀") | st.characters(codec="utf-8")
+    )
+)
+@example("1e5")
+@example("null")
+@settings(deadline=None, max_examples=200, derandomize=True)
+def test_every_text_reads_back(text: str) -> None:
+    assert parse_yaml(dump_yaml({"key": text}), "x") == {"key": text}

@@ -1,0 +1,173 @@
+"""Adapters to PEFT and back, without torch. (With PEFT itself: tests/parity.)"""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from helpers.commands import arrays, assert_same_arrays, command, complaint, written_report
+from helpers.made import MIXTRAL, mlx_adapter, mlx_model
+
+from mlx_simpo import SimPOError, from_peft, to_peft
+
+
+def test_a_run_needs_no_model_to_be_named(adapter: Path, tmp_path: Path) -> None:
+    """Its record says which; and the record goes along."""
+    done = to_peft(adapter, tmp_path / "peft", verify=True)
+    assert done.comparisons[0].passed
+    record = json.loads((done.output / "mlx_simpo.json").read_text())
+    own = json.loads((adapter / "adapter_config.json").read_text())["mlx_simpo"]
+    assert record["base"] == own["base"]
+    assert record["template_sha256"] == own["template_sha256"]
+    assert record["training"]["config"] == own["config"]
+    assert record["training"]["summary"] == json.loads((adapter / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        (1.5, {"r": 2, "lora_alpha": 3, "use_rslora": False}),
+        (8 / 2**0.5, {"r": 2, "lora_alpha": 8, "use_rslora": True}),
+        (1.23, {"r": 2, "lora_alpha": 2, "use_rslora": False}),  # the rest lies in B
+    ],
+)
+def test_the_scale_in_peft(scale: float, expected: dict, tmp_path: Path) -> None:
+    base = mlx_model(tmp_path / "base")
+    adapter = mlx_adapter(base, tmp_path / "mlx", scale=scale, keys=["self_attn.q_proj"])
+    out = to_peft(adapter, tmp_path / "peft", verify=True).output
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config.items() >= expected.items()
+    back = from_peft(out, tmp_path / "back", verify=True).output
+    if scale != 1.23:
+        files = (adapter / "adapters.safetensors", back / "adapters.safetensors")
+        assert_same_arrays(arrays(files[1]), arrays(files[0]))
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_experts_there_and_back(separate: bool, tmp_path: Path) -> None:
+    base = mlx_model(tmp_path / "base", "mixtral", **MIXTRAL)
+    adapter = mlx_adapter(base, tmp_path / "mlx")
+    out = to_peft(adapter, tmp_path / "peft", separate_experts=separate, verify=True).output
+    names = arrays(out / "adapter_model.safetensors").keys()
+    single = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w2.lora_A.weight"
+    assert (single in names) == separate
+    back = from_peft(out, tmp_path / "back", verify=True).output
+    assert_same_arrays(
+        arrays(back / "adapters.safetensors"), arrays(adapter / "adapters.safetensors")
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_dtype_is_judged_before_it_is_rounded(dtype: str, tmp_path: Path) -> None:
+    base = mlx_model(tmp_path / "base")
+    done = to_peft(
+        mlx_adapter(base, tmp_path / "mlx", scale=1.23),
+        tmp_path / "peft",
+        dtype=dtype,
+        verify=True,
+    )
+    assert [c.limit is None for c in done.comparisons] == [False, True]
+    assert done.comparisons[1].largest > done.comparisons[0].largest
+    loaded = mx.load(str(done.output / "adapter_model.safetensors"))
+    assert isinstance(loaded, dict)
+    assert {str(array.dtype) for array in loaded.values()} == {f"mlx.core.{dtype}"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "changes", "words"),
+    [
+        (["model.embed_tokens"], {}, "tied embeddings"),
+        (["model.embed_tokens"], {"tie_word_embeddings": False}, None),
+    ],
+)
+def test_embeddings(keys: list, changes: dict, words: str | None, tmp_path: Path) -> None:
+    base = mlx_model(tmp_path / "base", **changes)
+    adapter = mlx_adapter(base, tmp_path / "mlx", keys=keys)
+    if words is None:
+        assert to_peft(adapter, tmp_path / "peft", verify=True).comparisons[0].passed
+        return
+    with pytest.raises(SimPOError, match=words + r".*fuse"):
+        to_peft(adapter, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+def test_dora_of_what_peft_names_as_a_parameter(tmp_path: Path) -> None:
+    base = mlx_model(tmp_path / "base", "mixtral", **MIXTRAL)
+    keys = ["block_sparse_moe.gate"]
+    adapter = mlx_adapter(base, tmp_path / "mlx", keys=keys, dora=True)
+    with pytest.raises(SimPOError, match=r"DoRA on .*gate.* fuse"):
+        to_peft(adapter, tmp_path / "peft")
+
+
+def test_another_base_is_said(adapter: Path, model_folder: Path, tmp_path: Path) -> None:
+    display, text = written_report()
+    other = tmp_path / "elsewhere"
+    other.symlink_to(model_folder)
+    to_peft(adapter, tmp_path / "peft", model=str(other), verify=False, display=display)
+    assert f"model was {model_folder} in training and is {other} now" in text.getvalue()
+
+
+def test_what_is_not_compared_is_said(tmp_path: Path) -> None:
+    base = mlx_model(tmp_path / "base")
+    display, text = written_report()
+    to_peft(mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft", display=display)
+    assert "not compared with PEFT in torch: the base model is in MLX's format" in text.getvalue()
+
+
+# --- the commands ----------------------------------------------------------------------------
+
+
+def test_the_commands(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """to-peft, from-peft, fuse, from-hf, one after the other; each prints its folder."""
+    a, b, c, d, e = (tmp_path / name for name in "abcde")
+    chain = [
+        (a, ("convert", "to-peft", adapter, a, "--verify")),
+        (b, ("convert", "from-peft", a, b, "--dtype", "float32")),
+        (c, ("fuse", c, "--adapter", b)),
+        (d, ("convert", "from-hf", c, d, "--quantize", "4", "--group-size", 32)),
+        (e, ("fuse", e, "--model", d, "--format", "mlx")),
+    ]
+    for output, arguments in chain:
+        ran = command(capsys, *arguments)
+        assert ran.status == 0, ran.err
+        assert ran.out == f"{output}\n"
+    found = command(capsys, "convert", "to-peft", tmp_path / "b", tmp_path / "f", "--json").json
+    assert found["output"] == str(tmp_path / "f")
+    assert found["comparisons"][0]["passed"] is True
+
+
+def test_a_converted_adapter_knows_its_model(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no config.yaml as a run has; generate and evaluate need no --model all the same."""
+    peft = to_peft(adapter, tmp_path / "peft", verify=False).output
+    back = from_peft(peft, tmp_path / "back", verify=False).output
+    given = ("generate", "--prompt", "Hello", "--max-tokens", 3, "--json", "--adapter")
+    there = command(capsys, *given, back).json
+    assert there["adapter"] == command(capsys, *given, adapter).json["adapter"]
+    assert "convert from-peft" in complaint(command(capsys, *given, peft))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["to-peft"], "the following arguments are required"),
+        (["to-peft", "nothing", "out"], "nothing is no adapter folder"),
+        (["to-peft", "ADAPTER", "out", "lora.rank=3"], "no settings; leave out 'lora.rank=3'"),
+        (["to-peft", "ADAPTER", "ADAPTER"], "holds a run already"),
+        (["from-hf", "ADAPTER", "out"], "holds no config.json"),
+        (["from-peft", "ADAPTER", "out"], "has no peft_type"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    arguments: list[str],
+    words: str,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [str(adapter) if a == "ADAPTER" else a for a in arguments]
+    assert words in complaint(command(capsys, "convert", *given))
+    assert list(tmp_path.iterdir()) == []
