@@ -159,14 +159,16 @@ def run_architectures(options: argparse.Namespace) -> None:
 
     refuse_settings(options, "convert")
     if options.json:
-        print_json({name: {"refused": a.refused, "rule": a.note} for name, a in TABLE.items()})
+        print_json({name: {"refused": a.unsupported, "rule": a.note} for name, a in TABLE.items()})
         return
     table = Table(title="model types", title_justify="left")
     table.add_column("model_type")
     table.add_column("")
     table.add_column("rule, or reason")
     for name, entry in TABLE.items():
-        table.add_row(name, "refused" if entry.refused else "yes", entry.refused or entry.note)
+        table.add_row(
+            name, "refused" if entry.unsupported else "yes", entry.unsupported or entry.note
+        )
     console = plain_console()
     console.print(table)
     console.print(

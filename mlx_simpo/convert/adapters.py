@@ -1,4 +1,4 @@
-"""Adapters from mlx-lm's format to PEFT's and back, each proved by logits."""
+"""Adapters from mlx-lm's format to PEFT's and back, each conversion verified by logits."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,32 +10,35 @@ import mlx.core as mx
 from ..errors import SimPOError
 from ..files import load_safetensors, read_header, read_json, save_safetensors, write_text
 from ..model.adapters import PEFT_WEIGHTS, WEIGHTS, read_adapter_config
-from ..model.loading import DTYPES
+from ..model.loading import DTYPES, LoadedModel
 from ..model.record import RECORD, RECORD_FILE, base_record, mismatches, table
 from ..paths import local_path
 from ..reporting.display import Display
 from ..runs.folder import check_output_free
 from ..version import __version__
-from .base import Base, architecture
+from .base import Base, architecture_of
 from .mlx_format import read_mlx, write_mlx
-from .names import refuse_tied
+from .names import check_not_tied
 from .peft.config import read_peft_config
 from .peft.read import read_peft
 from .peft.write import write_peft
 from .staging import staged
-from .verify.compare import Comparison, wanted
+from .verify.compare import Comparison, should_verify
 from .verify.proof import AdapterProof
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion came to. comparisons: empty if it was not verified."""
+    """The result of a conversion.
+
+    output: the folder that was written. comparisons: [] if it was not verified.
+    """
 
     output: Path
     comparisons: list[Comparison] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON."""
         checks = [{**c._asdict(), "passed": c.passed} for c in self.comparisons]
         return {"output": str(self.output), "comparisons": checks}
 
@@ -55,49 +58,48 @@ def to_peft(
     """Write an mlx-lm adapter as a PEFT adapter.
 
     Args:
-        adapter: folder with adapters.safetensors. output: a new folder. model: Hub id or folder of
-            its base; default: what the adapter's record says. dtype: of the tensors ("float32",
-            "bfloat16", "float16"; default: as they are). separate_experts: see
-            `peft_write.write_peft`. verify: compare logits (default: where the model fits).
+        adapter: folder with adapters.safetensors.
+        model: None for the one that the adapter's record names.
+        separate_experts: see `peft.write.write_peft`.
+
+    The other arguments: see `mlx_simpo.convert`.
 
     Raises:
-        SimPOError: an adapter that cannot be read, does not fit the model or that PEFT has no name
-            for; a failed verification. Nothing is written then.
+        SimPOError: the adapter cannot be read, does not fit the model or has no counterpart in
+            PEFT, or the verification failed. Nothing is written then.
     """
     display = display or Display()
     check_arguments(output, dtype)
     config = read_adapter_config(adapter)
     record = table(config, RECORD)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
-    loaded = base.load()
-    for difference in mismatches(record, loaded):
-        display.warn(f"{difference}: the adapter may not fit")
-    rule = architecture(loaded)
-    updates = read_mlx(adapter, loaded.model)
-    bare = base.load()
-    refuse_tied(updates, bare.model)
+    adapted = load_base(base, record, display)
+    rule = architecture_of(adapted)
+    deltas = read_mlx(adapter, adapted.model)  # attaches the adapter: the base is loaded again
+    base_model = base.load().model
+    check_not_tied(deltas, base_model)
     with staged(output) as folder:
         write_peft(
             folder,
-            updates,
-            bare.model,
+            deltas,
+            base_model,
             rule,
             base=base.name,
-            revision=loaded.revision,
+            revision=adapted.revision,
             separate_experts=separate_experts,
         )
-        trained_on = table(record, "base") or base_record(loaded)
+        trained_on = table(record, "base") or base_record(adapted)
         write_record(folder, local_path(adapter), record, trained_on)
         proof = AdapterProof(base, rule, local_path(adapter), folder, display)
-        verify = wanted(verify, bare.model, display.note)
-        found = proved(proof, folder / PEFT_WEIGHTS, dtype, verify)
-    if quantization := loaded.config.get("quantization"):
+        verify = should_verify(verify, base_model, display.note)
+        comparisons = verify_and_cast(proof, folder / PEFT_WEIGHTS, dtype, verify)
+    if quantization := adapted.config.get("quantization"):
         display.note(
-            f"the base is quantized to {quantization.get('bits')} bits: the adapter is exact on "
-            "its dequantized weights (mlx-simpo fuse without --adapter writes them) and not on the "
-            "original model's"
+            f"the base model is quantized to {quantization.get('bits')} bits: the adapter is exact "
+            "on its dequantized weights (mlx-simpo fuse without --adapter writes them), not on "
+            "those of the original model"
         )
-    return Conversion(local_path(output), found)
+    return Conversion(local_path(output), comparisons)
 
 
 def from_peft(
@@ -114,53 +116,77 @@ def from_peft(
     """Write a PEFT LoRA adapter as an mlx-lm adapter.
 
     Args:
-        as for `to_peft`; model: default: the adapter's base_model_name_or_path.
+        adapter: folder with adapter_model.safetensors.
+        model: None for the adapter's base_model_name_or_path.
+
+    The other arguments: see `mlx_simpo.convert`.
 
     Raises:
-        SimPOError: an adapter that cannot be read, is not LoRA, DoRA or rsLoRA, or does not fit
-            the model; a failed verification. Nothing is written then.
+        SimPOError: the adapter cannot be read, is not LoRA, DoRA or rsLoRA, or does not fit the
+            model, or the verification failed. Nothing is written then.
     """
     display = display or Display()
     check_arguments(output, dtype)
     folder = local_path(adapter)
-    content = read_peft_config(folder).content
-    named = content.get("base_model_name_or_path")
-    base = Base(*base_name(model, revision, named, {}), trust_remote_code)
+    name = read_peft_config(folder).content.get("base_model_name_or_path")
+    base = Base(*base_name(model, revision, name, {}), trust_remote_code)
     loaded = base.load()
-    rule = architecture(loaded)
-    updates = read_peft(folder, loaded.model, rule)
-    refuse_tied(updates, loaded.model)
+    rule = architecture_of(loaded)
+    deltas = read_peft(folder, loaded.model, rule)
+    check_not_tied(deltas, loaded.model)
     extra = {
         "model": base.name,
         RECORD: {"version": __version__, "base": base_record(loaded), "from": "peft"},
     }
     with staged(output) as written:
-        write_mlx(written, updates, loaded.model, extra)
+        write_mlx(written, deltas, loaded.model, extra)
         proof = AdapterProof(base, rule, written, folder, display)
-        verify = wanted(verify, loaded.model, display.note)
-        found = proved(proof, written / WEIGHTS, dtype, verify)
-    return Conversion(local_path(output), found)
+        verify = should_verify(verify, loaded.model, display.note)
+        comparisons = verify_and_cast(proof, written / WEIGHTS, dtype, verify)
+    return Conversion(local_path(output), comparisons)
 
 
-def proved(proof: AdapterProof, weights: Path, dtype: str | None, verify: bool) -> list[Comparison]:
-    """The comparisons of an adapter that was just written, if it is to be verified; and then its
-    tensors in another dtype, if there is to be one: mistakes are told from rounding that way.
+def load_base(base: Base, record: dict[str, Any], display: Display) -> LoadedModel:
+    """Load the base model of an mlx-lm adapter; warn if the adapter was trained on another one.
+
+    Args:
+        record: of the adapter's training, {} if there is none.
+    """
+    loaded = base.load()
+    for difference in mismatches(record, loaded):
+        display.warn(f"{difference}: the adapter may not fit")
+    return loaded
+
+
+def verify_and_cast(
+    proof: AdapterProof, weights: Path, dtype: str | None, verify: bool
+) -> list[Comparison]:
+    """Verify an adapter that was just written, then cast its tensors to another dtype if asked for.
+
+    In this order, so that rounding does not hide mistakes; what it changes is only shown.
 
     Args:
         weights: the file that was written.
+
+    Raises:
+        SimPOError: the verification failed.
     """
-    found = proof.judged() if verify else []
+    comparisons = proof.verify() if verify else []
     if dtype is not None:
         tensors = load_safetensors([weights])
-        mx.eval(tensors)  # before the file they are read from is written anew
+        mx.eval(tensors)  # before the file that they are read from is overwritten
         form = read_header(weights).format
         save_safetensors(weights, {n: t.astype(DTYPES[dtype]) for n, t in tensors.items()}, form)
-        found += [proof.rounded()] if verify else []
-    return found
+        comparisons += [proof.compare_rounded()] if verify else []
+    return comparisons
 
 
 def check_arguments(output: str | Path, dtype: str | None) -> None:
-    """SimPOError for an output that is taken and a dtype that there is not, before any work."""
+    """Check a conversion's arguments before it does any work.
+
+    Raises:
+        SimPOError: the output folder is not empty, or the dtype is unknown.
+    """
     check_output_free(str(output))
     if dtype is not None and dtype not in DTYPES:
         raise SimPOError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -169,7 +195,16 @@ def check_arguments(output: str | Path, dtype: str | None) -> None:
 def base_name(
     model: str | None, revision: str | None, named: Any, record: dict[str, Any]
 ) -> tuple[str, str | None]:
-    """(name, revision) of the base: what the caller says, else what the adapter says."""
+    """Return name and revision of the base model: what the caller says, else what the adapter says.
+
+    Args:
+        model, revision: the caller's.
+        named: the model in the adapter's configuration, of any type.
+        record: of the adapter's training, {} if there is none.
+
+    Raises:
+        SimPOError: neither says which model it is.
+    """
     if model is not None:
         return model, revision
     recorded = table(record, "base")
@@ -181,10 +216,13 @@ def base_name(
 
 
 def write_record(folder: Path, adapter: Path, record: dict[str, Any], base: dict[str, Any]) -> None:
-    """Keep what is known of an adapter's training beside what was made of it.
+    """Write what is known of an adapter's training beside what was made of it.
 
     Args:
-        base: the model that it belongs to, as `model.record.base_record` has it.
+        folder: of the conversion's output.
+        adapter: folder of the adapter, for its summary.json.
+        record: of the adapter's training, {} if there is none.
+        base: the model that the output belongs to, as `model.record.base_record` describes it.
     """
     summary = adapter / "summary.json"
     content = {

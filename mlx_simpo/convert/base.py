@@ -1,4 +1,4 @@
-"""The base model of a conversion: loaded by us, and its checkpoint as it lies on disk."""
+"""The base model of a conversion, and how its arrays are laid out in its checkpoint."""
 
 import importlib
 import sys
@@ -12,15 +12,15 @@ from ..errors import SimPOError
 from ..files import read_header, read_json, weight_files
 from ..model.adapters import flat_arrays
 from ..model.loading import LoadedModel, load_model
-from .architectures import Architecture, architecture_of
-from .names import checkpoint_shapes, refuse_unknown_stacks, unwrapped
+from .architectures import Architecture, table_entry
+from .names import check_stacks_known, checkpoint_shapes, transformers_name
 from .probe import Shape, trace
-from .weights import Layout, sources_of
+from .weights import Layout, source_names
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model by its name; everything else is read when it is asked for.
+    """A base model by its name, loaded anew each time that it is needed.
 
     name: Hub id or folder. revision, trust_remote_code: as for `load_model`.
     """
@@ -30,7 +30,7 @@ class Base:
     trust_remote_code: bool = False
 
     def load(self, dtype: str = "auto") -> LoadedModel:
-        """The model, freshly loaded; the weights are read when first used."""
+        """Load the model; its weights are read when they are first used."""
         return load_model(
             self.name,
             revision=self.revision,
@@ -40,107 +40,125 @@ class Base:
 
 
 def config_of(loaded: LoadedModel) -> dict[str, Any]:
-    """config.json as it stands in the model's folder."""
+    """Return config.json as it is in the model's folder."""
     return read_json(loaded.folder / "config.json")
 
 
-def architecture(loaded: LoadedModel) -> Architecture:
-    """The rule for a model; for a type that is not in the table, the one that nothing is renamed,
-    which only holds where the probe finds that this is so.
+def architecture_of(loaded: LoadedModel) -> Architecture:
+    """Return the rule by which a model is converted.
+
+    A model type that is not in the table gets the rule that all names are the same on both sides;
+    the probe then checks that this is so.
 
     Raises:
-        SimPOError: the type is refused, or unknown and not provably the same in both libraries.
+        SimPOError: the type is not converted, or it is not in the table and its names are not
+            provably the same in both libraries.
     """
     config = config_of(loaded)
-    found = architecture_of(config)
-    if found is None:
-        found = Architecture(str(config.get("model_type")), "not in the table: by the probe alone")
-        if in_mlx_names(loaded):
+    rule = table_entry(config)
+    if rule is None:
+        rule = Architecture(str(config.get("model_type")), "not in the table: by the probe alone")
+        if has_mlx_names(loaded):
             raise SimPOError(
-                f"models of type {found.model_type} are not in the table of architectures, and "
-                f"{loaded.name} has MLX's names, which say nothing of the original ones; use the "
-                "original model as --model (`mlx-simpo convert architectures` lists what is known)"
+                f"models of type {rule.model_type} are not in the table of architectures, and "
+                f"{loaded.name} has MLX's names, which do not tell the original ones; use the "
+                "original model as --model (`mlx-simpo convert architectures` lists the table)"
             )
-        layout_of(loaded, found)
-    refuse_unknown_stacks(loaded.model, found)
-    return found
+        checkpoint_layout(loaded, rule)
+    check_stacks_known(loaded.model, rule)
+    return rule
 
 
-def in_mlx_names(loaded: LoadedModel) -> bool:
-    """Whether the model's files have MLX's names: mlx-lm wrote them, or they are packed its way."""
+def has_mlx_names(loaded: LoadedModel) -> bool:
+    """Whether the model's files use MLX's names: mlx-lm wrote them, or they are quantized by it."""
     if "quantization" in config_of(loaded):
         return True
     return any(read_header(path).format == "mlx" for path in weight_files(loaded.folder))
 
 
-def layout_of(loaded: LoadedModel, rule: Architecture) -> Layout:
-    """How the model's arrays lie in a checkpoint of its own library, checked by the probe.
+def checkpoint_layout(loaded: LoadedModel, rule: Architecture) -> Layout:
+    """Return how the model's arrays are laid out in a transformers checkpoint.
+
+    The rule tells which tensors the checkpoint has, and the probe what sanitize makes of them; both
+    must agree with the model.
 
     Raises:
-        SimPOError: rule, checkpoint and mlx-lm's sanitize contradict each other.
+        SimPOError: rule, checkpoint and mlx-lm's sanitize contradict each other, or the model is a
+            vision-language model whose checkpoint is not at hand.
     """
-    # sanitize may have taken layers out of the model when it was loaded (gemma3_text's tied head).
-    there = flat_arrays(loaded.model.parameters()).keys()
-    bare = flat_arrays(fresh_model(loaded).parameters())
-    wanted = {name: array.shape for name, array in bare.items() if name in there}
-    shapes = checkpoint_shapes({n: bare[n] for n in wanted}, rule)
-    disk = shapes
-    if is_plain(loaded):
-        disk = checkpoint_on_disk(loaded.folder)
-        shapes = spelled_as(disk, shapes, rule)
-        if absent := sorted(shapes.items() - disk.items()):
+    # sanitize may have removed layers from the loaded model (gemma3_text's tied head).
+    names = flat_arrays(loaded.model.parameters()).keys()
+    # Of a new model, since the arrays of a quantized one have other shapes.
+    arrays = {n: a for n, a in flat_arrays(new_model(loaded).parameters()).items() if n in names}
+    expected = {name: array.shape for name, array in arrays.items()}
+    shapes = checkpoint_shapes(arrays, rule)
+    all_shapes = shapes
+    if is_transformers_checkpoint(loaded):
+        all_shapes = shapes_on_disk(loaded.folder)
+        shapes = spelled_as_on_disk(shapes, all_shapes, rule)
+        if absent := sorted(shapes.items() - all_shapes.items()):
             raise SimPOError(
                 f"the checkpoint of {loaded.name} does not have {absent[0][0]} of shape "
-                f"{absent[0][1]}, which the rule for {rule.model_type} expects"
+                f"{absent[0][1]}, which the rule for {rule.model_type} expects; such a model is "
+                "not converted"
             )
-    elif rule.wrapped:
-        raise SimPOError(text_alone(loaded, rule))
-    # All there is: what else lies in the checkpoint may change what sanitize does.
-    found = trace(lambda: fresh_model(loaded), disk)
-    made = {name: shape for name, (shape, _) in found.items()}
-    if odd := sorted(wanted.items() ^ made.items()):
+    elif rule.vision_language:
+        raise SimPOError(without_vision_tower(loaded, rule))
+    # Of all tensors on disk: those that the model does not use may change what sanitize does.
+    traced = trace(lambda: new_model(loaded), all_shapes)
+    actual = {name: shape for name, (shape, _) in traced.items()}
+    if differing := sorted(expected.items() ^ actual.items()):
+        name, shape = differing[0]
         raise SimPOError(
-            f"mlx-lm's sanitize does not make {odd[0][0]} of shape {odd[0][1]} of a "
-            f"{rule.model_type} checkpoint as the rule describes it; such a model is not converted"
+            f"the rule for {rule.model_type} and mlx-lm's sanitize disagree about {name} of shape "
+            f"{shape}; such a model is not converted"
         )
-    layout = Layout(shapes, {name: parts for name, (_, parts) in found.items()})
-    if odd := sorted(sources_of(layout, set(found)) - shapes.keys()):
+    layout = Layout(shapes, {name: pieces for name, (_, pieces) in traced.items()})
+    if unexpected := sorted(source_names(layout, set(traced)) - shapes.keys()):
         raise SimPOError(
-            f"mlx-lm's sanitize makes weights of {odd[0]}, which the rule for {rule.model_type} "
-            "does not expect; such a model is not converted"
+            f"mlx-lm's sanitize makes weights of {unexpected[0]}, which the rule for "
+            f"{rule.model_type} does not expect; such a model is not converted"
         )
     return layout
 
 
-def is_plain(loaded: LoadedModel) -> bool:
-    """Whether the model's files are a checkpoint as transformers saves it, and not packed."""
-    return not in_mlx_names(loaded) and "quantization_config" not in config_of(loaded)
+def is_transformers_checkpoint(loaded: LoadedModel) -> bool:
+    """Whether the model's files are a checkpoint as transformers saves it, not quantized."""
+    return not has_mlx_names(loaded) and "quantization_config" not in config_of(loaded)
 
 
-def spelled_as(
-    there: dict[str, Shape], shapes: dict[str, Shape], rule: Architecture
+def spelled_as_on_disk(
+    shapes: dict[str, Shape], on_disk: dict[str, Shape], rule: Architecture
 ) -> dict[str, Shape]:
-    """A wrapped model's tensors as its checkpoint spells them: language_model.model (transformers
-    4, and 5 for some types) or model.language_model."""
-    if not rule.wrapped or shapes.keys() <= there.keys():
+    """Return a model's tensors under the names that its checkpoint uses for them.
+
+    Checkpoints of vision-language models have their text part below language_model.model
+    (transformers 4, and 5 for some types) or below model.language_model.
+
+    Args:
+        shapes: of the tensors that the rule expects, under MLX's prefix.
+        on_disk: of the tensors in the checkpoint.
+    """
+    if not rule.vision_language or shapes.keys() <= on_disk.keys():
         return shapes
-    return {unwrapped(name): shape for name, shape in shapes.items()}
+    return {transformers_name(name): shape for name, shape in shapes.items()}
 
 
-def text_alone(loaded: LoadedModel, rule: Architecture) -> str:
-    """Why no complete folder can be made of a wrapped model that is no plain checkpoint, and what
-    to do."""
-    state = "has MLX's names" if in_mlx_names(loaded) else "is packed (quantization_config)"
+def without_vision_tower(loaded: LoadedModel, rule: Architecture) -> str:
+    """Say why no complete folder can be written for a vision-language model, and what to do."""
+    state = (
+        "has MLX's names" if has_mlx_names(loaded) else "is quantized (it has quantization_config)"
+    )
     return (
-        f"{loaded.name} {state}, and a complete folder of a {rule.model_type} model with its "
-        "vision tower is made of a checkpoint as transformers saves it only; fuse with --format "
-        "mlx, or convert the adapter alone (mlx-simpo convert to-peft), or name the original model "
-        "as --model if the adapter is to go into its weights instead of these"
+        f"{loaded.name} {state}, but a complete folder of a {rule.model_type} model with its "
+        "vision tower can only be made of a checkpoint as transformers saves it; fuse with "
+        "--format mlx, or convert the adapter alone (mlx-simpo convert to-peft), or name the "
+        "original model as --model if the adapter is to be merged into its weights instead"
     )
 
 
-def checkpoint_on_disk(folder: Path) -> dict[str, Shape]:
-    """Names and shapes of all tensors in a model's folder."""
+def shapes_on_disk(folder: Path) -> dict[str, Shape]:
+    """Return names and shapes of all tensors in a model's folder."""
     return {
         name: shape
         for path in weight_files(folder)
@@ -148,8 +166,8 @@ def checkpoint_on_disk(folder: Path) -> dict[str, Shape]:
     }
 
 
-def fresh_model(loaded: LoadedModel) -> nn.Module:
-    """Another model of the same class and settings, without weights."""
+def new_model(loaded: LoadedModel) -> nn.Module:
+    """Return another model of the same class and settings, without weights and not quantized."""
     name = type(loaded.model).__module__
     module = sys.modules.get(name) or importlib.import_module(name)
     return module.Model(module.ModelArgs.from_dict(loaded.config))

@@ -10,9 +10,9 @@ from mlx_lm.utils import make_shards
 
 from ..files import read_json, save_safetensors, write_text
 from ..model.rope import both_ways
-from .weights import natural
+from .weights import natural_sort_key
 
-# What a model's folder may hold beside weights and configuration, and what goes with the model.
+# Files beside weights and configuration that are copied with the model.
 _COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -36,13 +36,14 @@ def write_weights(folder: Path, tensors: dict[str, mx.array], form: str) -> None
     """Write tensors as model*.safetensors, in shards of 5 GB with an index; empties ``tensors``.
 
     Args:
-        form: what the files say of themselves: "pt" for the names of transformers, "mlx" for
-            MLX's. transformers refuses files that say nothing.
+        tensors: by name; emptied, so that memory is freed after each shard.
+        form: the "format" in the files' metadata: "pt" for transformers' names, "mlx" for MLX's.
+            transformers rejects files without it.
     """
-    shards = make_shards({name: tensors[name] for name in sorted(tensors, key=natural)})
+    shards = make_shards({name: tensors[name] for name in sorted(tensors, key=natural_sort_key)})
     total = sum(array.nbytes for array in tensors.values())
     tensors.clear()
-    places: dict[str, str] = {}
+    shard_of: dict[str, str] = {}
     count = len(shards)
     for number in range(count):
         shard, shards[number] = shards[number], {}
@@ -50,29 +51,30 @@ def write_weights(folder: Path, tensors: dict[str, mx.array], form: str) -> None
         if count > 1:
             name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         save_safetensors(folder / name, shard, form)
-        places |= dict.fromkeys(shard, name)
+        shard_of |= dict.fromkeys(shard, name)
     if count > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
         write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_config(folder: Path, config: dict[str, Any], dtype: str, *, trusted: bool) -> None:
-    """Write the config.json of a model that is not quantized, for transformers old and new.
+    """Write the config.json of a model that is not quantized, for old and new transformers.
 
     Args:
-        config: the base model's, as it stands in its folder. dtype: of the weights. trusted:
-            whether the model's own code goes with it.
+        config: the base model's, as it is in its folder.
+        dtype: of the weights.
+        trusted: whether the model's own code is copied with it.
     """
     config = {name: value for name, value in config.items() if not name.startswith("quantiz")}
     if not trusted:
         config.pop("auto_map", None)
     for part in ("text_config", "vision_config", "audio_config"):
         if isinstance(inner := config.get(part), dict):
-            kept = {name: value for name, value in inner.items() if not name.startswith("quantiz")}
-            kept |= dict.fromkeys([n for n in _DTYPE if n in kept], dtype)
-            config[part] = both_ways(kept) if part == "text_config" else kept
+            inner = {name: value for name, value in inner.items() if not name.startswith("quantiz")}
+            inner |= dict.fromkeys([n for n in _DTYPE if n in inner], dtype)
+            config[part] = both_ways(inner) if part == "text_config" else inner
     config |= dict.fromkeys([n for n in _DTYPE if n in config] or ["dtype"], dtype)
-    # What is in text_config has been seen to.
+    # Without text_config, whose rotary settings are in both spellings already.
     config = both_ways({n: v for n, v in config.items() if n != "text_config"}) | {
         n: v for n, v in config.items() if n == "text_config"
     }
@@ -80,17 +82,18 @@ def write_config(folder: Path, config: dict[str, Any], dtype: str, *, trusted: b
 
 
 def copy_companions(source: Path, folder: Path, template: str | None, *, trusted: bool) -> None:
-    """Copy tokenizer, generation settings and licence as they are, with the template in use.
+    """Copy tokenizer, generation settings and licence unchanged, except for the chat template.
 
-    transformers would write the tokenizer anew, in its own version's way, which older readers and
-    other programs may not know.
+    transformers would save the tokenizer in the format of its own version, which older versions and
+    other programs may not read.
 
     Args:
         template: the chat template that the adapter was trained with; None keeps the model's.
+        trusted: whether the model's own code is copied with it.
     """
     patterns = (*_COMPANIONS, "*.py") if trusted else _COMPANIONS
     for path in sorted({p for pattern in patterns for p in source.glob(pattern) if p.is_file()}):
-        if belongs(path):
+        if is_inside_model_folder(path):
             shutil.copyfile(path, folder / path.name)
     if template is None:
         return
@@ -98,18 +101,22 @@ def copy_companions(source: Path, folder: Path, template: str | None, *, trusted
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         content = read_json(settings)
-        # Programs that do not know the file beside it read the template here.
+        # Programs that do not know chat_template.jinja read the template from here.
         if "chat_template" in content:
             write_json(settings, content | {"chat_template": template})
 
 
-def belongs(path: Path) -> bool:
-    """Whether a file's content lies in its folder; huggingface_hub's are links into its cache."""
+def is_inside_model_folder(path: Path) -> bool:
+    """Whether a file, with links followed, is inside the model's folder.
+
+    A link that leads elsewhere could copy any file of the user's into a folder to be published.
+    """
     root = path.parent.resolve()
+    # In huggingface_hub's cache, snapshots/<commit>/<file> is a link to blobs/<hash>.
     root = root.parents[1] if root.parent.name == "snapshots" else root
     return path.resolve().is_relative_to(root)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """JSON as transformers writes it."""
+    """Write JSON in the layout that transformers uses."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""A model from Hugging Face as an MLX model folder, with mlx-lm's own quantization."""
+"""A Hugging Face model as a folder in MLX's format, quantized by mlx-lm if asked for."""
 
 import contextlib
 import io
@@ -16,10 +16,11 @@ from .base import Base
 from .folder import copy_companions, write_weights
 from .merge import release
 from .staging import staged
-from .verify.compare import wanted
-from .verify.proof import prove_converted
+from .verify.compare import should_verify
+from .verify.proof import verify_converted
 
 BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
 
 
 def from_hf(
@@ -34,30 +35,31 @@ def from_hf(
     trust_remote_code: bool = False,
     display: Display | None = None,
 ) -> Conversion:
-    """Write a Hugging Face model in MLX's format, its rotary settings where mlx-lm finds them.
+    """Write a Hugging Face model in MLX's format, with the rotary settings where mlx-lm reads them.
 
     Args:
-        model: Hub id or folder. output: a new folder. quantize: bits of a weight (2, 3, 4, 5, 6 or
-            8), in groups of ``group_size`` (32, 64 or 128); None leaves them as they are. dtype:
-            "float32", "bfloat16" or "float16"; default: as stored. verify: compare logits
-            (default: where the model fits into memory).
+        quantize: bits per weight (2, 3, 4, 5, 6 or 8); None does not quantize.
+        group_size: weights that share a scale (32, 64 or 128).
+        dtype: of weights that are not quantized.
+
+    The other arguments: see `mlx_simpo.convert`.
 
     Raises:
-        SimPOError: no such model, one that mlx-lm cannot run, a failed verification. Nothing is
-            written then.
+        SimPOError: there is no such model, mlx-lm cannot run or quantize it, or the verification
+            failed. Nothing is written then.
     """
     display = display or Display()
     check_arguments(output, dtype)
-    check_packing(quantize, group_size)
+    check_bits(quantize, group_size)
     base = Base(model, revision, trust_remote_code)
     loaded = base.load(dtype or "auto")
     if quantize is not None and "quantization" in loaded.config:
         raise SimPOError(f"{model} is quantized already; quantize the model that it was made of")
-    verify = wanted(verify, loaded.model, display.note)
+    verify = should_verify(verify, loaded.model, display.note)
     with staged(output) as folder:
         config = dict(loaded.config)
         if quantize is not None:
-            config = packed(loaded.model, config, quantize, group_size, display)
+            config = quantize_weights(loaded.model, config, quantize, group_size, display)
         elif dtype is not None:
             config |= dict.fromkeys([n for n in ("dtype", "torch_dtype") if n in config], dtype)
         weights = flat_arrays(loaded.model.parameters())
@@ -65,30 +67,40 @@ def from_hf(
             release(loaded.model)
         write_weights(folder, weights, "mlx")
         if not trust_remote_code:
-            config.pop("auto_map", None)  # of code that does not go along
+            config.pop("auto_map", None)  # names code that is not copied
         save_config(config, folder / "config.json")
         copy_companions(loaded.folder, folder, None, trusted=trust_remote_code)
-        found = prove_converted(folder, base, loaded.model, display) if verify else []
-    return Conversion(local_path(output), found)
+        comparisons = verify_converted(folder, base, loaded.model, display) if verify else []
+    return Conversion(local_path(output), comparisons)
 
 
-def check_packing(bits: int | None, group_size: int) -> None:
-    """SimPOError for what MLX cannot pack."""
+def check_bits(bits: int | None, group_size: int) -> None:
+    """Check that MLX can quantize to this many bits in groups of this size.
+
+    Raises:
+        SimPOError: it cannot.
+    """
     if bits is not None and bits not in BITS:
         raise SimPOError(f"quantize is {bits}; it must be one of {', '.join(map(str, BITS))} bits")
-    if group_size not in (32, 64, 128):
+    if group_size not in GROUP_SIZES:
         raise SimPOError(f"group_size is {group_size}; it must be 32, 64 or 128")
 
 
-def packed(model: nn.Module, config: dict, bits: int, group_size: int, display: Display) -> dict:
-    """The configuration of the model after mlx-lm has quantized it in place."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # results alone go to stdout
+def quantize_weights(
+    model: nn.Module, config: dict, bits: int, group_size: int, display: Display
+) -> dict:
+    """Quantize a model with mlx-lm, in place, and return its new configuration.
+
+    Raises:
+        SimPOError: no layer can be quantized, because none has a multiple of group_size inputs.
+    """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):  # our stdout holds results alone
         _, config = quantize_model(model, config, group_size, bits)
     if not any("scales" in layer for layer in model.modules()):
         raise SimPOError(
-            f"no layer of this model can be packed in groups of {group_size}; use a smaller "
-            "group_size, or leave quantize out"
+            f"no layer of this model can be quantized in groups of {group_size}; use a smaller "
+            "group_size, or omit quantize"
         )
-    display.note(said.getvalue().replace("[INFO] ", "").strip())
+    display.note(printed.getvalue().replace("[INFO] ", "").strip())
     return config

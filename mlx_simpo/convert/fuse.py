@@ -1,4 +1,4 @@
-"""A model with its adapter merged in, as a folder that other libraries load."""
+"""A base model with an adapter merged into it, as a folder that other libraries load."""
 
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,23 @@ from ..errors import SimPOError
 from ..files import load_safetensors, weight_files
 from ..model.adapters import flat_arrays, read_adapter_config
 from ..model.loading import DTYPES
-from ..model.record import RECORD, base_record, mismatches, table
+from ..model.record import RECORD, base_record, table
 from ..paths import local_path
 from ..reporting.display import Display
-from .adapters import Conversion, base_name, check_arguments, write_record
-from .base import Base, architecture, config_of, is_plain, layout_of
+from .adapters import Conversion, base_name, check_arguments, load_base, write_record
+from .base import (
+    Base,
+    architecture_of,
+    checkpoint_layout,
+    config_of,
+    is_transformers_checkpoint,
+)
 from .folder import copy_companions, write_config, write_weights
 from .merge import Fused, fused_model, release
 from .staging import staged
-from .verify.compare import wanted
-from .verify.proof import prove_fused
-from .weights import Layout, checkpoint_tensors, sources_of
+from .verify.compare import should_verify
+from .verify.proof import verify_fused
+from .weights import Layout, checkpoint_tensors, source_names
 
 FORMATS = ("hf", "mlx")
 
@@ -41,17 +47,18 @@ def fuse(
     """Write a base model with an mlx-lm adapter merged into its weights.
 
     Args:
-        output: a new folder. adapter: None for the base model alone. model: Hub id or folder;
-            default: what the adapter's record says. format: "hf" (transformers' names, for vLLM
-            and llama.cpp's converter too) or "mlx". dequantize: of a quantized base,
-            unpack it, in float32 (the default); False packs the changed layers again, for "mlx"
-            only. dtype: of the weights
-            ("float32", "bfloat16", "float16"); default: as they are, float32 if unpacked.
-        verify: compare logits (default: where the model fits into memory).
+        adapter: None for the base model alone.
+        model: None for the one that the adapter's record names.
+        format: "hf" (transformers' names, also for vLLM and llama.cpp's converter) or "mlx".
+        dequantize: whether to dequantize a quantized base model, in float32 (the default); False
+            quantizes the changed layers again, for "mlx" only.
+        dtype: None for the base model's, or float32 if it is dequantized.
+
+    The other arguments: see `mlx_simpo.convert`.
 
     Raises:
-        SimPOError: bad input, an architecture that cannot be written, a failed verification.
-            Nothing is written then.
+        SimPOError: an argument is not valid, the architecture is not converted, or the
+            verification failed. Nothing is written then.
     """
     display = display or Display()
     check_arguments(output, dtype)
@@ -62,53 +69,64 @@ def fuse(
     config = {} if adapter is None else read_adapter_config(adapter)
     record = table(config, RECORD)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
-    loaded = base.load()
-    for difference in mismatches(record, loaded):
-        display.warn(f"{difference}: the adapter may not fit")
-    packed = loaded.config.get("quantization")
-    check_packing(packed, format, dequantize, dtype, display)
-    layout = layout_of(loaded, architecture(loaded)) if format == "hf" else None
-    template = None if adapter is None else trained_template(local_path(adapter))
-    keep = bool(packed) and dequantize is False
-    precision = dtype or ("float32" if packed and not keep else None)
-    verify = wanted(verify, loaded.model, display.note)  # while its weights are there to be counted
+    loaded = load_base(base, record, display)
+    quantization = loaded.config.get("quantization")
+    check_quantization(quantization, format, dequantize, dtype, display)
+    layout = checkpoint_layout(loaded, architecture_of(loaded)) if format == "hf" else None
+    template = None if adapter is None else training_template(local_path(adapter))
+    stays_quantized = bool(quantization) and dequantize is False
+    precision = dtype or ("float32" if quantization and not stays_quantized else None)
+    # Now, since writing releases the weights that it counts.
+    verify = should_verify(verify, loaded.model, display.note)
     with staged(output) as folder:
-        fused = fused_model(loaded, adapter, dequantize=not keep)
+        fused = fused_model(loaded, adapter, dequantize=not stays_quantized)
         if layout is not None:
-            write_hf(folder, base, fused, layout, precision, display)
+            write_hf_model(folder, base, fused, layout, precision, display)
         else:
-            write_mlx_model(folder, base, fused, precision, keep=keep)
+            write_mlx_model(folder, base, fused, precision, quantized=stays_quantized)
         copy_companions(loaded.folder, folder, template, trusted=trust_remote_code)
         if adapter is not None:
             write_record(folder, local_path(adapter), record, base_record(loaded))
-        found = prove_fused(folder, base, adapter, display) if verify else []
-    return Conversion(local_path(output), found)
+        comparisons = verify_fused(folder, base, adapter, display) if verify else []
+    return Conversion(local_path(output), comparisons)
 
 
-def check_packing(
-    packed: Any, format: str, dequantize: bool | None, dtype: str | None, display: Display
+def check_quantization(
+    quantization: Any, format: str, dequantize: bool | None, dtype: str | None, display: Display
 ) -> None:
-    """Refuse what cannot be had of a quantized base, and say what is done with it and why."""
-    if not packed:
+    """Check the options for a quantized base model, and note that it is dequantized if it is.
+
+    Args:
+        quantization: the base model's; empty or None if it is not quantized.
+
+    Raises:
+        SimPOError: an option does nothing, or asks for what the format cannot hold.
+    """
+    if not quantization:
         if dequantize is not None:
             raise SimPOError(
-                "--quantize and --dequantize are for a quantized base, but this base is not "
-                "quantized; leave them out (`convert from-hf --quantize` packs the result)"
+                "--quantize and --dequantize are for a quantized base model, but this base is not "
+                "quantized; omit them (`convert from-hf --quantize` quantizes the result)"
             )
         return
     if dequantize is not False:
         display.note(
-            f"the base is quantized to {packed.get('bits')} bits and written unpacked, in "
-            f"{dtype or 'float32'}: packing it again would round most of a small tune away"
+            f"the base model is quantized to {quantization.get('bits')} bits and is written "
+            f"dequantized, in {dtype or 'float32'}: quantizing it again would round away most of "
+            "what a short training changed"
         )
     elif format == "hf":
-        raise SimPOError("transformers does not read MLX's packed weights; use --format mlx")
+        raise SimPOError("transformers does not read MLX's quantized weights; use --format mlx")
     elif dtype is not None:
-        raise SimPOError(f"dtype is {dtype}, but the weights stay packed; leave it out")
+        raise SimPOError(f"dtype is {dtype}, but the weights stay quantized; omit it")
 
 
-def trained_template(adapter: Path) -> str | None:
-    """The chat template that lies beside an adapter; None if there is none."""
+def training_template(adapter: Path) -> str | None:
+    """Return the chat template in an adapter's folder; None if there is none.
+
+    Raises:
+        SimPOError: the file cannot be read.
+    """
     path = adapter / "chat_template.jinja"
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else None
@@ -116,61 +134,78 @@ def trained_template(adapter: Path) -> str | None:
         raise SimPOError(f"cannot read {path}: {error}") from None
 
 
-def write_hf(
+def write_hf_model(
     folder: Path, base: Base, fused: Fused, layout: Layout, dtype: str | None, display: Display
 ) -> None:
-    """Weights and config.json under transformers' names. What the adapter did not touch is copied
-    from the base bit for bit, where the base has these names."""
+    """Write weights and config.json under transformers' names.
+
+    Tensors that the adapter does not change are copied from the base model bit for bit, if its
+    files use these names.
+
+    Args:
+        fused: its weights are released.
+        dtype: of the weights; None for the base model's.
+    """
     loaded = base.load()
     config = config_of(loaded)
     precision = dtype or loaded.dtype
     weights = flat_arrays(fused.model.parameters())
-    renamed = not is_plain(loaded)
-    there = {} if renamed else load_safetensors(weight_files(loaded.folder))
-    tensors = {name: tensor for name, tensor in there.items() if goes_along(name, layout)}
-    if beside := sorted(tensors.keys() - layout.shapes.keys()):
-        display.note(f"copied as they are, not run by MLX: {len(beside)}, e.g. {beside[0]}")
-    only = None if renamed else sources_of(layout, fused.changed)
+    renamed = not is_transformers_checkpoint(loaded)
+    original = {} if renamed else load_safetensors(weight_files(loaded.folder))
+    tensors = {n: t for n, t in original.items() if belongs_in_checkpoint(n, layout)}
+    if not_run := sorted(tensors.keys() - layout.shapes.keys()):
+        display.note(
+            f"{len(not_run)} tensors that MLX does not run are copied unchanged, e.g. {not_run[0]}"
+        )
+    only = None if renamed else source_names(layout, fused.changed)
     new = checkpoint_tensors(weights, layout, only)
-    tensors |= {n: t.astype(there[n].dtype) if n in there else t for n, t in new.items()}
+    tensors |= {n: t.astype(original[n].dtype) if n in original else t for n, t in new.items()}
     if dtype is not None or renamed:
-        tensors = {name: as_float(tensor, precision) for name, tensor in tensors.items()}
-    # Nothing else may hold on to what is written: memory is to go back after each shard.
-    for holder in (there, new, weights):
-        holder.clear()
+        tensors = {name: cast_floats(tensor, precision) for name, tensor in tensors.items()}
+    # write_weights frees each shard, unless something else still refers to its tensors.
+    for references in (original, new, weights):
+        references.clear()
     release(fused.model)
     write_weights(folder, tensors, "pt")
     write_config(folder, config, precision, trusted=base.trust_remote_code)
 
 
-def goes_along(name: str, layout: Layout) -> bool:
-    """Whether a tensor of the base's checkpoint belongs into the new one: not a tied head, nor
-    rotary frequencies that old versions of transformers stored."""
+def belongs_in_checkpoint(name: str, layout: Layout) -> bool:
+    """Whether to copy a tensor of the base model's checkpoint, which the model may not use.
+
+    All but tied output layers, and rotary frequencies that old versions of transformers saved.
+    """
     heads = ("lm_head.weight", "language_model.lm_head.weight")
-    stale = name.endswith("rotary_emb.inv_freq") or name in heads
-    return name in layout.shapes or not stale
+    obsolete = name.endswith("rotary_emb.inv_freq") or name in heads
+    return name in layout.shapes or not obsolete
 
 
-def as_float(tensor: mx.array, dtype: str) -> mx.array:
-    """The tensor in ``dtype`` if it holds floats."""
+def cast_floats(tensor: mx.array, dtype: str) -> mx.array:
+    """Return the tensor in ``dtype`` if it holds floats; otherwise (packed weights) unchanged."""
     return tensor.astype(DTYPES[dtype]) if mx.issubdtype(tensor.dtype, mx.floating) else tensor
 
 
 def write_mlx_model(
-    folder: Path, base: Base, fused: Fused, dtype: str | None, *, keep: bool
+    folder: Path, base: Base, fused: Fused, dtype: str | None, *, quantized: bool
 ) -> None:
-    """Weights and config.json under MLX's names. keep: the weights stay packed."""
+    """Write weights and config.json under MLX's names.
+
+    Args:
+        fused: its weights are released.
+        dtype: of the weights; None for the base model's.
+        quantized: whether the weights are.
+    """
     loaded = base.load()
     precision = dtype or loaded.dtype
     weights = flat_arrays(fused.model.parameters())
-    tensors = {name: as_float(array, precision) for name, array in weights.items()}
+    tensors = {name: cast_floats(array, precision) for name, array in weights.items()}
     weights.clear()
     release(fused.model)
     write_weights(folder, tensors, "mlx")
     config = dict(loaded.config)
-    if not keep:
+    if not quantized:
         for name in ("quantization", "quantization_config"):
             config.pop(name, None)
     if not base.trust_remote_code:
-        config.pop("auto_map", None)  # of code that does not go along
+        config.pop("auto_map", None)  # names code that is not copied
     save_config(config, folder / "config.json")

@@ -1,4 +1,7 @@
-"""What an adapter adds to each layer, in no library's format: the middle of every conversion."""
+"""What LoRA adds to the weights of each layer, independent of any library's file format.
+
+Every conversion reads an adapter into LoRA deltas and writes these.
+"""
 
 import math
 from collections.abc import Iterable
@@ -19,11 +22,13 @@ FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
 @dataclass(frozen=True)
 class LoRADelta:
-    """weight + scale · b @ a, for one layer; with a magnitude (DoRA), each row of the sum is then
-    given that norm.
+    """weight + scale · b @ a, for one layer (https://arxiv.org/abs/2106.09685).
 
-    a: (r, in). b: (out, r). Of stacked experts both have a first axis for the expert. Of an
-    embedding "in" are the rows of the table and the product is transposed. magnitude: (out,).
+    With a magnitude (DoRA, https://arxiv.org/abs/2402.09353) each row of the sum is then scaled to
+    have that norm.
+
+    a: (rank, in). b: (out, rank). Both have a leading axis for the experts where these are stacked.
+    For an embedding "in" is the vocabulary, and the product is transposed. magnitude: (out,).
     """
 
     a: mx.array
@@ -33,12 +38,14 @@ class LoRADelta:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The rank of the product b @ a as it is stored."""
         return self.a.shape[-2]
 
     def scaled_to(self, scale: float) -> "LoRADelta":
-        """The same update with another scale, the difference taken into b: in float32, unless b's
-        own dtype holds it exactly (powers of two)."""
+        """Return the same delta with another scale, the ratio of the two multiplied into b.
+
+        b becomes float32, unless its own dtype represents the result exactly (powers of two).
+        """
         if scale == self.scale:
             return self
         factor = self.scale / scale
@@ -47,95 +54,105 @@ class LoRADelta:
         return replace(self, b=b * factor, scale=scale)
 
     def padded_to(self, rank: int) -> "LoRADelta":
-        """The same update with a higher rank, filled up with zeros."""
-        more = rank - self.rank
-        if not more:
+        """Return the same delta with a higher rank, padded with zeros."""
+        padding = rank - self.rank
+        if not padding:
             return self
         experts = [(0, 0)] * (self.a.ndim - 2)
         return replace(
             self,
-            a=mx.pad(self.a, [*experts, (0, more), (0, 0)]),
-            b=mx.pad(self.b, [*experts, (0, 0), (0, more)]),
+            a=mx.pad(self.a, [*experts, (0, padding), (0, 0)]),
+            b=mx.pad(self.b, [*experts, (0, 0), (0, padding)]),
         )
 
     def without_zeros(self) -> "LoRADelta":
-        """The same update without the part of its rank where b is zero, unless all of it is: what
-        a projection does not use of an update that it shares with another."""
+        """Return the same delta without the ranks where b is zero, unless b is zero altogether.
+
+        A projection that shares a parameter's delta with another does not use these.
+        """
         used = np.array(mx.any(self.b != 0, axis=list(range(self.b.ndim - 1))))
         if used.all() or not used.any():
             return self
-        kept = mx.array(np.flatnonzero(used))
-        return replace(self, a=mx.take(self.a, kept, axis=-2), b=mx.take(self.b, kept, axis=-1))
+        ranks = mx.array(np.flatnonzero(used))
+        return replace(self, a=mx.take(self.a, ranks, axis=-2), b=mx.take(self.b, ranks, axis=-1))
 
 
 def lora_deltas_of(model: nn.Module) -> dict[str, LoRADelta]:
-    """The updates of the LoRA and DoRA layers that are attached to a model, by path.
+    """Return the deltas of the LoRA and DoRA layers attached to a model, by path.
 
     Raises:
-        SimPOError: there are none, or one is of a kind that PEFT has no name for.
+        SimPOError: there are no such layers, or PEFT has no counterpart for one of them.
     """
-    found: dict[str, LoRADelta] = {}
+    deltas: dict[str, LoRADelta] = {}
     for path, layer in model.named_modules():
         if "lora_a" not in layer:
             continue
         if isinstance(layer, LoRASwitchLinear):
-            found[path] = LoRADelta(layer.lora_a, layer.lora_b, layer.scale)
+            deltas[path] = LoRADelta(layer.lora_a, layer.lora_b, layer.scale)
         elif isinstance(layer, LoRALinear | LoRAEmbedding):
-            found[path] = LoRADelta(layer.lora_a.T, layer.lora_b.T, layer.scale)
+            # mlx-lm computes x @ lora_a @ lora_b: both are the transposes of the definition's.
+            deltas[path] = LoRADelta(layer.lora_a.T, layer.lora_b.T, layer.scale)
         elif isinstance(layer, DoRALinear):
-            found[path] = LoRADelta(layer.lora_a.T, layer.lora_b.T, layer.scale, layer.m)
+            deltas[path] = LoRADelta(layer.lora_a.T, layer.lora_b.T, layer.scale, layer.m)
         else:
             raise SimPOError(
-                f"{path} has a {type(layer).__name__}, which is not converted; fuse the model"
+                f"{path} has a {type(layer).__name__}, which is not converted; fuse the model "
+                "instead (mlx-simpo fuse)"
             )
-    if not found:
-        raise SimPOError("the adapter adapts no layer at all")
-    return found
+    if not deltas:
+        raise SimPOError("the adapter adapts no layer at all; there is nothing to convert")
+    return deltas
 
 
-def check_lora_delta(path: str, update: LoRADelta, layer: nn.Module) -> None:
-    """SimPOError if an update does not fit the layer it is for."""
+def check_lora_delta(path: str, delta: LoRADelta, layer: nn.Module) -> None:
+    """Check that a delta fits the layer that it is for.
+
+    Raises:
+        SimPOError: a tensor has another shape or is not of floats, or the scale is not finite.
+    """
     shape = layer_shape(layer)
     inputs, outputs = shape[-1], shape[-2]
     if isinstance(layer, EMBEDDING):
         inputs, outputs = outputs, inputs
     experts = shape[:-2] if isinstance(layer, STACKED) else ()
-    wanted: list[tuple[str, mx.array | None, Shape]] = [
-        ("A", update.a, (*experts, update.rank, inputs)),
-        ("B", update.b, (*experts, outputs, update.rank)),
-        ("magnitude", update.magnitude, (outputs,)),
+    expected: list[tuple[str, mx.array | None, Shape]] = [
+        ("A", delta.a, (*experts, delta.rank, inputs)),
+        ("B", delta.b, (*experts, outputs, delta.rank)),
+        ("magnitude", delta.magnitude, (outputs,)),
     ]
-    for what, array, expected in wanted:
-        if array is not None and array.shape != expected:
-            raise SimPOError(f"{path}: {what} has shape {array.shape}; this model needs {expected}")
+    for name, array, needed in expected:
+        if array is not None and array.shape != needed:
+            raise SimPOError(f"{path}: {name} has shape {array.shape}; this model needs {needed}")
         if array is not None and array.dtype not in FLOATS:
-            raise SimPOError(f"{path}: {what} is of type {array.dtype}; it must be a float")
-    if not math.isfinite(update.scale):
-        raise SimPOError(f"{path}: the scale is {update.scale}; it must be a finite number")
+            raise SimPOError(f"{path}: {name} is of type {array.dtype}; it must be a float")
+    if not math.isfinite(delta.scale):
+        raise SimPOError(f"{path}: the scale is {delta.scale}; it must be a finite number")
 
 
-def apply_lora_deltas(model: nn.Module, updates: dict[str, LoRADelta]) -> None:
-    """Put updates into a model's own weights, in float32, by their definition.
+def apply_lora_deltas(model: nn.Module, deltas: dict[str, LoRADelta]) -> None:
+    """Add deltas to a model's own weights, in place, in float32.
 
-    mlx-lm's LoRA layers have no part in this, which is what `verify` needs it for. The model must
-    not be quantized.
+    This follows the definition and does not use mlx-lm's LoRA layers: `verify` compares the two.
+
+    Args:
+        model: not quantized.
     """
     layers = dict(model.named_modules())
-    for path, update in updates.items():
+    for path, delta in deltas.items():
         layer = layers[path]
         weight = layer["weight"].astype(mx.float32)
-        product = update.b.astype(mx.float32) @ update.a.astype(mx.float32)
+        product = delta.b.astype(mx.float32) @ delta.a.astype(mx.float32)
         if isinstance(layer, EMBEDDING):
             product = product.T
-        weight = weight + update.scale * product
-        if update.magnitude is not None:
+        weight = weight + delta.scale * product
+        if delta.magnitude is not None:
             norms = mx.linalg.norm(weight, axis=1)
-            weight = (update.magnitude.astype(mx.float32) / norms)[:, None] * weight
+            weight = (delta.magnitude.astype(mx.float32) / norms)[:, None] * weight
         layer["weight"] = weight
 
 
-def common(values: Iterable[float]) -> float:
-    """The value that occurs most often, the largest of several."""
+def most_common(values: Iterable[float]) -> float:
+    """Return the value that occurs most often, the largest one if several do."""
     counts: dict[float, int] = {}
     for value in values:
         counts[value] = counts.get(value, 0) + 1

@@ -1,4 +1,4 @@
-"""Adapters in mlx-lm's format: read by mlx-lm itself, written so that it reads them exactly."""
+"""Adapters in mlx-lm's format: read with mlx-lm itself, written so that it reads them exactly."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from .names import EMBEDDING, STACKED, adaptable_layers
 
 
 def read_mlx(folder: str | Path, model: nn.Module) -> dict[str, LoRADelta]:
-    """The updates of an mlx-lm adapter, attached to ``model``; see `model.adapters.load_adapter`.
+    """Attach an mlx-lm adapter to ``model`` and return its deltas by path.
 
     Raises:
-        SimPOError: it cannot be read, is incomplete or of another model, or of a kind that is not
-            converted (fine_tune_type full).
+        SimPOError: the adapter cannot be read, is incomplete, belongs to another model (see
+            `model.adapters.load_adapter`), or is not LoRA or DoRA (fine_tune_type full).
     """
     load_adapter(model, folder)
     return lora_deltas_of(model)
@@ -26,43 +26,54 @@ def read_mlx(folder: str | Path, model: nn.Module) -> dict[str, LoRADelta]:
 
 def write_mlx(
     folder: Path,
-    updates: dict[str, LoRADelta],
+    deltas: dict[str, LoRADelta],
     model: nn.Module,
     extra: dict[str, Any],
 ) -> None:
-    """Write updates as an mlx-lm adapter.
+    """Write deltas as an mlx-lm adapter.
 
-    mlx-lm knows one rank and one scale for all layers: smaller ranks are filled up with zeros,
-    smaller scales taken into B.
+    mlx-lm knows one rank and one scale for all layers: smaller ranks are padded with zeros, and the
+    ratio of a smaller scale to the largest one is multiplied into B.
 
     Args:
-        model: the bare model that they are for.
-        extra: what else is to stand in adapter_config.json; mlx-lm leaves it alone.
+        deltas: by path.
+        model: the base model that they are for.
+        extra: more entries of adapter_config.json; mlx-lm ignores them.
 
     Raises:
-        SimPOError: mlx-lm has no DoRA for one of the layers, or DoRA and LoRA are mixed.
+        SimPOError: mlx-lm has no DoRA for one of the layers, DoRA and LoRA are mixed, or the
+            scale is 0.
     """
-    rank = max(update.rank for update in updates.values())
-    scale = max((update.scale for update in updates.values()), key=abs)
-    dora = {update.magnitude is not None for update in updates.values()}
+    rank = max(delta.rank for delta in deltas.values())
+    scale = max((delta.scale for delta in deltas.values()), key=abs)
+    dora = {delta.magnitude is not None for delta in deltas.values()}
     layers = adaptable_layers(model)
     if len(dora) > 1:
-        raise SimPOError("the adapter has DoRA on some of its layers only, which mlx-lm has not")
+        raise SimPOError(
+            "the adapter has DoRA on some of its layers only, which mlx-lm does not support; merge "
+            "it into its model with PEFT (merge_and_unload) and convert that: mlx-simpo convert "
+            "from-hf"
+        )
     if dora == {True}:
-        refuse_unsupported_dora({path: layers[path] for path in updates})
-        if any(isinstance(layers[path], EMBEDDING) for path in updates):
-            raise SimPOError("the adapter has DoRA on an embedding, which is not converted")
+        refuse_unsupported_dora({path: layers[path] for path in deltas})
+        if any(isinstance(layers[path], EMBEDDING) for path in deltas):
+            raise SimPOError(
+                "the adapter has DoRA on an embedding, which is not converted; merge it into its "
+                "model with PEFT (merge_and_unload) and convert that: mlx-simpo convert from-hf"
+            )
     if not scale:
-        raise SimPOError("the adapter's scale is 0: it changes nothing")
-    keys, num_layers = keys_of(set(updates), model)
+        raise SimPOError(
+            "the adapter's scale is 0, so it changes nothing; there is nothing to convert"
+        )
+    keys, num_layers = keys_of(set(deltas), model)
     weights: dict[str, mx.array] = {}
-    for path, update in updates.items():
-        update = update.scaled_to(scale).padded_to(rank)
+    for path, delta in deltas.items():
+        delta = delta.scaled_to(scale).padded_to(rank)
         stacked = isinstance(layers[path], STACKED)
-        weights[f"{path}.lora_a"] = update.a if stacked else update.a.T
-        weights[f"{path}.lora_b"] = update.b if stacked else update.b.T
-        if update.magnitude is not None:
-            weights[f"{path}.m"] = update.magnitude
+        weights[f"{path}.lora_a"] = delta.a if stacked else delta.a.T
+        weights[f"{path}.lora_b"] = delta.b if stacked else delta.b.T
+        if delta.magnitude is not None:
+            weights[f"{path}.m"] = delta.magnitude
     config = {
         "fine_tune_type": "dora" if dora == {True} else "lora",
         "num_layers": num_layers,
@@ -73,22 +84,23 @@ def write_mlx(
 
 
 def keys_of(paths: set[str], model: nn.Module) -> tuple[list[str], int]:
-    """(lora_parameters.keys, num_layers) that make mlx-lm adapt these layers and no others.
+    """Return (lora_parameters.keys, num_layers) that make mlx-lm adapt exactly these layers.
 
-    Names within a block and the number of blocks where that is the same; else whole paths, which
-    mlx-lm looks up in the whole model.
+    Names within a layer of the model, and the number of its last layers, where these select the
+    same; otherwise whole paths, which mlx-lm looks up in the whole model.
     """
-    blocks: list[nn.Module] = list(model.layers)  # type: ignore[arg-type]
+    model_layers: list[nn.Module] = list(model.layers)  # type: ignore[arg-type]
     prefixes = {id(module): path for path, module in model.named_modules()}
-    place = {
-        f"{prefixes[id(block)]}.{inner}": (number, inner)
-        for number, block in enumerate(blocks)
-        for inner in adaptable_layers(block)
+    # Path → (index of the model's layer, name within it).
+    positions = {
+        f"{prefixes[id(layer)]}.{inner}": (index, inner)
+        for index, layer in enumerate(model_layers)
+        for inner in adaptable_layers(layer)
     }
-    if paths <= place.keys():
-        keys = {place[path][1] for path in paths}
-        first = min(place[path][0] for path in paths)
-        there = {path for path, (number, inner) in place.items() if number >= first}
-        if {path for path in there if place[path][1] in keys} == paths:
-            return sorted(keys), -1 if first == 0 else len(blocks) - first
+    if paths <= positions.keys():
+        keys = {positions[path][1] for path in paths}
+        first = min(positions[path][0] for path in paths)
+        selected = {p for p, (index, key) in positions.items() if index >= first and key in keys}
+        if selected == paths:
+            return sorted(keys), -1 if first == 0 else len(model_layers) - first
     return sorted(paths), -1

@@ -1,10 +1,11 @@
 """Where every element of an MLX model's weights comes from in its checkpoint.
 
-mlx-lm's ``sanitize`` renames, stacks, slices and transposes a checkpoint's tensors on the way in,
-and nothing undoes it on the way out. Here it is run on arrays that say where they are: one pass
-with the number of each tensor, one a axis with the position on it. What comes out tells what was
-done, and so how to undo it; a last pass with random numbers shows that it tells the truth, and that
-values were moved and not changed. The arrays are sums of a few vectors: no pass holds a model.
+mlx-lm's ``sanitize`` renames, stacks, slices and transposes a checkpoint's tensors when it loads
+them, and nothing undoes this for writing. Here sanitize is run on arrays whose values say where
+they are: one pass with the index of each tensor, and one pass per axis with the position along it.
+What comes out tells what was done, and so how to undo it. A last pass with random numbers checks
+this, and that values are moved and not changed (except for a constant offset). The arrays are
+broadcast from a few vectors, so no pass needs the memory of a model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,10 @@ Region = tuple[slice, ...]
 
 
 class Piece(NamedTuple):
-    """target[region] = source[source_region].transpose(axes).reshape(of the region) + offset."""
+    """A block of a model's array, and the block of a checkpoint's tensor that it comes from.
+
+    array[region] = source[source_region].transpose(axes).reshape(shape of the region) + offset
+    """
 
     source: str
     source_region: Region
@@ -32,96 +36,112 @@ class Piece(NamedTuple):
 
 
 class Traces(NamedTuple):
-    """The passes' results for one array of the model: what is added, which tensor, random numbers
-    in its place, and which place it is, an array an axis."""
+    """The results of the passes for one array of the model, all of that array's shape.
+
+    offset: what sanitize adds to each element. tensor: the index of the tensor that each element
+    comes from. random: the random number that each element gets. positions: per axis, the position
+    in that tensor.
+    """
 
     offset: mx.array
     tensor: mx.array
     random: mx.array
-    places: list[mx.array]
+    positions: list[mx.array]
 
 
 def trace(
-    fresh: Callable[[], nn.Module], shapes: Mapping[str, Shape]
+    new_model: Callable[[], nn.Module], shapes: Mapping[str, Shape]
 ) -> dict[str, tuple[Shape, list[Piece]]]:
-    """What ``sanitize`` makes of tensors of these names and shapes.
+    """Find out what ``sanitize`` makes of tensors with these names and shapes.
 
     Args:
-        fresh: makes the model anew; sanitize may change it.
-        shapes: of the checkpoint's tensors.
+        new_model: creates the model; called for every pass, since sanitize may change the model
+            that it belongs to.
+        shapes: of the checkpoint's tensors, by name.
 
     Returns:
-        Of each array that the model would load: its shape, and the pieces it consists of.
+        For each array that the model would load: its shape, and the pieces that it consists of.
 
     Raises:
-        SimPOError: sanitize fails on them, or changes values in a way that cannot be undone.
+        SimPOError: sanitize fails on these tensors, or changes values in a way that cannot be
+            undone.
     """
-    numbers = {name: number for number, name in enumerate(shapes)}
+    indices = {name: index for index, name in enumerate(shapes)}
+    # Zeros show what is added: sanitize may add a constant to a tensor (qwen3_5 adds 1 to norms).
     passes: list[Callable[[str, Shape], mx.array]] = [
         lambda _, shape: mx.broadcast_to(mx.array(0.0), shape),
-        lambda name, shape: mx.broadcast_to(mx.array(float(numbers[name])), shape),
-        lambda name, shape: scattered(numbers[name], shape),
+        lambda name, shape: mx.broadcast_to(mx.array(float(indices[name])), shape),
+        lambda name, shape: random_tensor(indices[name], shape),
     ]
     depth = max((len(shape) for shape in shapes.values()), default=0)
-    passes += [lambda _, shape, axis=axis: positions(shape, axis) for axis in range(depth)]
-    results, same = [], []
+    passes += [lambda _, shape, axis=axis: positions_along(shape, axis) for axis in range(depth)]
+    results, inputs = [], []
     for encode in passes:
         weights = {name: encode(name, shape) for name, shape in shapes.items()}
-        results.append(sanitized(fresh(), dict(weights)))
-        same.append({id(array): (name, array) for name, array in weights.items()})
+        results.append(sanitized(new_model(), dict(weights)))
+        # With the arrays themselves, so that no id is reused while they are compared.
+        inputs.append({id(array): (name, array) for name, array in weights.items()})
     names = list(shapes)
-    found = {}
+    traced = {}
     for target in list(results[0]):
         arrays = [result.pop(target) for result in results]
         shape = arrays[0].shape
         whole = tuple(slice(0, size) for size in shape)
-        sources = {known.get(id(a), (None,))[0] for known, a in zip(same, arrays, strict=True)}
+        sources = {known.get(id(a), (None,))[0] for known, a in zip(inputs, arrays, strict=True)}
         if len(sources) == 1 and (source := sources.pop()) is not None:
-            # The very array that went in: nothing is to be computed, however large it is.
-            found[target] = shape, [Piece(source, whole, whole, tuple(range(len(shape))), 0.0)]
+            # The very array that went in: no need to compute anything, however large it is.
+            traced[target] = shape, [Piece(source, whole, whole, tuple(range(len(shape))), 0.0)]
             continue
-        if stacked := stack(arrays[1], arrays[2], names, shapes):
-            found[target] = shape, stacked
+        if stacked := stacked_pieces(arrays[1], arrays[2], names, shapes):
+            traced[target] = shape, stacked
             continue
         offset, *others = arrays
-        tensor, random, *places = (array - offset for array in others)
+        tensor, random, *positions = (array - offset for array in others)
         try:
-            traces = Traces(offset, tensor, random, places)
-            found[target] = shape, list(pieces(traces, whole, names, shapes))
+            traces = Traces(offset, tensor, random, positions)
+            traced[target] = shape, list(find_pieces(traces, whole, names, shapes))
         except ValueError:
             raise SimPOError(
                 f"mlx-lm's sanitize makes {target} of the checkpoint's tensors in a way that "
                 "cannot be undone; convert this model with the library it came from"
             ) from None
-    return found
+    return traced
 
 
-def stack(
+def stacked_pieces(
     tensor: mx.array, random: mx.array, names: list[str], shapes: Mapping[str, Shape]
 ) -> list[Piece]:
-    """The pieces of a plain stack of whole tensors; none if it is not one.
+    """Return the pieces of an array that is a plain stack of whole tensors; [] if it is not one.
 
-    What `pieces` would find, in a fraction of the time: stacked experts are most of such a model.
+    The same as `find_pieces` returns, in a fraction of the time: most of the arrays of a mixture
+    of experts are such stacks.
+
+    Args:
+        tensor, random: as in Traces, without the offset subtracted.
     """
     count, *inner = tensor.shape or (0,)
-    numbers = (
+    indices = (
         np.array(tensor[(slice(None), *[0] * len(inner))]) if inner and count else np.array([])
     )
-    found = []
-    for index, number in enumerate(numbers.tolist()):
-        name = names[int(number)] if number in range(len(names)) else ""
+    pieces = []
+    for position, index in enumerate(indices.tolist()):
+        name = names[int(index)] if index in range(len(names)) else ""
         if shapes.get(name) != tuple(inner):
             return []
-        if not mx.array_equal(random[index], scattered(int(number), tuple(inner))).item():
+        if not mx.array_equal(random[position], random_tensor(int(index), tuple(inner))).item():
             return []
         block = tuple(slice(0, size) for size in inner)
-        region = (slice(index, index + 1), *block)
-        found.append(Piece(name, block, region, tuple(range(len(inner))), 0.0))
-    return found
+        region = (slice(position, position + 1), *block)
+        pieces.append(Piece(name, block, region, tuple(range(len(inner))), 0.0))
+    return pieces
 
 
 def sanitized(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """What a model makes of a checkpoint's tensors; SimPOError if it cannot take them."""
+    """Return what a model's sanitize makes of a checkpoint's tensors.
+
+    Raises:
+        SimPOError: sanitize fails on them.
+    """
     sanitize = getattr(model, "sanitize", None)
     if sanitize is None:
         return weights
@@ -133,10 +153,16 @@ def sanitized(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.ar
         ) from None
 
 
-def scattered(number: int, shape: Shape) -> mx.array:
-    """Numbers of which hardly two are the same, in one tensor or in several; whole ones, so that
-    float32 holds them, and their sums with what sanitize may add, exactly."""
-    key = mx.random.key(number)
+def random_tensor(index: int, shape: Shape) -> mx.array:
+    """Return random numbers of which hardly two are equal, within this tensor or in two of them.
+
+    They are whole numbers, so that float32 represents them, and their sums with what sanitize may
+    add, exactly. As sums of one vector per axis they need no memory for the whole shape.
+
+    Args:
+        index: of the tensor; the seed.
+    """
+    key = mx.random.key(index)
     total = mx.broadcast_to(mx.random.randint(0, 1 << 20, key=key).astype(mx.float32), shape)
     for axis, size in enumerate(shape):
         key, now = mx.random.split(key)
@@ -145,67 +171,84 @@ def scattered(number: int, shape: Shape) -> mx.array:
     return total
 
 
-def positions(shape: Shape, axis: int) -> mx.array:
-    """An array whose elements are their position on ``axis``; zeros if there is no such axis."""
+def positions_along(shape: Shape, axis: int) -> mx.array:
+    """Return an array whose elements are their position along ``axis``; 0 without such an axis."""
     if axis >= len(shape):
         return mx.broadcast_to(mx.array(0.0), shape)
     line = mx.arange(shape[axis], dtype=mx.float32)
     return mx.broadcast_to(line.reshape([-1 if a == axis else 1 for a in range(len(shape))]), shape)
 
 
-def pieces(
+def find_pieces(
     traces: Traces, region: Region, names: list[str], shapes: Mapping[str, Shape]
 ) -> Iterator[Piece]:
-    """The pieces of a region of one array; ValueError if it is no rearrangement of tensors."""
+    """Yield the pieces that a region of one array consists of.
+
+    Raises:
+        ValueError: its elements are not elements of the checkpoint's tensors.
+    """
     tensor = traces.tensor[region]
-    lowest, highest = value(tensor.min()), value(tensor.max())
+    lowest, highest = scalar(tensor.min()), scalar(tensor.max())
     if lowest == highest and lowest in range(len(names)):
-        piece = one_piece(traces, region, names[int(lowest)], shapes)
-        if piece is not None and holds(piece, traces, int(lowest), shapes):
+        piece = single_piece(traces, region, names[int(lowest)], shapes)
+        if piece is not None and reproduces_random(piece, traces, int(lowest), shapes):
             yield piece
             return
-    parts = split(tensor, region)
+    parts = split_region(tensor, region)
     if not parts:
         raise ValueError
     for part in parts:
-        yield from pieces(traces, part, names, shapes)
+        yield from find_pieces(traces, part, names, shapes)
 
 
-def split(tensor: mx.array, region: Region) -> list[Region]:
-    """The region cut where the tensor changes along an axis; into single rows if it does not."""
+def split_region(tensor: mx.array, region: Region) -> list[Region]:
+    """Split a region where the tensor changes along an axis; into single rows if it does not.
+
+    Args:
+        tensor: the indices of the tensors in this region.
+
+    Returns:
+        At least two regions; none for a single element, which cannot be split.
+    """
     for axis, size in enumerate(tensor.shape):
         line = np.array(tensor[tuple(slice(None) if a == axis else 0 for a in range(tensor.ndim))])
         cuts = [0, *(np.flatnonzero(np.diff(line)) + 1).tolist(), size]
         if len(cuts) > 2:
-            return [cut(region, axis, a, b) for a, b in pairwise(cuts)]
+            return [subregion(region, axis, start, stop) for start, stop in pairwise(cuts)]
     for axis, size in enumerate(tensor.shape):
         if size > 1:
-            return [cut(region, axis, a, a + 1) for a in range(size)]
+            return [subregion(region, axis, index, index + 1) for index in range(size)]
     return []
 
 
-def cut(region: Region, axis: int, start: int, stop: int) -> Region:
-    """The part of a region from ``start`` to ``stop`` on ``axis``, counted within it."""
-    inner = slice(region[axis].start + start, region[axis].start + stop)
-    return (*region[:axis], inner, *region[axis + 1 :])
+def subregion(region: Region, axis: int, start: int, stop: int) -> Region:
+    """Return a region's part from ``start`` to ``stop`` along ``axis``, relative to the region."""
+    part = slice(region[axis].start + start, region[axis].start + stop)
+    return (*region[:axis], part, *region[axis + 1 :])
 
 
-def one_piece(
+def single_piece(
     traces: Traces, region: Region, source: str, shapes: Mapping[str, Shape]
 ) -> Piece | None:
-    """The region as one transposed block of ``source``; None if it is not."""
+    """Describe a region as one transposed block of a tensor; None if it is not one.
+
+    Args:
+        source: the tensor that all elements of the region come from.
+    """
     sizes = [part.stop - part.start for part in region]
     offset = traces.offset[region]
-    constant = value(offset.min())
-    if value(offset.max()) != constant:
+    constant = scalar(offset.min())
+    if scalar(offset.max()) != constant:
         return None
     block: list[slice] = []
-    order: list[int] = []
+    order: list[int] = []  # for each axis of the source: the axis of the region that it became
     for axis in range(len(shapes[source])):
-        place = traces.places[axis][region]
-        start = value(place.min())
-        target = next((a for a in range(len(sizes)) if runs_along(place, start, a, sizes)), None)
-        if start != int(start) or (target is None and value(place.max()) != start):
+        positions = traces.positions[axis][region]
+        start = scalar(positions.min())
+        target = next(
+            (a for a in range(len(sizes)) if increases_along(positions, start, a, sizes)), None
+        )
+        if start != int(start) or (target is None and scalar(positions.max()) != start):
             return None
         length = 1 if target is None else sizes[target]
         block.append(slice(int(start), int(start) + length))
@@ -216,21 +259,23 @@ def one_piece(
     return Piece(source, tuple(block), region, axes, constant)
 
 
-def holds(piece: Piece, traces: Traces, number: int, shapes: Mapping[str, Shape]) -> bool:
-    """Whether the piece makes of the random numbers what sanitize has made of them."""
+def reproduces_random(
+    piece: Piece, traces: Traces, index: int, shapes: Mapping[str, Shape]
+) -> bool:
+    """Whether the piece turns the random tensor of this index into what sanitize made of it."""
     sizes = [part.stop - part.start for part in piece.region]
-    source = scattered(number, shapes[piece.source])[piece.source_region]
-    made = source.transpose(piece.axes).reshape(sizes)
-    return mx.array_equal(made, traces.random[piece.region]).item() is True
+    source = random_tensor(index, shapes[piece.source])[piece.source_region]
+    expected = source.transpose(piece.axes).reshape(sizes)
+    return mx.array_equal(expected, traces.random[piece.region]).item() is True
 
 
-def runs_along(place: mx.array, start: float, axis: int, sizes: list[int]) -> bool:
+def increases_along(positions: mx.array, start: float, axis: int, sizes: list[int]) -> bool:
     """Whether positions are start, start + 1, … along ``axis`` and constant along the others."""
     if sizes[axis] == 1:
         return False
-    return mx.all(place == start + positions(tuple(sizes), axis)).item() is True
+    return mx.all(positions == start + positions_along(tuple(sizes), axis)).item() is True
 
 
-def value(array: mx.array) -> float:
-    """The value of an array with one element."""
+def scalar(array: mx.array) -> float:
+    """Return the value of an array with one element."""
     return float(np.array(array))

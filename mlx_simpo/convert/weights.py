@@ -1,4 +1,4 @@
-"""An MLX model's weights as the tensors of its checkpoint: sanitize undone."""
+"""A checkpoint's tensors from the arrays of an MLX model: mlx-lm's sanitize undone."""
 
 import re
 from collections.abc import Mapping
@@ -11,9 +11,10 @@ from .probe import Piece, Shape
 
 
 class Layout(NamedTuple):
-    """How a model's arrays lie in a checkpoint.
+    """How the arrays of a model are laid out in its checkpoint.
 
-    shapes: of the checkpoint's tensors that the model uses; pieces: of each array of the model.
+    shapes: of the checkpoint's tensors that the model uses, by name. pieces: of each array of the
+    model, by name.
     """
 
     shapes: dict[str, Shape]
@@ -23,60 +24,64 @@ class Layout(NamedTuple):
 def checkpoint_tensors(
     weights: Mapping[str, mx.array], layout: Layout, only: set[str] | None = None
 ) -> dict[str, mx.array]:
-    """The checkpoint's tensors, from the model's arrays; lazy.
+    """Return the checkpoint's tensors, built lazily from the model's arrays.
 
     Args:
-        weights: the model's arrays by name, float.
-        only: tensors to make; None for all.
+        weights: the model's arrays by name, of floats.
+        only: names of the tensors to build; None for all.
 
     Raises:
-        SimPOError: a tensor is not filled whole by the model's arrays.
+        SimPOError: the model's arrays do not fill a tensor, or fill a part of it twice.
     """
-    filled = {
+    tensors = {
         name: mx.zeros(shape, dtype=mx.float32)
         for name, shape in layout.shapes.items()
         if only is None or name in only
     }
-    missing = {name: filled[name].size for name in filled}
-    for target, parts in layout.pieces.items():
+    missing = {name: tensors[name].size for name in tensors}  # elements that are not filled yet
+    for name, parts in layout.pieces.items():
         for piece in parts:
-            if piece.source not in filled:
+            if piece.source not in tensors:
                 continue
-            block = inverse(weights[target], piece)
+            block = checkpoint_block(weights[name], piece)
             if missing[piece.source] < block.size:
-                raise SimPOError(f"two arrays of the MLX model are made of {piece.source}")
-            whole = filled[piece.source]
+                raise SimPOError(
+                    f"{piece.source} cannot be rebuilt: two arrays of the MLX model hold the same "
+                    "part of it; such a model is not converted"
+                )
+            tensor = tensors[piece.source]
             missing[piece.source] -= block.size
-            if block.shape == whole.shape:
-                filled[piece.source] = block
+            if block.shape == tensor.shape:
+                tensors[piece.source] = block
             else:
-                if whole.dtype != block.dtype:
-                    whole = whole.astype(block.dtype)
-                whole[piece.source_region] = block
-                filled[piece.source] = whole
-    if lacking := [name for name, count in missing.items() if count]:
+                if tensor.dtype != block.dtype:
+                    tensor = tensor.astype(block.dtype)
+                tensor[piece.source_region] = block
+                tensors[piece.source] = tensor
+    if incomplete := [name for name, count in missing.items() if count]:
         raise SimPOError(
-            f"{len(lacking)} tensors of the checkpoint cannot be made from the MLX model, e.g. "
-            f"{lacking[0]}"
+            f"{len(incomplete)} tensors of the checkpoint cannot be made from the MLX model, e.g. "
+            f"{incomplete[0]}; such a model is not converted"
         )
-    return filled
+    return tensors
 
 
-def inverse(array: mx.array, piece: Piece) -> mx.array:
-    """The block of the checkpoint's tensor that a piece of the model's array came from."""
+def checkpoint_block(array: mx.array, piece: Piece) -> mx.array:
+    """Return the block of the checkpoint's tensor that one piece of a model's array came from."""
     shape = [part.stop - part.start for part in piece.source_region]
     block = array[piece.region].reshape([shape[axis] for axis in piece.axes])
-    back = sorted(range(len(piece.axes)), key=lambda axis: piece.axes[axis])
-    block = block.transpose(back)
+    inverse_axes = sorted(range(len(piece.axes)), key=lambda axis: piece.axes[axis])
+    block = block.transpose(inverse_axes)
+    # Without a subtraction where there is no offset, so that the dtype and every bit are kept.
     return block - piece.offset if piece.offset else block
 
 
-def sources_of(layout: Layout, changed: set[str]) -> set[str]:
-    """The checkpoint's tensors that hold any part of the model's arrays ``changed``."""
-    return {piece.source for name in changed for piece in layout.pieces[name]}
+def source_names(layout: Layout, arrays: set[str]) -> set[str]:
+    """Return the names of the checkpoint's tensors that hold a part of these arrays."""
+    return {piece.source for name in arrays for piece in layout.pieces[name]}
 
 
-def natural(name: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts layer 10 behind layer 9."""
+def natural_sort_key(name: str) -> list[tuple[bool, int, str]]:
+    """Return a key that sorts layer 10 behind layer 9."""
     parts = re.split(r"(\d+)", name)
     return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]

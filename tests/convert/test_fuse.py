@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_not_verified_and_said(
         ({"dequantize": True}, None, "not quantized"),
         ({"model": None, "adapter": None}, None, "name the model to write"),
         ({"dequantize": False}, 4, "--format mlx"),
-        ({"dequantize": False, "format": "mlx", "dtype": "float16"}, 4, "stay packed"),
+        ({"dequantize": False, "format": "mlx", "dtype": "float16"}, 4, "stay quantized"),
     ],
 )
 def test_what_is_refused(options: dict, bits: int | None, words: str, tmp_path: Path) -> None:

@@ -64,14 +64,14 @@ def exchanged(one: str, other: str) -> Callable[[Arrays, Written], Arrays]:
 
 def slowest(found: Arrays, module: Written) -> Arrays:
     """B with the number of the expert running slowest."""
-    b = module.update.b
+    b = module.delta.b
     made = b.transpose(1, 0, 2).reshape(b.shape[1], -1)
     return {n: made if "lora_B" in n else a for n, a in found.items()}
 
 
 def two_experts(found: Arrays, module: Written) -> Arrays:
     """A with two experts exchanged."""
-    a = module.update.a[mx.array([1, 0, 2, 3])]
+    a = module.delta.a[mx.array([1, 0, 2, 3])]
     return {n: a.reshape(-1, a.shape[-1]) if "lora_A" in n else x for n, x in found.items()}
 
 

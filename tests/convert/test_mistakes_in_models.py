@@ -68,9 +68,9 @@ def merged_twice(patch: Patch) -> None:
 
 
 def no_transposition(patch: Patch) -> None:
-    """Square weights come out of `inverse` transposed."""
+    """Square weights come out of `checkpoint_block` transposed."""
     square = lambda b, *_: b.T if b.ndim == 2 and b.shape[0] == b.shape[1] else b  # noqa: E731
-    after(patch, modules["mlx_simpo.convert.weights"], "inverse", square)
+    after(patch, modules["mlx_simpo.convert.weights"], "checkpoint_block", square)
 
 
 def tied(patch: Patch) -> None:

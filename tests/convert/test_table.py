@@ -10,9 +10,9 @@ from helpers.tiny import tiny_config, tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten
 
 from mlx_simpo import SimPOError, fuse, load_model
-from mlx_simpo.convert.architectures import TABLE, architecture_of
-from mlx_simpo.convert.base import architecture, layout_of
-from mlx_simpo.convert.names import adaptable_layers, peft_target, separate_target
+from mlx_simpo.convert.architectures import TABLE, table_entry
+from mlx_simpo.convert.base import architecture_of, checkpoint_layout
+from mlx_simpo.convert.names import adaptable_layers, peft_target, single_expert_target
 
 GLM = {"attention_bias": True, "tie_word_embeddings": False}
 
@@ -31,9 +31,9 @@ def test_a_type_that_is_not_in_the_table_goes_by_the_probe(tmp_path: Path) -> No
     """glm has the same names on both sides, and sanitize is what says so."""
     loaded = load_model(str(saved(tmp_path / "m", "glm", "pt", **GLM)))
     assert "glm" not in TABLE
-    rule = architecture(loaded)
+    rule = architecture_of(loaded)
     assert (
-        layout_of(loaded, rule).shapes.keys()
+        checkpoint_layout(loaded, rule).shapes.keys()
         == dict(tree_flatten(loaded.model.parameters())).keys()
     )
 
@@ -60,18 +60,18 @@ def test_stacks_that_no_rule_covers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         SimPOError, match="does not have"
     ):  # a rule, and a file that has other names
-        layout_of(load_model(str(folder)), known)
+        checkpoint_layout(load_model(str(folder)), known)
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(TABLE, "qwen3_moe")
-        assert architecture_of(config) is None
+        assert table_entry(config) is None
         with pytest.raises(SimPOError, match="stacked experts, which no rule"):
-            architecture(load_model(str(folder)))
+            architecture_of(load_model(str(folder)))
 
 
-@pytest.mark.parametrize("name", [name for name, entry in TABLE.items() if entry.refused])
+@pytest.mark.parametrize("name", [name for name, entry in TABLE.items() if entry.unsupported])
 def test_refused_types_say_why(name: str) -> None:
-    with pytest.raises(SimPOError, match=TABLE[name].refused):
-        architecture_of({"model_type": name})
+    with pytest.raises(SimPOError, match=TABLE[name].unsupported):
+        table_entry({"model_type": name})
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
@@ -83,7 +83,7 @@ def test_no_two_layers_have_the_same_name(model_type: str) -> None:
     targets = [peft_target(path, rule) for path in layers]
     assert len(set(targets)) == len(layers)
     stacked = [path for path in layers if "switch" in path]
-    names = {separate_target(path, n, rule).module for path in stacked for n in range(4)}
+    names = {single_expert_target(path, n, rule).module for path in stacked for n in range(4)}
     assert len(names) == 4 * len(stacked)
 
 
@@ -93,7 +93,7 @@ def test_the_table_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in ran.out for name in TABLE)
     listed = command(capsys, "convert", "architectures", "--json").json
     assert {name for name, entry in listed.items() if entry["refused"]} == {
-        name for name, entry in TABLE.items() if entry.refused
+        name for name, entry in TABLE.items() if entry.unsupported
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 FUSE, FROM_HF = modules["mlx_simpo.convert.fuse"], modules["mlx_simpo.convert.from_hf"]
-WRONG = "conversion is not right and nothing was written"
+WRONG = "verification failed, so nothing was written"
 Arrays = dict[str, mx.array]
 Patch = pytest.MonkeyPatch
 UNTIED = {"tie_word_embeddings": False}

@@ -1,1 +1,1 @@
-"""PEFT adapters: configuration, reading, writing."""
+"""PEFT adapters: their configuration, reading and writing."""

@@ -1,4 +1,4 @@
-"""A PEFT adapter from updates: adapter_model.safetensors and adapter_config.json."""
+"""A PEFT adapter from LoRA deltas: adapter_model.safetensors and adapter_config.json."""
 
 import json
 import math
@@ -12,8 +12,8 @@ import mlx.nn as nn
 from ...errors import SimPOError
 from ...files import save_safetensors, write_text
 from ...model.adapters import CONFIG, PEFT_WEIGHTS
-from ..architectures import Architecture, refuse_adapter_on
-from ..lora_delta import LoRADelta, common
+from ..architectures import Architecture, check_adaptable
+from ..lora_delta import LoRADelta, most_common
 from ..names import (
     EMBEDDING,
     STACKED,
@@ -21,22 +21,25 @@ from ..names import (
     adaptable_layers,
     layer_shape,
     peft_target,
-    separate_target,
+    single_expert_target,
 )
 from .config import ends_in
 
 
 class Written(NamedTuple):
-    """One module or parameter of the PEFT adapter. key: of its tensors, without the prefix."""
+    """One module or parameter of the PEFT adapter.
+
+    embedding: whether the module is one, whose tensors PEFT names differently.
+    """
 
     target: Target
-    update: LoRADelta
+    delta: LoRADelta
     embedding: bool
 
 
 def write_peft(
     folder: Path,
-    updates: dict[str, LoRADelta],
+    deltas: dict[str, LoRADelta],
     model: nn.Module,
     architecture: Architecture,
     *,
@@ -44,37 +47,43 @@ def write_peft(
     revision: str | None,
     separate_experts: bool = False,
 ) -> None:
-    """Write updates as a PEFT adapter.
+    """Write deltas as a PEFT adapter.
 
     Args:
-        model: the bare MLX model that they are for. base: base_model_name_or_path.
-        separate_experts: a pair of matrices for each expert, as transformers before 5.0 and
-            vLLM know them, instead of transformers 5's fused parameters.
+        deltas: by path in the MLX model.
+        model: the base model that they are for.
+        base: base_model_name_or_path.
+        revision: the base model's, None for a folder.
+        separate_experts: write a pair of matrices for each expert, as transformers before 5.0 and
+            vLLM read them, instead of transformers 5's fused parameters.
 
     Raises:
-        SimPOError: an update that PEFT has no name for.
+        SimPOError: PEFT has no counterpart for one of the deltas.
     """
     layers = adaptable_layers(model)
-    for path in updates:
-        refuse_adapter_on(path, architecture)
-    dora = any(update.magnitude is not None for update in updates.values())
-    written = targets_of(updates, layers, architecture, separate_experts)
+    for path in deltas:
+        check_adaptable(path, architecture)
+    dora = any(delta.magnitude is not None for delta in deltas.values())
+    written = written_modules(deltas, layers, architecture, separate_experts)
     if dora and any(w.target.parameter for w in written):
         parameter = next(w.target.path for w in written if w.target.parameter)
         raise SimPOError(
-            f"the adapter has DoRA on {parameter}, which PEFT reaches as a parameter only, where "
-            "it has no DoRA; fuse the model instead (mlx-simpo fuse)"
+            f"the adapter has DoRA on {parameter}, which PEFT reaches only as a parameter, and it "
+            "does not support DoRA on parameters; fuse the model instead (mlx-simpo fuse)"
         )
-    settings, written = scales_of(written, rslora=not separate_experts)
+    # PEFT 0.21 doubles the rank of single experts that it joins; with use_rslora their scale would
+    # then be wrong by √2.
+    settings, written = scale_settings(written, rslora=not separate_experts)
     tensors: dict[str, mx.array] = {}
     for module in written:
         tensors |= tensors_of(module, written)
     targets = [peft_target(path, architecture) for path in layers]
     ordinary = {target.module for target in targets if target.parameter is None}
     settings |= {"base_model_name_or_path": base, "revision": revision, "use_dora": dora}
-    # A short name would mean the vision tower's layers too; and whole paths are an error where
-    # transformers' class for text has others (Qwen3.5), instead of an adapter without effect.
-    config = configuration(settings, written, None if architecture.wrapped else ordinary)
+    # Whole paths in a vision-language model: a short name would also match layers of the vision
+    # tower. Where transformers' class for text has other paths (Qwen3.5), PEFT then raises an error
+    # instead of loading an adapter without effect.
+    config = configuration(settings, written, None if architecture.vision_language else ordinary)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_text(folder / CONFIG, text)
     save_safetensors(folder / PEFT_WEIGHTS, tensors, "pt")
@@ -83,11 +92,12 @@ def write_peft(
 def configuration(
     settings: dict[str, Any], written: list[Written], ordinary: set[str] | None
 ) -> dict[str, Any]:
-    """The content of adapter_config.json.
+    """Return the content of adapter_config.json.
 
     Args:
-        ordinary: all the model's layers that are not reached as parameters; None if there are
-            others that a short name might mean, of which nothing is known.
+        settings: from `scale_settings`, and what the base model is.
+        ordinary: all the model's layers that are not reached as parameters; None if the model has
+            other layers, which are not known here and which a short name might match.
     """
     modules = [w.target.module for w in written if w.target.parameter is None]
     config = {
@@ -105,97 +115,110 @@ def configuration(
         "layers_pattern": None,
     }
     if parameters := [w.target.path for w in written if w.target.parameter]:
-        # Whole paths: layers_to_transform and the like do not count for parameters.
+        # Whole paths, since layers_to_transform does not apply to parameters.
         config["target_parameters"] = parameters
     return config
 
 
-def targets_of(
-    updates: dict[str, LoRADelta],
+def written_modules(
+    deltas: dict[str, LoRADelta],
     layers: dict[str, nn.Module],
     architecture: Architecture,
     separate_experts: bool,
 ) -> list[Written]:
-    """The updates under PEFT's names, those of one parameter joined."""
-    found: list[Written] = []
+    """Return the deltas under PEFT's names, with those that share a parameter joined.
+
+    Raises:
+        SimPOError: single experts were asked for, and PEFT does not support them for this type.
+    """
+    written: list[Written] = []
     parameters: dict[Target, dict[int, LoRADelta]] = {}
     outputs: dict[Target, int] = {}
-    for path, update in updates.items():
+    for path, delta in deltas.items():
         target = peft_target(path, architecture)
         if not isinstance(layers[path], STACKED):
             embedding = isinstance(layers[path], EMBEDDING)
-            found.append(Written(target, update, embedding))
+            written.append(Written(target, delta, embedding))
         elif separate_experts:
-            if not (architecture.experts and architecture.experts.separate):
+            if not (architecture.experts and architecture.experts.checkpoint_path):
                 raise SimPOError(
                     f"--separate-experts: {architecture.model_type} has never had single experts; "
-                    "leave it out"
+                    "omit it"
                 )
-            if reason := architecture.experts.unpaired:
-                raise SimPOError(f"--separate-experts: {reason}; leave it out")
-            for number in range(len(update.a)):
-                one = LoRADelta(update.a[number], update.b[number], update.scale)
-                name = separate_target(path, number, architecture)
-                found.append(Written(name, one, False))
+            if reason := architecture.experts.single_unsupported:
+                raise SimPOError(f"--separate-experts: {reason}; omit it")
+            for expert in range(len(delta.a)):
+                single = LoRADelta(delta.a[expert], delta.b[expert], delta.scale)
+                name = single_expert_target(path, expert, architecture)
+                written.append(Written(name, single, False))
         else:
-            part, parts = target.part
-            whole = target._replace(part=(0, parts))
-            parameters.setdefault(whole, {})[part] = update
+            part, count = target.part
+            whole = target._replace(part=(0, count))
+            parameters.setdefault(whole, {})[part] = delta
             outputs[whole] = layer_shape(layers[path])[-2]
     for target, parts in parameters.items():
-        found.append(Written(target, joined(target, parts, outputs[target]), False))
-    return found
+        written.append(Written(target, joined(target, parts, outputs[target]), False))
+    return written
 
 
 def joined(target: Target, parts: dict[int, LoRADelta], outputs: int) -> LoRADelta:
-    """One update of a parameter that holds several projections: each B in its own rows, the ranks
-    side by side, or together where all have the same A (as PEFT trains them).
+    """Join the deltas of several projections into the delta of the parameter that holds them.
+
+    Each B goes into the rows of its own projection. The ranks are concatenated, unless all
+    projections have the same A (as PEFT trains them).
 
     Args:
+        parts: the deltas by index of the projection; some may be absent.
         outputs: rows of each projection.
     """
     first = next(iter(parts.values()))
     scale, count = first.scale, target.part[1]
-    same = [u for u in parts.values() if u.scale == scale and mx.array_equal(u.a, first.a)]
-    if len(same) == count:
+    same_a = [d for d in parts.values() if d.scale == scale and mx.array_equal(d.a, first.a)]
+    if len(same_a) == count:
         return LoRADelta(first.a, mx.concatenate([parts[n].b for n in range(count)], axis=1), scale)
-    rows = []
-    for part, update in sorted(parts.items()):
-        update = update.scaled_to(scale)
-        above = (part * outputs, (count - 1 - part) * outputs)
-        rows.append((update.a, mx.pad(update.b, [(0, 0), above, (0, 0)])))
-    a = mx.concatenate([side for side, _ in rows], axis=1)
-    return LoRADelta(a, mx.concatenate([side for _, side in rows], axis=2), scale)
+    pairs = []
+    for part, delta in sorted(parts.items()):
+        delta = delta.scaled_to(scale)
+        padding = (part * outputs, (count - 1 - part) * outputs)
+        pairs.append((delta.a, mx.pad(delta.b, [(0, 0), padding, (0, 0)])))
+    a = mx.concatenate([a for a, _ in pairs], axis=1)
+    return LoRADelta(a, mx.concatenate([b for _, b in pairs], axis=2), scale)
 
 
-def scales_of(written: list[Written], *, rslora: bool) -> tuple[dict[str, Any], list[Written]]:
-    """(r, lora_alpha, use_rslora and patterns of the configuration, the modules scaled to them).
+def scale_settings(written: list[Written], *, rslora: bool) -> tuple[dict[str, Any], list[Written]]:
+    """Choose the settings that express the modules' scales, and scale the modules to fit them.
 
-    lora_alpha is a whole number, since Ollama reads nothing else. Where scale × rank is none, what
-    is left goes into B.
+    lora_alpha is an integer, since Ollama does not read anything else. Where scale · rank is not
+    one, the remaining factor is multiplied into B.
 
     Args:
-        rslora: whether use_rslora may be set. PEFT (0.21) doubles the rank of single experts that
-            it joins, and with use_rslora their scale is then wrong by √2.
+        rslora: whether use_rslora may be set.
+
+    Returns:
+        r, lora_alpha, use_rslora and the patterns of the configuration; the modules.
     """
-    rank = int(common(w.update.rank for w in written))
-    scale = common(w.update.scale for w in written)
-    uniform = all(w.update.rank == rank and w.update.scale == scale for w in written)
-    rslora = rslora and uniform and not whole(scale * rank) and whole_at(scale, rank, True)
+    rank = int(most_common(w.delta.rank for w in written))
+    scale = most_common(w.delta.scale for w in written)
+    uniform = all(w.delta.rank == rank and w.delta.scale == scale for w in written)
+    rslora = (
+        rslora and uniform and integer(scale * rank) is None and has_alpha(scale, rank, rslora=True)
+    )
     ranks: dict[str, int] = {}
     alphas: dict[str, int] = {}
     scaled = []
-    alpha = whole(scale * (math.sqrt(rank) if rslora else rank)) or rank
+    alpha = integer(scale * (math.sqrt(rank) if rslora else rank)) or rank
     for module in written:
-        own = module.update.rank
-        fitting = whole(module.update.scale * (math.sqrt(own) if rslora else own)) or own
+        own_rank, own_scale = module.delta.rank, module.delta.scale
+        own_alpha = integer(own_scale * (math.sqrt(own_rank) if rslora else own_rank)) or own_rank
         pattern = re.escape(module.target.path)
-        if own != rank:
-            ranks[pattern] = own
-        if fitting != alpha:
-            alphas[pattern] = fitting
-        to = module.update.scale if whole_at(module.update.scale, own, rslora) else fitting / own
-        scaled.append(module._replace(update=module.update.scaled_to(to)))
+        if own_rank != rank:
+            ranks[pattern] = own_rank
+        if own_alpha != alpha:
+            alphas[pattern] = own_alpha
+        # Unchanged where an integer expresses the scale, which own_alpha / own_rank might round.
+        exact = has_alpha(own_scale, own_rank, rslora=rslora)
+        delta = module.delta.scaled_to(own_scale if exact else own_alpha / own_rank)
+        scaled.append(module._replace(delta=delta))
     settings = {
         "r": rank,
         "lora_alpha": alpha,
@@ -206,45 +229,50 @@ def scales_of(written: list[Written], *, rslora: bool) -> tuple[dict[str, Any], 
     return settings, scaled
 
 
-def whole(value: float) -> int | None:
-    """The whole number that a float is up to its rounding; None if it is none above 0."""
+def integer(value: float) -> int | None:
+    """Return the integer that a float is, up to its rounding; None if it is not one above 0."""
     nearest = round(value)
     return nearest if nearest >= 1 and math.isclose(value, nearest, rel_tol=1e-12) else None
 
 
-def whole_at(scale: float, rank: int, rslora: bool) -> bool:
-    """Whether a whole lora_alpha gives this scale at this rank."""
-    return whole(scale * (math.sqrt(rank) if rslora else rank)) is not None
+def has_alpha(scale: float, rank: int, *, rslora: bool) -> bool:
+    """Whether an integer lora_alpha gives this scale at this rank."""
+    return integer(scale * (math.sqrt(rank) if rslora else rank)) is not None
 
 
-def tensors_of(module: Written, everything: list[Written]) -> dict[str, mx.array]:
-    """The tensors of one module under PEFT's keys."""
-    target, update = module.target, module.update
+def tensors_of(module: Written, written: list[Written]) -> dict[str, mx.array]:
+    """Return the tensors of one module under PEFT's keys.
+
+    Args:
+        written: all modules of the adapter.
+    """
+    target, delta = module.target, module.delta
     name = f"base_model.model.{target.module}"
-    if update.a.ndim == 3:
-        # PEFT wraps a module once for each of its parameters, gate_up_proj first: it lies inside.
-        also = any(
-            w.target.module == target.module and w.target.parameter == "down_proj"
-            for w in everything
+    if delta.a.ndim == 3:
+        # PEFT wraps a module once per parameter; the first one, gate_up_proj, is innermost.
+        has_outer = any(
+            w.target.module == target.module and w.target.parameter == "down_proj" for w in written
         )
-        name += ".base_layer" if target.parameter == "gate_up_proj" and also else ""
-        experts, rank, inputs = update.a.shape
-        a = update.a.reshape(experts * rank, inputs)
-        # The number of the expert runs slowest in A and fastest in B (peft/tuners/lora/layer.py).
-        b = update.b.transpose(1, 2, 0).reshape(update.b.shape[1], rank * experts)
+        name += ".base_layer" if target.parameter == "gate_up_proj" and has_outer else ""
+        experts, rank, inputs = delta.a.shape
+        a = delta.a.reshape(experts * rank, inputs)
+        # The expert's index varies slowest in A and fastest in B (peft/tuners/lora/layer.py).
+        b = delta.b.transpose(1, 2, 0).reshape(delta.b.shape[1], rank * experts)
         return {f"{name}.lora_A.weight": mx.contiguous(a), f"{name}.lora_B.weight": b}
-    a, b = mx.contiguous(update.a), mx.contiguous(update.b)
+    a, b = mx.contiguous(delta.a), mx.contiguous(delta.b)
     if module.embedding:
         return {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b}
     tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-    if update.magnitude is not None:
-        tensors[f"{name}.lora_magnitude_vector"] = update.magnitude
+    if delta.magnitude is not None:
+        tensors[f"{name}.lora_magnitude_vector"] = delta.magnitude
     return tensors
 
 
 def short_names(modules: list[str], known: set[str]) -> list[str]:
-    """target_modules that name exactly these: last parts of their paths if that is the same as the
-    paths themselves, among all the model's layers."""
+    """Return target_modules that match exactly these modules among all known ones.
+
+    The last parts of their paths, or whole paths where these would match other modules, too.
+    """
     names = sorted({module.rpartition(".")[2] for module in modules})
     if {module for module in known if module in names or ends_in(module, names)} == set(modules):
         return names

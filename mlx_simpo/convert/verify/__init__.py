@@ -1,1 +1,1 @@
-"""The proof that a conversion changed nothing."""
+"""Verification: what a conversion wrote, compared by logits with what it was made of."""

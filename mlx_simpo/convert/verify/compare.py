@@ -1,4 +1,4 @@
-"""Both sides of a conversion on the same text: their logits, compared."""
+"""Comparing the logits of both sides of a conversion on the same text."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,13 +14,13 @@ from ...errors import SimPOError
 from ...model.loading import LoadedModel
 from ..names import EMBEDDING
 
-# 1e-3 is ten times what torch and MLX differ by in float32 on SmolLM2 without any adapter; a single
-# B set to zero moves the logits of every tiny model by more than twice what passes
+# Ten times the difference between torch and MLX in float32 on SmolLM2 without any adapter. Setting
+# a single B to zero changes the logits of every tiny model by more than twice the limit
 # (tests/parity/test_convert_zoo.py).
 TOLERANCE = 1e-3
-# Logits of models differ in size; those of SmolLM2 reach 32, and rounding grows with them.
-USUAL_LOGIT = 32.0
-TOKENS = 96
+# Rounding errors grow with the logits: the tolerance does, too, above the largest ones of SmolLM2.
+TYPICAL_LOGIT = 32.0
+MAX_TOKENS = 96  # of each text
 TEXTS = (
     "The tide goes out twice a day on this coast, and when it does, the children walk to the old "
     "wreck with buckets and a dog. Their grandmother counts them from the kitchen window: four, "
@@ -35,10 +35,11 @@ Logits = np.ndarray  # (texts, tokens, vocabulary), float32
 
 
 class Comparison(NamedTuple):
-    """Logits of one side against the other's.
+    """How much the logits of two sides differ.
 
     what: the two sides, for people. largest, mean: of the absolute difference. agreement: share of
-    positions with the same most likely token. limit: what ``largest`` may be; None: not a check.
+    positions with the same most likely token. limit: for ``largest``; None for a difference that is
+    only shown.
     """
 
     what: str
@@ -60,68 +61,89 @@ class Comparison(NamedTuple):
         return text if self.limit is None else f"{text} (allowed: {self.limit:.1e})"
 
 
-def compare(what: str, found: Logits, expected: Logits, floor: float | None = 0.0) -> Comparison:
-    """Compare two sides.
+def compare(
+    what: str, actual: Logits, expected: Logits, baseline: float | None = 0.0
+) -> Comparison:
+    """Compare the logits of two sides.
 
     Args:
-        floor: what the two differ by for reasons that are not the conversion's, beside rounding;
-            None if the difference is to be known and not judged.
+        what: the two sides, for people.
+        baseline: the difference that has other reasons than the conversion; the limit is this plus
+            the tolerance for rounding. None for a difference that is only shown.
+
+    Raises:
+        SimPOError: the logits have different shapes.
     """
-    if found.shape != expected.shape:
-        raise SimPOError(f"{what}: logits have shapes {found.shape} and {expected.shape}")
-    finite = bool(np.isfinite(found).all() and np.isfinite(expected).all())
-    difference = np.abs(found - expected) if finite else np.array(np.inf)
-    size = max(1.0, float(np.abs(expected).max()) / USUAL_LOGIT) if finite else 1.0
+    if actual.shape != expected.shape:
+        raise SimPOError(f"{what}: logits have shapes {actual.shape} and {expected.shape}")
+    finite = bool(np.isfinite(actual).all() and np.isfinite(expected).all())
+    # Infinite logits on both sides are not equal: their difference would be NaN.
+    difference = np.abs(actual - expected) if finite else np.array(np.inf)
+    size = max(1.0, float(np.abs(expected).max()) / TYPICAL_LOGIT) if finite else 1.0
     return Comparison(
         what,
         float(difference.max()),
         float(difference.mean()),
-        float((found.argmax(-1) == expected.argmax(-1)).mean()),
-        None if floor is None else floor + TOLERANCE * size,
+        float((actual.argmax(-1) == expected.argmax(-1)).mean()),
+        None if baseline is None else baseline + TOLERANCE * size,
     )
 
 
 def check(comparisons: list[Comparison]) -> None:
-    """SimPOError if one of the comparisons failed."""
+    """Check that all comparisons passed.
+
+    Raises:
+        SimPOError: one failed.
+    """
     for comparison in comparisons:
         if not comparison.passed:
-            raise wrong(str(comparison))
+            raise verification_error(str(comparison))
 
 
-def wrong(found: str) -> SimPOError:
-    """The error for a conversion that does not hold what it should."""
+def verification_error(reason: str) -> SimPOError:
+    """Return the error for a conversion whose result differs from its source."""
     return SimPOError(
-        f"the conversion is not right and nothing was written: {found}; please report it with the "
+        f"verification failed, so nothing was written: {reason}; please report this with the "
         "model's name (--no-verify writes the result unchecked)"
     )
 
 
 def sample_tokens(loaded: LoadedModel) -> list[list[int]]:
-    """The texts as token ids, all of the same length.
+    """Return TEXTS as token ids, all of the same length.
 
     Raises:
-        SimPOError: the tokenizer makes none, or ids that the model has no row for (MLX would read
-            beyond its memory).
+        SimPOError: the tokenizer fails, makes no tokens of them, or makes tokens that are not in
+            the model's vocabulary.
     """
-    with runnable():
-        rows = [list(map(int, loaded.tokenizer.encode(text)))[:TOKENS] for text in TEXTS]
+    with errors_of_running():
+        rows = [list(map(int, loaded.tokenizer.encode(text)))[:MAX_TOKENS] for text in TEXTS]
     length = min(map(len, rows))
     if length < 2:
-        raise SimPOError("the tokenizer makes no tokens of ordinary text; use --no-verify")
+        raise SimPOError(
+            "the tokenizer makes no tokens of ordinary text, which verification needs; use "
+            "--no-verify"
+        )
+    # MLX does not check indices: it would read whatever is behind the embedding in memory.
     tables = (m for m in loaded.model.modules() if isinstance(m, EMBEDDING))
     vocabulary = max((len(table["weight"]) for table in tables), default=0)
     highest = max(map(max, rows))
     if highest >= vocabulary:
         raise SimPOError(
-            f"the tokenizer of {loaded.name} has token {highest}, its model a vocabulary of "
-            f"{vocabulary}; they do not belong together"
+            f"the tokenizer of {loaded.name} has token {highest}, but its model has a vocabulary "
+            f"of {vocabulary}; use the tokenizer that belongs to the model"
         )
     return [row[:length] for row in rows]
 
 
 @contextmanager
-def runnable() -> Iterator[None]:
-    """SimPOError for settings of a model or tokenizer that only show when it is run."""
+def errors_of_running() -> Iterator[None]:
+    """Turn errors that a model or tokenizer raises when it is run into readable ones.
+
+    Some settings that are not valid only show then.
+
+    Raises:
+        SimPOError: in place of these errors.
+    """
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OverflowError, AttributeError) as error:
@@ -130,31 +152,40 @@ def runnable() -> Iterator[None]:
 
 
 def mlx_logits(model: nn.Module, tokens: list[list[int]]) -> Logits:
-    """An MLX model's logits, in float32.
+    """Run an MLX model in float32 on the CPU, and leave it in float32.
 
-    On the CPU, whatever device there is: GPUs may round the factors of float32 products
-    (MLX_ENABLE_TF32). The model is left in float32.
+    Args:
+        tokens: (texts, tokens).
+
+    Returns:
+        (texts, tokens, vocabulary), float32.
 
     Raises:
-        SimPOError: it cannot be run.
+        SimPOError: the model cannot be run.
     """
-    with mx.stream(mx.cpu), runnable():
+    # Not on a GPU, which may round the factors of float32 products (MLX_ENABLE_TF32).
+    with mx.stream(mx.cpu), errors_of_running():
         model.set_dtype(mx.float32)
         model.eval()
         return np.array(model(mx.array(tokens)).astype(mx.float32))
 
 
-def wanted(verify: bool | None, model: nn.Module, note: Callable[[str], None]) -> bool:
-    """Whether to verify: as asked for, or where the model fits into memory in float32."""
+def should_verify(verify: bool | None, model: nn.Module, note: Callable[[str], None]) -> bool:
+    """Whether to verify a conversion: as the user says, or if the model fits into memory.
+
+    Args:
+        verify: what the user says, None for nothing.
+        note: called with the reason if the model does not fit.
+    """
     if verify is not None:
         return verify
     needed = 4 * get_total_parameters(model)
-    # Twice: the products of a layer and its weights in float32 beside those of the file.
+    # Twice: in float32, beside the weights as they are in the file.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 2 * needed <= memory:
         return True
     note(
-        f"not verified: in float32 the model takes {needed / 1e9:.0f} GB of {memory / 1e9:.0f} GB; "
-        "--verify does it all the same"
+        f"not verified: in float32 the model takes {needed / 1e9:.0f} GB, twice of which does not "
+        f"fit into {memory / 1e9:.0f} GB of memory; --verify verifies it anyway"
     )
     return False

@@ -1,4 +1,4 @@
-"""What each conversion is checked against, beside what it wrote."""
+"""What each kind of conversion is compared with after it was written."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +11,34 @@ from ...model.adapters import flat_arrays, load_adapter
 from ...model.loading import LoadedModel, load_model
 from ...model.rope import contradiction
 from ...reporting.display import Display
-from ..architectures import Architecture, deviation
-from ..base import Base, config_of, in_mlx_names, is_plain
+from ..architectures import Architecture, known_deviation
+from ..base import Base, config_of, has_mlx_names, is_transformers_checkpoint
 from ..lora_delta import apply_lora_deltas
 from ..merge import fused_model
 from ..mlx_format import read_mlx
 from ..peft.read import read_peft
-from .compare import Comparison, Logits, check, compare, mlx_logits, sample_tokens, wrong
-from .torch_side import torch_logits, torch_reason
+from .compare import (
+    Comparison,
+    Logits,
+    check,
+    compare,
+    mlx_logits,
+    sample_tokens,
+    verification_error,
+)
+from .torch_side import missing_packages, torch_logits
+
+NOT_TRANSFORMERS = "the base model is in MLX's format or quantized"
 
 
 @dataclass(frozen=True)
 class AdapterProof:
-    """Compares an mlx-lm adapter with a PEFT adapter on one base model.
+    """Compares an mlx-lm adapter with a PEFT adapter on the same base model.
 
-    mlx-lm's layers on the one side; on the other the weights that PEFT's files describe, put
-    together by PEFT's definition, and PEFT itself.
+    The mlx-lm adapter runs in mlx-lm's layers. The PEFT adapter is merged into the weights by the
+    definition of LoRA, and runs in PEFT itself where that is installed.
+
+    mlx, peft: the folders of the two adapters.
     """
 
     base: Base
@@ -35,163 +47,198 @@ class AdapterProof:
     peft: Path
     display: Display
 
-    def judged(self) -> list[Comparison]:
-        """All comparisons that can be had here, after a note on those that cannot.
+    def verify(self) -> list[Comparison]:
+        """Make all comparisons that are possible here, and note why others are not.
 
         Raises:
             SimPOError: one of them failed.
         """
-        plain = self.base.load()
-        tokens = sample_tokens(plain)
-        ours, theirs = self.in_mlx(tokens)
-        found = [compare("mlx-lm's adapter and PEFT's files, both in MLX", theirs, ours)]
-        reason = (
-            torch_reason() if is_plain(plain) else "the base model is in MLX's format or packed"
-        )
+        loaded = self.base.load()
+        tokens = sample_tokens(loaded)
+        mlx, peft = self.logits_in_mlx(tokens)
+        comparisons = [compare("mlx-lm's adapter and PEFT's files, both in MLX", peft, mlx)]
+        reason = missing_packages() if is_transformers_checkpoint(loaded) else NOT_TRANSFORMERS
         if reason is None:
-            floor = torch_floor(plain, tokens, self.display)
-            theirs = torch_logits(plain.folder, tokens, self.peft)
-            found.append(compare("mlx-lm in MLX and PEFT in torch", theirs, ours, floor))
+            baseline = measured_baseline(loaded, tokens, self.display)
+            peft = torch_logits(loaded.folder, tokens, self.peft)
+            comparisons.append(compare("mlx-lm in MLX and PEFT in torch", peft, mlx, baseline))
         else:
             self.display.note(f"not compared with PEFT in torch: {reason}")
-        return judged(found, self.display)
+        return show_and_check(comparisons, self.display)
 
-    def rounded(self) -> Comparison:
-        """What the two differ by once one of them is rounded: shown, not judged."""
-        ours, theirs = self.in_mlx(sample_tokens(self.base.load()))
-        found = compare("the adapter before and after it was rounded", theirs, ours, None)
-        return judged([found], self.display)[0]
+    def compare_rounded(self) -> Comparison:
+        """Compare the two adapters after one was cast to another dtype; this cannot fail."""
+        mlx, peft = self.logits_in_mlx(sample_tokens(self.base.load()))
+        comparison = compare("the adapter before and after it was rounded", peft, mlx, None)
+        return show_and_check([comparison], self.display)[0]
 
-    def in_mlx(self, tokens: list[list[int]]) -> tuple[Logits, Logits]:
-        """(logits with mlx-lm's layers, logits with the weights that PEFT's files describe)."""
+    def logits_in_mlx(self, tokens: list[list[int]]) -> tuple[Logits, Logits]:
+        """Return the logits of both adapters in MLX.
+
+        Returns:
+            Those of mlx-lm's layers, and those of the base model with PEFT's files merged in.
+        """
         adapted = self.base.load()
         read_mlx(self.mlx, adapted.model)
-        ours = mlx_logits(adapted.model, tokens)
-        del adapted
+        logits = mlx_logits(adapted.model, tokens)
+        del adapted  # free its weights before the next model is loaded
         merged = fused_model(self.base.load(), None, dequantize=True).model
         apply_lora_deltas(merged, read_peft(self.peft, merged, self.rule))
-        return ours, mlx_logits(merged, tokens)
+        return logits, mlx_logits(merged, tokens)
 
 
-def prove_fused(
+def verify_fused(
     folder: Path, base: Base, adapter: str | Path | None, display: Display
 ) -> list[Comparison]:
-    """Compare a folder that was written with the live model it was made of.
+    """Compare a folder that was written with the base model and adapter that it was made of.
 
-    Where the folder has another dtype, rounding is told from mistakes: the adapter is merged in
-    memory and compared with the live model before it is rounded and with the folder after; the
-    rounding itself is shown.
+    If the folder is not in float32, rounding is told apart from mistakes: the adapter is merged in
+    memory, and the result is compared with base model and adapter before it is rounded, and with
+    the folder after. The effect of rounding is only shown.
 
     Raises:
         SimPOError: one of the comparisons failed.
     """
-    live = base.load()
-    tokens = sample_tokens(live)
-    bare = mlx_logits(live.model, tokens)
+    loaded = base.load()
+    tokens = sample_tokens(loaded)
+    base_logits = mlx_logits(loaded.model, tokens)
     if adapter is not None:
-        live = base.load()
-        load_adapter(live.model, adapter)
-    before = mlx_logits(live.model, tokens)
+        loaded = base.load()
+        load_adapter(loaded.model, adapter)
+    expected = mlx_logits(loaded.model, tokens)
     written = load_model(str(folder), trust_remote_code=base.trust_remote_code)
-    kinds = {name: array.dtype for name, array in flat_arrays(written.model.parameters()).items()}
-    after = mlx_logits(written.model, tokens)
-    what = "the live model and the folder that was written, both in MLX"
-    if set(kinds.values()) == {mx.float32}:
-        found = [compare(what, after, before)]
+    dtypes = {name: array.dtype for name, array in flat_arrays(written.model.parameters()).items()}
+    actual = mlx_logits(written.model, tokens)
+    original = "the base model" if adapter is None else "the base model with the adapter"
+    what = f"{original} and the folder that was written, both in MLX"
+    if set(dtypes.values()) == {mx.float32}:
+        comparisons = [compare(what, actual, expected)]
     else:
-        found = [compare(f"{what}, as rounded", after, before, None)]
+        comparisons = [compare(f"{what}, as rounded", actual, expected, None)]
         if adapter is not None:
-            found.append(compare("for comparison, what the adapter changes", before, bare, None))
-        whole = fused_model(base.load(), adapter, dequantize=True).model
-        what = "the live model and the same merged in memory"
-        found.append(compare(what, mlx_logits(whole, tokens), before))
-        meant = rounded(base, adapter, kinds)
+            what = "for comparison, what the adapter changes"
+            comparisons.append(compare(what, expected, base_logits, None))
+        merged = fused_model(base.load(), adapter, dequantize=True).model
+        what = f"{original} and the same merged in memory"
+        comparisons.append(compare(what, mlx_logits(merged, tokens), expected))
+        rounded = merged_and_rounded(base, adapter, dtypes)
         what = "the folder that was written and the same rounded in memory"
-        found.append(compare(what, after, mlx_logits(meant, tokens)))
-    check_rope(folder)
-    if in_mlx_names(written):
-        return judged(found, display)
-    if reason := torch_reason():
+        comparisons.append(compare(what, actual, mlx_logits(rounded, tokens)))
+    check_rope_settings(folder)
+    if has_mlx_names(written):
+        return show_and_check(comparisons, display)
+    if reason := missing_packages():
         display.note(f"not compared with transformers: {reason}")
     else:
         source = base.load()
-        floor = (
-            torch_floor(source, tokens, display) if is_plain(source) else allowed(written, display)
+        baseline = (
+            measured_baseline(source, tokens, display)
+            if is_transformers_checkpoint(source)
+            else assumed_baseline(written, display)
         )
-        theirs = torch_logits(folder, tokens)
-        found.append(compare("the folder in MLX and in transformers", theirs, after, floor))
-    return judged(found, display)
+        in_torch = torch_logits(folder, tokens)
+        what = "the folder in MLX and in transformers"
+        comparisons.append(compare(what, in_torch, actual, baseline))
+    return show_and_check(comparisons, display)
 
 
-def prove_converted(
-    folder: Path, base: Base, memory: nn.Module, display: Display
+def verify_converted(
+    folder: Path, base: Base, in_memory: nn.Module, display: Display
 ) -> list[Comparison]:
-    """Compare a folder in MLX's format with the model in memory that it was written from, and show
-    what both differ by from the model as it came.
+    """Compare a folder in MLX's format with the model in memory that it was written from.
+
+    The difference to the original model, which may not be quantized, is only shown.
 
     Raises:
         SimPOError: the folder does not hold what was in memory, or MLX and transformers disagree
-            about the model itself.
+            about the original model.
     """
     source = base.load()
     tokens = sample_tokens(source)
     written = load_model(str(folder), trust_remote_code=base.trust_remote_code)
-    after = mlx_logits(written.model, tokens)
+    actual = mlx_logits(written.model, tokens)
     what = "the folder that was written and the model in memory"
-    found = [compare(what, after, mlx_logits(memory, tokens))]
-    before = mlx_logits(source.model, tokens)
-    found.append(compare("it and the model as it came, both in MLX", after, before, None))
-    reason = torch_reason() if is_plain(source) else "it is in MLX's format or packed"
+    comparisons = [compare(what, actual, mlx_logits(in_memory, tokens))]
+    original = mlx_logits(source.model, tokens)
+    what = "the folder and the original model, both in MLX"
+    comparisons.append(compare(what, actual, original, None))
+    reason = missing_packages() if is_transformers_checkpoint(source) else NOT_TRANSFORMERS
     if reason is None:
-        theirs = torch_logits(source.folder, tokens)
-        what = "the model as it came, in MLX and in transformers"
-        found.append(compare(what, before, theirs, allowed(source, display)))
+        in_torch = torch_logits(source.folder, tokens)
+        what = "the original model in MLX and in transformers"
+        baseline = assumed_baseline(source, display)
+        comparisons.append(compare(what, original, in_torch, baseline))
     else:
         display.note(f"not compared with transformers: {reason}")
-    return judged(found, display)
+    return show_and_check(comparisons, display)
 
 
-def rounded(base: Base, adapter: str | Path | None, kinds: dict[str, mx.Dtype]) -> nn.Module:
-    """The model with its adapter, merged in memory and rounded to these dtypes, by name."""
-    packed = mx.uint32 in kinds.values()
-    model = fused_model(base.load(), adapter, dequantize=not packed).model
+def merged_and_rounded(
+    base: Base, adapter: str | Path | None, dtypes: dict[str, mx.Dtype]
+) -> nn.Module:
+    """Merge an adapter into its base model in memory and round the result to these dtypes.
+
+    Args:
+        dtypes: of the written weights, by name.
+
+    Raises:
+        SimPOError: weights of other names were written.
+    """
+    quantized = mx.uint32 in dtypes.values()  # packed weights are the only integers
+    model = fused_model(base.load(), adapter, dequantize=not quantized).model
     arrays = flat_arrays(model.parameters())
-    if odd := sorted(arrays.keys() ^ kinds.keys()):
-        raise wrong(f"the folder and the model do not have the same weights, e.g. {odd[0]}")
-    model.load_weights([(name, array.astype(kinds[name])) for name, array in arrays.items()])
+    if differing := sorted(arrays.keys() ^ dtypes.keys()):
+        raise verification_error(
+            f"the folder and the model do not have the same weights, e.g. {differing[0]}"
+        )
+    model.load_weights([(name, array.astype(dtypes[name])) for name, array in arrays.items()])
     return model
 
 
-def allowed(loaded: LoadedModel, display: Display) -> float | None:
-    """What MLX and torch may differ by on a model for reasons of their own: None (not judged) where
-    mlx-lm is known to compute something else, which is then said."""
-    reason = deviation(config_of(loaded))
+def assumed_baseline(loaded: LoadedModel, display: Display) -> float | None:
+    """Return the baseline for comparing a model in MLX and in torch, without measuring it.
+
+    Returns:
+        0.0; None, after a note, if mlx-lm is known to compute something else than transformers.
+    """
+    reason = known_deviation(config_of(loaded))
     if reason:
-        display.note(f"not judged against transformers: {reason}")
+        display.note(f"the difference to transformers is only shown, not checked: {reason}")
     return None if reason else 0.0
 
 
-def check_rope(folder: Path) -> None:
-    """SimPOError if a folder's config.json says two things about rotary settings: MLX reads one
-    spelling of them, transformers the other."""
-    if odd := contradiction(read_json(folder / "config.json")):
-        raise wrong(f"config.json has two values of {odd}")
+def measured_baseline(loaded: LoadedModel, tokens: list[list[int]], display: Display) -> float:
+    """Return the difference between MLX and torch on the base model, without any conversion.
+
+    Warns if it is more than rounding, since the conversion could hide mistakes of that size.
+    """
+    what = "MLX and transformers on the base model itself"
+    in_torch = torch_logits(loaded.folder, tokens)
+    comparison = compare(what, in_torch, mlx_logits(loaded.model, tokens))
+    if not comparison.passed:
+        reason = known_deviation(config_of(loaded)) or "the reason is not known"
+        display.warn(f"{comparison}; {reason}")
+    return comparison.largest
 
 
-def torch_floor(loaded: LoadedModel, tokens: list[list[int]], display: Display) -> float:
-    """What MLX and torch differ by on the model itself, without any conversion; said where that is
-    more than rounding, since it hides as much of a conversion's mistakes."""
-    found = mlx_logits(loaded.model, tokens)
-    bare = compare(
-        "MLX and transformers on the base model itself", torch_logits(loaded.folder, tokens), found
-    )
-    if not bare.passed:
-        display.warn(f"{bare}; {deviation(config_of(loaded)) or 'the reason is not known'}")
-    return bare.largest
+def check_rope_settings(folder: Path) -> None:
+    """Check that both spellings of the rotary settings in config.json agree.
+
+    MLX reads one of them and transformers the other.
+
+    Raises:
+        SimPOError: they contradict each other.
+    """
+    if setting := contradiction(read_json(folder / "config.json")):
+        raise verification_error(f"config.json has two values of {setting}")
 
 
-def judged(comparisons: list[Comparison], display: Display) -> list[Comparison]:
-    """The comparisons, after showing them; SimPOError if one failed."""
+def show_and_check(comparisons: list[Comparison], display: Display) -> list[Comparison]:
+    """Show comparisons, check them and return them.
+
+    Raises:
+        SimPOError: one failed.
+    """
     for comparison in comparisons:
         display.note(str(comparison))
     check(comparisons)

@@ -1,4 +1,4 @@
-"""The other side of a comparison: transformers and PEFT on torch, where they are installed."""
+"""Logits of transformers and PEFT in torch, where these are installed."""
 
 import importlib.util
 import re
@@ -12,17 +12,25 @@ from ...model.adapters import PEFT_WEIGHTS
 from .compare import Logits
 
 
-def torch_reason() -> str | None:
-    """Why torch's side cannot be run here; None if it can."""
+def missing_packages() -> str | None:
+    """Say which packages are missing to compare with torch; None if none is."""
     missing = [n for n in ("torch", "transformers", "peft") if not importlib.util.find_spec(n)]
     return f"{' and '.join(missing)} not installed" if missing else None
 
 
 def torch_logits(folder: Path, tokens: list[list[int]], adapter: Path | None = None) -> Logits:
-    """The logits of transformers' model, with an adapter by PEFT, in float32 on the CPU.
+    """Run transformers' model in float32 on the CPU.
+
+    Args:
+        folder: of the model.
+        tokens: (texts, tokens).
+        adapter: folder of a PEFT adapter; None for the model alone.
+
+    Returns:
+        (texts, tokens, vocabulary), float32.
 
     Raises:
-        SimPOError: transformers or PEFT finds tensors missing, left over or of another shape.
+        SimPOError: tensors are missing, unexpected or of another shape.
     """
     import torch  # type: ignore[import-not-found]
     from transformers.utils import logging
@@ -31,6 +39,7 @@ def torch_logits(folder: Path, tokens: list[list[int]], adapter: Path | None = N
     model, info = auto_class(folder).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
+    # transformers only warns about these.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             names = sorted(map(str, info[kind]))
@@ -42,30 +51,36 @@ def torch_logits(folder: Path, tokens: list[list[int]], adapter: Path | None = N
 
 
 def auto_class(folder: Path) -> Any:
-    """transformers' class for a folder: of a model that sees, the whole of it (the class for text
-    knows only the text part of some, and others not at all)."""
+    """Return transformers' class for the model in a folder.
+
+    For a vision-language model this is the class of the whole model: the class for text knows only
+    the text part of some, and others not at all.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as VISION_LANGUAGE,
     )
 
     kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-    return AutoModelForImageTextToText if kind in SEEING else AutoModelForCausalLM
+    return AutoModelForImageTextToText if kind in VISION_LANGUAGE else AutoModelForCausalLM
 
 
 def with_peft(model: Any, adapter: Path) -> Any:
-    """The model with a PEFT adapter; SimPOError for tensors that PEFT leaves out or does not find,
-    of which it warns at most."""
+    """Return the model with a PEFT adapter attached.
+
+    Raises:
+        SimPOError: PEFT ignored tensors of the file or did not find some that it needs.
+    """
     from peft import PeftModel, get_peft_model_state_dict  # type: ignore[import-not-found]
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they may say is looked at below
+        warnings.simplefilter("ignore")  # what they warn of is an error below
         wrapped = PeftModel.from_pretrained(model, str(adapter))
-    there = set(get_peft_model_state_dict(wrapped))
-    given = set(read_header(adapter / PEFT_WEIGHTS).shapes)
-    fused = not any(re.search(r"\.experts\.\d+\.", name) for name in given)
-    if fused and there != given:  # single experts are joined on the way in
-        raise SimPOError(
-            f"PEFT: {len(there ^ given)} tensors do not fit, e.g. {min(there ^ given)}"
-        )
+    loaded = set(get_peft_model_state_dict(wrapped))
+    in_file = set(read_header(adapter / PEFT_WEIGHTS).shapes)
+    # PEFT joins single experts as it loads them, under other names.
+    has_single_experts = any(re.search(r"\.experts\.\d+\.", name) for name in in_file)
+    if not has_single_experts and loaded != in_file:
+        differing = loaded ^ in_file
+        raise SimPOError(f"PEFT: {len(differing)} tensors do not fit, e.g. {min(differing)}")
     return wrapped

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_simpo.convert.peft.config import PeftConfig, refused
+from mlx_simpo.convert.peft.config import PeftConfig, unsupported_settings
 from mlx_simpo.errors import SimPOError
 
 LAYERS = [f"model.layers.{n}.self_attn.{p}_proj" for n in range(12) for p in "qkvo"]
@@ -92,9 +92,9 @@ def test_targeted(content: dict, expected: set[str]) -> None:
 
 def test_target_parameters_are_whole_ends_of_paths() -> None:
     found = config(target_parameters=["experts.down_proj"])
-    assert found.parameter("model.layers.0.mlp.experts.down_proj")
-    assert not found.parameter("model.layers.0.mlp.xexperts.down_proj")
-    assert not config().parameter("a.b")
+    assert found.is_target_parameter("model.layers.0.mlp.experts.down_proj")
+    assert not found.is_target_parameter("model.layers.0.mlp.xexperts.down_proj")
+    assert not config().is_target_parameter("a.b")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_target_parameters_are_whole_ends_of_paths() -> None:
     ids=str,
 )
 def test_refused(content: dict, words: str | None) -> None:
-    reasons = "; ".join(refused({"peft_type": "LORA", **content}))
+    reasons = "; ".join(unsupported_settings({"peft_type": "LORA", **content}))
     assert (words is None and not reasons) or (words is not None and words in reasons)
 
 

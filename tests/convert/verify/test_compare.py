@@ -83,7 +83,7 @@ def tiny_loaded(**changes: int) -> LoadedModel:
 
 def test_tokens_beyond_the_vocabulary_are_refused() -> None:
     """MLX would read whatever lies behind the table."""
-    with pytest.raises(SimPOError, match=r"has token \d+, its model a vocabulary of 100"):
+    with pytest.raises(SimPOError, match=r"has token \d+, but its model has a vocabulary of 100"):
         verify.sample_tokens(tiny_loaded(vocab_size=100))
 
 
@@ -97,7 +97,7 @@ def test_a_model_that_cannot_be_run() -> None:
 def test_the_text_is_long_enough_to_be_one() -> None:
     rows = verify.sample_tokens(tiny_loaded())
     assert len({len(row) for row in rows}) == 1
-    assert len(rows[0]) == verify.TOKENS
+    assert len(rows[0]) == verify.MAX_TOKENS
     assert len(set(rows[0])) > 30
 
 
@@ -115,5 +115,5 @@ def test_whether_to_verify(
 ) -> None:
     monkeypatch.setattr(verify.os, "sysconf", lambda name: 1 if "SIZE" in name else memory)
     display, text = written_report()
-    assert verify.wanted(asked, tiny_model(), display.note) == expected
+    assert verify.should_verify(asked, tiny_model(), display.note) == expected
     assert ("not verified" in text.getvalue()) == (asked is None and not expected)
