@@ -1,4 +1,4 @@
-"""Models from Hugging Face as MLX folders: what mlx-lm loads from them is what we load."""
+"""Hugging Face models as folders in MLX's format: mlx-lm and this package load the same model."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ from mlx_simpo import SimPOError, from_hf, load_model
 TOKENS = mx.array([[3, 14, 15, 92, 65, 35, 89]])
 
 
-def new_style(folder: Path, base: float = 77.0) -> Path:
-    """A folder whose config.json has its rotary base where transformers 5 writes it."""
+def saved_by_transformers_5(folder: Path, base: float = 77.0) -> Path:
+    """Write a model whose config.json has its rotary base where transformers 5 writes it."""
     tiny_folder(folder)
     config = tiny_config()
     del config["rope_theta"]
@@ -26,8 +26,8 @@ def new_style(folder: Path, base: float = 77.0) -> Path:
 
 
 def test_mlx_lm_finds_the_rotary_base(tmp_path: Path) -> None:
-    """In the folder as it came mlx-lm takes a default base, without a word."""
-    source = new_style(tmp_path / "hf")
+    """In the original folder mlx-lm silently uses a default base."""
+    source = saved_by_transformers_5(tmp_path / "hf")
     done = from_hf(str(source), tmp_path / "mlx", verify=True)
     ours = np.array(load_model(str(source)).model(TOKENS))
     theirs = np.array(mlx_lm_load(str(done.output))[0](TOKENS))
@@ -39,7 +39,7 @@ def test_mlx_lm_finds_the_rotary_base(tmp_path: Path) -> None:
 def test_quantized(bits: int, tmp_path: Path) -> None:
     display, text = written_report()
     done = from_hf(
-        str(new_style(tmp_path / "hf")),
+        str(saved_by_transformers_5(tmp_path / "hf")),
         tmp_path / "mlx",
         quantize=bits,
         group_size=32,
@@ -56,23 +56,34 @@ def test_quantized(bits: int, tmp_path: Path) -> None:
 
 
 def test_another_dtype(tmp_path: Path) -> None:
-    done = from_hf(str(new_style(tmp_path / "hf")), tmp_path / "mlx", dtype="bfloat16")
+    done = from_hf(
+        str(saved_by_transformers_5(tmp_path / "hf")), tmp_path / "mlx", dtype="bfloat16"
+    )
     assert load_model(str(done.output)).dtype == "bfloat16"
     assert json.loads((done.output / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"quantize": 7}, "quantize is 7; it must be one of 2, 3, 4, 5, 6, 8 bits"),
-        ({"quantize": 4, "group_size": 48}, "group_size is 48"),
+        ({"quantize": 4, "group_size": 48}, "group_size is 48; it must be 32, 64 or 128"),
     ],
 )
-def test_what_is_refused(options: dict, words: str, tmp_path: Path) -> None:
+def test_what_mlx_cannot_quantize_is_rejected(options: dict, message: str, tmp_path: Path) -> None:
     source = tiny_folder(tmp_path / "hf")
-    with pytest.raises(SimPOError, match=words):
+    with pytest.raises(SimPOError, match=message):
         from_hf(str(source), tmp_path / "mlx", **options)
-    packed = from_hf(str(source), tmp_path / "packed", quantize=4, group_size=32, verify=False)
-    with pytest.raises(SimPOError, match="quantized already"):
-        from_hf(str(packed.output), tmp_path / "again", quantize=4, group_size=32)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "packed"]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_quantized_model_is_not_quantized_again(tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / "hf")
+    quantized = from_hf(
+        str(source), tmp_path / "quantized", quantize=4, group_size=32, verify=False
+    )
+    with pytest.raises(
+        SimPOError, match="is quantized already; quantize the model that it was made of"
+    ):
+        from_hf(str(quantized.output), tmp_path / "again", quantize=4, group_size=32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "quantized"]

@@ -1,26 +1,24 @@
-"""Fused folders, without torch: the live model to the last bit that float32 has, and nothing lost
-beside the weights. (In transformers: tests/parity/test_convert_models.py.)"""
+"""Fused folders, without torch: they compute what base model and adapter do, and nothing beside the
+weights is lost. (In transformers: tests/parity/test_convert_models.py.)"""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.commands import arrays, assert_same_arrays, written_report
-from helpers.made import MIXTRAL, mlx_adapter, mlx_model
+from helpers.mlx_folders import MIXTRAL, mlx_adapter, mlx_model
 from helpers.tiny import tiny_folder
 
 from mlx_simpo import SimPOError, fuse, load_adapter, load_model
-from mlx_simpo.convert import folder as folders
 from mlx_simpo.convert.verify import compare as verify
-from mlx_simpo.model.adapters import flat_arrays
 
 TOKENS = mx.array([[3, 14, 15, 92, 65, 35, 89]])
 
 
-def live(base: Path, adapter: Path | None = None) -> np.ndarray:
+def logits_of(base: Path, adapter: Path | None = None) -> np.ndarray:
+    """The logits of a folder's model in float32, with an adapter attached."""
     model = load_model(str(base)).model
     model.set_dtype(mx.float32)
     if adapter is not None:
@@ -39,23 +37,23 @@ def live(base: Path, adapter: Path | None = None) -> np.ndarray:
     ],
     ids=str,
 )
-def test_the_live_model_is_written(
+def test_the_folder_computes_what_base_model_and_adapter_do(
     format: str, model_type: str, bits: int | None, changes: dict, tmp_path: Path
 ) -> None:
     base = mlx_model(tmp_path / "base", model_type, bits, **changes)
     keys = ["self_attn.q_proj", "mlp.down_proj", "block_sparse_moe.switch_mlp.up_proj"]
     adapter = mlx_adapter(base, tmp_path / "adapter", keys=keys)
     out = fuse(tmp_path / "out", adapter=adapter, format=format, verify=False).output
-    expected = live(base, adapter)
-    np.testing.assert_allclose(live(out), expected, atol=2e-5)
-    assert np.abs(live(base) - expected).max() > 0.1
+    expected = logits_of(base, adapter)
+    np.testing.assert_allclose(logits_of(out), expected, atol=2e-5)
+    assert np.abs(logits_of(base) - expected).max() > 0.1
     config = json.loads((out / "config.json").read_text())
     assert not [name for name in config if name.startswith("quantiz")]
     names = arrays(out / "model.safetensors").keys()
     assert any("experts.3.w2" in name for name in names) == (format == "hf" and bool(changes))
 
 
-def test_what_the_adapter_does_not_touch_is_the_bases_own(tmp_path: Path) -> None:
+def test_tensors_that_the_adapter_does_not_change_are_copied_bit_for_bit(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "adapter", keys=["self_attn.v_proj"])
     out = fuse(tmp_path / "out", adapter=adapter, verify=False).output
@@ -68,8 +66,9 @@ def test_what_the_adapter_does_not_touch_is_the_bases_own(tmp_path: Path) -> Non
     assert all(not np.array_equal(after[name], before[name]) for name in changed)
 
 
-def test_tensors_that_mlx_does_not_run_go_along(tmp_path: Path) -> None:
-    """Of a checkpoint's multi-token prediction, say; but no second head beside tied embeddings."""
+def test_obsolete_tensors_are_not_copied(tmp_path: Path) -> None:
+    """A second output layer beside tied embeddings, and stored rotary frequencies. (Other tensors
+    that MLX does not run are copied: tests/parity/test_convert_wrapped.py.)"""
     base = tiny_folder(tmp_path / "base")
     weights = mx.load(str(base / "model.safetensors"))
     assert isinstance(weights, dict)
@@ -83,22 +82,21 @@ def test_tensors_that_mlx_does_not_run_go_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_another_dtype(dtype: str, tmp_path: Path) -> None:
+def test_rounding_to_another_dtype_is_shown_and_not_checked(dtype: str, tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     display, text = written_report()
     adapter = mlx_adapter(base, tmp_path / "adapter")
     done = fuse(tmp_path / "out", adapter=adapter, dtype=dtype, verify=True, display=display)
     assert load_model(str(done.output)).dtype == dtype
     assert json.loads((done.output / "config.json").read_text())["dtype"] == dtype
-    said = text.getvalue()
-    assert "as rounded" in said
-    assert "what the adapter changes" in said
+    assert "as rounded" in text.getvalue()
+    assert "what the adapter changes" in text.getvalue()
     assert [c.limit is None for c in done.comparisons][:4] == [True, True, False, False]
     assert 0 < done.comparisons[0].largest < done.comparisons[1].largest
 
 
-def test_packing_again_is_shown_for_what_it_is(tmp_path: Path) -> None:
-    """On a small tune the rounding is larger than what was learnt."""
+def test_quantizing_again_rounds_away_a_small_adapter(tmp_path: Path) -> None:
+    """The comparisons show that the rounding is larger than what the adapter changes."""
     base = mlx_model(tmp_path / "base", "llama", 4)
     adapter = mlx_adapter(base, tmp_path / "adapter", size=0.01)
     display, _ = written_report()
@@ -110,21 +108,21 @@ def test_packing_again_is_shown_for_what_it_is(tmp_path: Path) -> None:
         verify=True,
         display=display,
     )
-    rounding, learnt, merged, same = done.comparisons[:4]
-    assert rounding.mean > learnt.mean
+    rounding, adapter_change, merged, written = done.comparisons[:4]
+    assert rounding.mean > adapter_change.mean
     assert merged.passed
-    assert same.largest == 0
-    kept = arrays(done.output / "model.safetensors")
+    assert written.largest == 0
+    after = arrays(done.output / "model.safetensors")
     before = arrays(base / "model.safetensors")
-    assert kept["model.layers.0.mlp.up_proj.weight"].dtype == np.uint32
+    assert after["model.layers.0.mlp.up_proj.weight"].dtype == np.uint32
     assert json.loads((done.output / "config.json").read_text())["quantization"]["bits"] == 4
     assert_same_arrays(
-        {n: a for n, a in kept.items() if "norm" in n},
+        {n: a for n, a in after.items() if "norm" in n},
         {n: a for n, a in before.items() if "norm" in n},
     )
 
 
-def test_the_template_of_the_training_goes_along(tmp_path: Path) -> None:
+def test_the_chat_template_of_the_training_is_written(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "adapter")
     (base / "generation_config.json").write_text('{"temperature": 0.6}')
@@ -142,32 +140,8 @@ def test_the_template_of_the_training_goes_along(tmp_path: Path) -> None:
     )
 
 
-def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: Any) -> None:
-    base = tiny_folder(tmp_path / "base")
-    shards = folders.make_shards
-    monkeypatch.setattr(folders, "make_shards", lambda w: [*map(dict, pieces(shards(w)[0], 5))])
-    out = fuse(tmp_path / "out", model=str(base), verify=False).output
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    files = sorted(path.name for path in out.glob("model*.safetensors"))
-    assert len(files) > 3
-    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    for path in out.glob("model*.safetensors"):
-        assert {name for name, file in index["weight_map"].items() if file == path.name} == set(
-            arrays(path)
-        )
-    assert index["metadata"]["total_size"] == sum(
-        p.nbytes for p in flat_arrays(load_model(str(base)).model.parameters()).values()
-    )
-    np.testing.assert_array_equal(live(out), live(base))
-
-
-def pieces(weights: dict, size: int) -> list:
-    items = list(weights.items())
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
 @pytest.mark.parametrize("format", ["hf", "mlx"])
-def test_what_does_not_fit_is_not_verified_and_said(
+def test_a_model_that_does_not_fit_into_memory_is_not_verified(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_folder(tmp_path / "base")
@@ -179,18 +153,20 @@ def test_what_does_not_fit_is_not_verified_and_said(
 
 
 @pytest.mark.parametrize(
-    ("options", "bits", "words"),
+    ("options", "bits", "message"),
     [
         ({"format": "gguf"}, None, "must be one of hf, mlx"),
-        ({"dequantize": False}, None, "not quantized"),
-        ({"dequantize": True}, None, "not quantized"),
+        ({"dequantize": False}, None, "but this base is not quantized"),
+        ({"dequantize": True}, None, "but this base is not quantized"),
         ({"model": None, "adapter": None}, None, "name the model to write"),
         ({"dequantize": False}, 4, "--format mlx"),
         ({"dequantize": False, "format": "mlx", "dtype": "float16"}, 4, "stay quantized"),
     ],
 )
-def test_what_is_refused(options: dict, bits: int | None, words: str, tmp_path: Path) -> None:
+def test_options_that_do_not_fit_are_rejected(
+    options: dict, bits: int | None, message: str, tmp_path: Path
+) -> None:
     base = mlx_model(tmp_path / "base", "llama", bits)
-    with pytest.raises(SimPOError, match=words):
+    with pytest.raises(SimPOError, match=message):
         fuse(tmp_path / "out", **{"model": str(base), **options}, verify=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]

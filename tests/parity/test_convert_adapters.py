@@ -1,5 +1,5 @@
-"""Adapters between mlx-lm's format and PEFT's, judged by logits alone: ours computed with MLX,
-theirs by PEFT on transformers' model, on tiny models of every architecture."""
+"""Adapters between mlx-lm's format and PEFT's, compared by logits: ours computed with MLX, theirs
+by PEFT on transformers' model, on tiny models of every architecture."""
 
 import json
 import warnings
@@ -83,7 +83,7 @@ def test_dora_to_peft(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "key"), [("deepseek_v2", "mlp.down_proj"), ("mixtral", "block_sparse_moe.gate")]
 )
-def test_dora_of_a_parameter_is_refused(name: str, key: str, tmp_path: Path) -> None:
+def test_dora_of_a_parameter_is_rejected(name: str, key: str, tmp_path: Path) -> None:
     """PEFT reaches these as parameters only, and there it has no DoRA."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx", dora=True, keys=[key])
@@ -134,7 +134,7 @@ def test_alone_to_peft(name: str, key: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2", "cohere"])
-def test_tied_embedding_is_refused(name: str, tmp_path: Path) -> None:
+def test_tied_embedding_is_rejected(name: str, tmp_path: Path) -> None:
     """PEFT would adapt the embedding and not the head."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx", keys=["model.embed_tokens"])
@@ -146,12 +146,12 @@ def test_tied_embedding_is_refused(name: str, tmp_path: Path) -> None:
 def peft_config(name: str, **changes: Any) -> LoraConfig:
     """For all that can be converted: linear layers, and fused experts as target_parameters."""
     modules = attention(name) if name in MOE else "all-linear"
-    wanted = {"r": 4, "lora_alpha": 6, "target_modules": modules}
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": modules}
     if name in MOE:
-        wanted["target_parameters"] = [
+        settings["target_parameters"] = [
             f"{ZOO[name].experts}.{p}" for p in ("gate_up_proj", "down_proj")
         ]
-    return LoraConfig(**(wanted | changes))
+    return LoraConfig(**(settings | changes))
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -264,9 +264,11 @@ def test_bfloat16_from_peft(name: str, tmp_path: Path) -> None:
     adapter = peft_adapter(base, tmp_path / "peft", config, torch.bfloat16)
     check_imported(name, base, adapter, tmp_path / "mlx")
     from_peft(adapter, tmp_path / "float32", model=str(base), dtype="float32", verify=False)
-    kept, wide = (contents(tmp_path / k, "adapters.safetensors")[0] for k in ("mlx", "float32"))
+    same_dtype, wide = (
+        contents(tmp_path / k, "adapters.safetensors")[0] for k in ("mlx", "float32")
+    )
     assert {str(v.dtype) for v in wide.values()} == {"mlx.core.float32"}
-    assert all(mx.array_equal(kept[k].astype(mx.float32), v).item() for k, v in wide.items())
+    assert all(mx.array_equal(same_dtype[k].astype(mx.float32), v).item() for k, v in wide.items())
 
 
 def contents(folder: Path, weights: str) -> tuple[dict[str, mx.array], dict[str, Any]]:

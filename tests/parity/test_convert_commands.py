@@ -28,7 +28,7 @@ def test_every_type_of_the_table_is_in_the_zoo() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "qwen3_moe", "qwen3_5_text", "deepseek_v3"])
 def test_everything_verified(name: str, tmp_path: Path) -> None:
-    """What the commands compare, they compare with torch; also where mlx-lm itself deviates."""
+    """The commands compare with torch, also where mlx-lm itself deviates from it."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx")
     there = to_peft(adapter, tmp_path / "peft", verify=True)
@@ -42,14 +42,14 @@ def test_everything_verified(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
-def test_a_base_that_differs_by_itself_is_said(name: str, tmp_path: Path) -> None:
-    """What it differs by hides as much of a conversion's mistakes."""
+def test_a_base_model_that_differs_by_itself_is_a_warning(name: str, tmp_path: Path) -> None:
+    """A conversion could hide mistakes of that size."""
     base = saved(name, tmp_path / "base")
     display, text = written_report()
     to_peft(mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft", verify=True, display=display)
-    said = "MLX and transformers on the base model itself" in text.getvalue()
-    assert said == (name == "gemma")
-    assert ("exact GELU" in text.getvalue()) == said
+    warned = "MLX and transformers on the base model itself" in text.getvalue()
+    assert warned == (name == "gemma")
+    assert ("exact GELU" in text.getvalue()) == warned
 
 
 @pytest.mark.parametrize("name", SEPARATE)
@@ -74,7 +74,7 @@ def test_experts_that_cannot_be_single(name: str, why: str, tmp_path: Path) -> N
 
 
 def test_single_experts_of_phimoe_are_not_read(tmp_path: Path) -> None:
-    """PEFT reads them as an adapter without the experts: there is nothing to hold them to."""
+    """PEFT reads them as an adapter without the experts: there is nothing to compare with."""
     base, rule = saved("phimoe", tmp_path / "base"), TABLE["phimoe"]
     adapter = mlx_adapter(base, tmp_path / "mlx")
     assert rule.experts is not None
@@ -89,15 +89,15 @@ def test_single_experts_of_phimoe_are_not_read(tmp_path: Path) -> None:
         from_peft(tmp_path / "peft", tmp_path / "back", model=str(base), verify=False)
 
 
-def exchanged(patch: pytest.MonkeyPatch) -> None:
-    """gate_proj and up_proj in each other's place, for reader and writer alike."""
+def exchange_gate_and_up(patch: pytest.MonkeyPatch) -> None:
+    """Exchange gate_proj and up_proj in reader and writer alike."""
     fused = names._FUSED
     patch.setitem(fused, "gate_proj", ("gate_up_proj", (1, 2)))
     patch.setitem(fused, "up_proj", ("gate_up_proj", (0, 2)))
 
 
-def twice(patch: pytest.MonkeyPatch) -> None:
-    """lora_alpha counted twice by the reader, whose word a conversion from PEFT takes."""
+def double_alpha(patch: pytest.MonkeyPatch) -> None:
+    """Double lora_alpha in the reader, which a conversion from PEFT relies on."""
     right = PeftConfig.scale
 
     def wrong(config: PeftConfig, path: str) -> tuple[int, float]:
@@ -109,12 +109,16 @@ def twice(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "plant", "back"),
-    [("mixtral", exchanged, False), ("mixtral", exchanged, True), ("llama", twice, True)],
+    [
+        ("mixtral", exchange_gate_and_up, False),
+        ("mixtral", exchange_gate_and_up, True),
+        ("llama", double_alpha, True),
+    ],
 )
 def test_mistakes_that_both_of_our_sides_share(
     name: str, plant: Any, back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLX alone cannot see them; PEFT does, where it is installed."""
+    """MLX alone cannot detect them; PEFT does, where it is installed."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx")
     if back:

@@ -1,4 +1,4 @@
-"""Whole models, fused with MLX and read by transformers; and what is refused."""
+"""Whole models, fused with MLX and read by transformers; and what is rejected."""
 
 import json
 import warnings
@@ -21,10 +21,10 @@ SAME = 1e-4  # of the same weights in the same framework
 
 
 def tensors(folder: Path) -> dict[str, mx.array]:
-    found: dict[str, mx.array] = {}
+    weights: dict[str, mx.array] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= mx.load(str(path))  # type: ignore[arg-type]
-    return found
+        weights |= mx.load(str(path))  # type: ignore[arg-type]
+    return weights
 
 
 def quantized(base: Path, folder: Path) -> Path:
@@ -45,10 +45,10 @@ def test_fused(name: str, dora: bool, tmp_path: Path) -> None:
         chosen = {"keys": ["self_attn.q_b_proj", "mlp.shared_experts.up_proj"]}
     adapter = mlx_adapter(base, tmp_path / "mlx", dora=dora, **chosen)
     fuse(fused, adapter=str(adapter), model=str(base), dtype="float32", verify=False)
-    live = mlx_logits(base, adapter=adapter)
-    assert np.abs(live - mlx_logits(base)).max() > 0.1
-    agree(torch_logits(fused), live, ZOO[name].floor + CLOSE)
-    agree(mlx_logits(fused), live, SAME)
+    expected = mlx_logits(base, adapter=adapter)
+    assert np.abs(expected - mlx_logits(base)).max() > 0.1
+    agree(torch_logits(fused), expected, ZOO[name].floor + CLOSE)
+    agree(mlx_logits(fused), expected, SAME)
     assert {k: v.shape for k, v in tensors(base).items()} == {
         k: v.shape for k, v in tensors(fused).items()
     }
@@ -82,11 +82,11 @@ def test_4bit(name: str, tmp_path: Path) -> None:
     adapter = mlx_adapter(small, tmp_path / "mlx")
     fuse(tmp_path / "wide", model=str(small), dtype="float32", verify=False)
     to_peft(adapter, tmp_path / "peft", model=str(small), verify=False)
-    live, bound = mlx_logits(small, adapter=adapter), ZOO[name].floor + CLOSE
-    assert np.abs(live - mlx_logits(small)).max() > 0.1
+    expected, bound = mlx_logits(small, adapter=adapter), ZOO[name].floor + CLOSE
+    assert np.abs(expected - mlx_logits(small)).max() > 0.1
     assert np.abs(mlx_logits(small) - mlx_logits(base)).max() > 10 * bound
     agree(torch_logits(tmp_path / "wide"), mlx_logits(small), bound)
-    agree(torch_logits(tmp_path / "wide", adapter=tmp_path / "peft"), live, bound)
+    agree(torch_logits(tmp_path / "wide", adapter=tmp_path / "peft"), expected, bound)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3_moe"])
@@ -94,19 +94,19 @@ def test_4bit_fused(name: str, tmp_path: Path) -> None:
     small = quantized(saved(name, tmp_path / "base"), tmp_path / "small")
     adapter = mlx_adapter(small, tmp_path / "mlx")
     fuse(tmp_path / "fused", adapter=str(adapter), model=str(small), dtype="float32", verify=False)
-    live = mlx_logits(small, adapter=adapter)
-    agree(torch_logits(tmp_path / "fused"), live, ZOO[name].floor + CLOSE)
-    agree(mlx_logits(tmp_path / "fused"), live, SAME)
+    expected = mlx_logits(small, adapter=adapter)
+    agree(torch_logits(tmp_path / "fused"), expected, ZOO[name].floor + CLOSE)
+    agree(mlx_logits(tmp_path / "fused"), expected, SAME)
 
 
 def test_tied_embedding_fused(tmp_path: Path) -> None:
-    """The way out that the refusal names: fused, the head is what MLX makes of it."""
+    """What the error message recommends: in the fused model the head is what MLX computes."""
     base = saved("llama-tied", tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx", keys=["model.embed_tokens"])
     fuse(tmp_path / "fused", adapter=str(adapter), model=str(base), dtype="float32", verify=False)
-    live = mlx_logits(base, adapter=adapter)
-    assert np.abs(live - mlx_logits(base)).max() > 0.1
-    agree(torch_logits(tmp_path / "fused"), live, ZOO["llama-tied"].floor + CLOSE)
+    expected = mlx_logits(base, adapter=adapter)
+    assert np.abs(expected - mlx_logits(base)).max() > 0.1
+    agree(torch_logits(tmp_path / "fused"), expected, ZOO["llama-tied"].floor + CLOSE)
 
 
 def test_fused_in_bfloat16(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_fused_in_bfloat16(tmp_path: Path) -> None:
     torch_model(tmp_path / "half")
 
 
-REFUSED: dict[str, tuple[str, Any]] = {
+UNSUPPORTED: dict[str, tuple[str, Any]] = {
     "bias": ("bias", {"bias": "all"}),
     "lora-bias": ("bias", {"lora_bias": True}),
     "modules": ("modules_to_save", {"modules_to_save": ["lm_head"]}),
@@ -131,10 +131,10 @@ REFUSED: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_peft_refused(case: str, tmp_path: Path) -> None:
-    """What mlx-lm has no place for, by its name and before anything is written."""
-    said, changes = REFUSED[case]
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_peft_settings_are_rejected(case: str, tmp_path: Path) -> None:
+    """By name, and before anything is written."""
+    message, changes = UNSUPPORTED[case]
     base = saved("llama", tmp_path / "base")
     config: Any = IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
@@ -144,12 +144,12 @@ def test_peft_refused(case: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         get_peft_model(torch_model(base), config).save_pretrained(tmp_path / "peft")
-    with pytest.raises(SimPOError, match=said):
+    with pytest.raises(SimPOError, match=message):
         from_peft(tmp_path / "peft", tmp_path / "mlx", model=str(base), verify=False)
     assert not (tmp_path / "mlx").exists()
 
 
-def test_kv_b_of_deepseek_v3_is_refused(tmp_path: Path) -> None:
+def test_kv_b_of_deepseek_v3_is_rejected(tmp_path: Path) -> None:
     """mlx-lm has absorbed it into two others."""
     base = saved("deepseek_v3", tmp_path / "base")
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["kv_b_proj"])
@@ -161,7 +161,7 @@ def test_kv_b_of_deepseek_v3_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["lora_a", "lora_b"])
-def test_incomplete_adapter_is_refused(end: str, tmp_path: Path) -> None:
+def test_incomplete_adapter_is_rejected(end: str, tmp_path: Path) -> None:
     base = saved("llama", tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx")
     path = adapter / "adapters.safetensors"
@@ -177,7 +177,7 @@ def test_incomplete_adapter_is_refused(end: str, tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
-def test_incomplete_peft_adapter_is_refused(tmp_path: Path) -> None:
+def test_incomplete_peft_adapter_is_rejected(tmp_path: Path) -> None:
     """PEFT itself only warns."""
     base = saved("llama", tmp_path / "base")
     peft = tmp_path / "peft"
@@ -192,7 +192,7 @@ def test_incomplete_peft_adapter_is_refused(tmp_path: Path) -> None:
         from_peft(peft, tmp_path / "back", model=str(base), verify=False)
 
 
-def test_another_base_is_refused(tmp_path: Path) -> None:
+def test_another_base_is_rejected(tmp_path: Path) -> None:
     base, other = saved("mistral", tmp_path / "base"), saved("phi3", tmp_path / "other")
     adapter = mlx_adapter(base, tmp_path / "mlx")
     with pytest.raises(SimPOError):
@@ -200,8 +200,8 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "peft").exists()
 
 
-def test_quantized_live_is_float32(tmp_path: Path) -> None:
-    """What these tests call live computes in float32: scales and biases of the 4-bit model too."""
+def test_the_expected_logits_are_computed_in_float32(tmp_path: Path) -> None:
+    """In a 4-bit model, too, whose scales and biases are float32."""
     small = quantized(saved("llama", tmp_path / "base"), tmp_path / "small")
     model = load_model(str(small), dtype="float32").model
     load_adapter(model, mlx_adapter(small, tmp_path / "mlx"))

@@ -1,5 +1,5 @@
 """SmolLM2, a real model, both ways: the commands' own verification with torch in it, an adapter of
-a 4-bit base, and the demo's adapter answering in transformers as it does in mlx_lm."""
+a 4-bit base, and the demo's adapter generating the same in transformers as in mlx_lm."""
 
 from pathlib import Path
 from typing import Any
@@ -83,16 +83,16 @@ def test_an_adapter_trained_by_peft(smollm2_folder: Path, tmp_path: Path) -> Non
 
 
 def test_an_adapter_of_a_4_bit_base(smollm2_4bit: Path, tmp_path: Path) -> None:
-    """Applied by PEFT to the base unpacked in float32, it is the live 4-bit model's equal."""
+    """Applied by PEFT to the base dequantized in float32, it computes what MLX does in 4 bits."""
     adapter = random_adapter(smollm2_4bit, tmp_path / "mlx")
     peft = to_peft(adapter, tmp_path / "peft", verify=True).output
-    unpacked = fuse(tmp_path / "base", model=str(smollm2_4bit), verify=True).output
-    live = load_model(str(smollm2_4bit))
-    load_adapter(live.model, adapter)
-    tokens = sample_tokens(live)
+    dequantized = fuse(tmp_path / "base", model=str(smollm2_4bit), verify=True).output
+    loaded = load_model(str(smollm2_4bit))
+    load_adapter(loaded.model, adapter)
+    tokens = sample_tokens(loaded)
     with torch.no_grad():
-        theirs = torch_model(unpacked, peft)(torch.tensor(tokens)).logits.numpy()
-    ours = mlx_logits(live.model, tokens)
+        theirs = torch_model(dequantized, peft)(torch.tensor(tokens)).logits.numpy()
+    ours = mlx_logits(loaded.model, tokens)
     print(f"\n4-bit base: {np.abs(theirs - ours).max():.1e}")
     assert np.abs(theirs - ours).max() <= 1e-3
     assert (theirs.argmax(-1) == ours.argmax(-1)).all()
@@ -113,7 +113,7 @@ def test_from_hugging_face(smollm2_folder: Path, tmp_path: Path) -> None:
     assert packed.comparisons[1].limit is None
 
 
-def test_the_demo_answers_in_transformers_as_in_mlx_lm(
+def test_the_demo_generates_the_same_in_transformers_as_in_mlx_lm(
     smollm2_folder: Path, tmp_path: Path
 ) -> None:
     settings = [f"model={smollm2_folder}", f"output={tmp_path / 'run'}"]
@@ -131,8 +131,8 @@ def test_the_demo_answers_in_transformers_as_in_mlx_lm(
             out = theirs.generate(
                 torch.tensor([ids]), max_new_tokens=60, do_sample=False, pad_token_id=0
             )
-        answer = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        response = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         expected = generate(ours.model, ours.tokenizer, ids, max_tokens=60)
-        print(f"\n{question} {answer!r}")
-        assert answer == expected
-        assert answer.startswith("In short")
+        print(f"\n{question} {response!r}")
+        assert response == expected
+        assert response.startswith("In short")

@@ -1,5 +1,5 @@
-"""Models that see: the conversions of their text parts, judged by logits, with the vision tower
-going along bit for bit."""
+"""Vision-language models: conversions of their text parts, compared by logits, with the vision
+tower copied bit for bit."""
 
 import json
 import warnings
@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from mlx_simpo import SimPOError, load_model
 from mlx_simpo.convert import from_hf, from_peft, fuse, to_peft
 
-CLOSE = EXACT + 1e-3  # the floor and what is beyond it
+CLOSE = EXACT + 1e-3  # the floor, and the tolerance beyond it
 
 
 def experts_of(name: str) -> list[str]:
@@ -198,7 +198,7 @@ def test_from_peft_of_transformers_4(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_adapter_on_the_vision_tower_is_refused(name: str, tmp_path: Path) -> None:
+def test_an_adapter_on_the_vision_tower_is_rejected(name: str, tmp_path: Path) -> None:
     base = saved(name, tmp_path / "base")
     adapter = peft_adapter(base, tmp_path / "peft", target_modules="all-linear")
     with pytest.raises(SimPOError, match=r"not in this model.*vision tower"):
@@ -227,28 +227,28 @@ def test_fused(name: str, spelling: str, tmp_path: Path) -> None:
     base, fused = saved(name, tmp_path / "base", spelling), tmp_path / "fused"
     adapter = mlx_adapter(base, tmp_path / "mlx")
     fuse(fused, adapter=str(adapter), model=str(base), verify=False)
-    live = mlx_logits(base, adapter=adapter)
-    assert np.abs(live - mlx_logits(base)).max() > 0.1
-    agree(torch_logits(fused), live, CLOSE)
-    agree(mlx_logits(fused), live, MODELS[name].same)
+    expected = mlx_logits(base, adapter=adapter)
+    assert np.abs(expected - mlx_logits(base)).max() > 0.1
+    agree(torch_logits(fused), expected, CLOSE)
+    agree(mlx_logits(fused), expected, MODELS[name].same)
     before, after = tensors(base), tensors(fused)
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
-    beside = [k for k in before if not mx.array_equal(before[k], after[k]).item()]
-    assert beside
-    assert all("layers." in k and "vision" not in k and "mtp" not in k for k in beside)
-    was, now = (json.loads((f / "config.json").read_text("utf-8")) for f in (base, fused))
-    assert now["vision_config"] == was["vision_config"]
-    assert was["text_config"].items() <= now["text_config"].items()
-    assert {k: v for k, v in was.items() if k != "text_config"}.items() <= now.items()
+    changed = [k for k in before if not mx.array_equal(before[k], after[k]).item()]
+    assert changed
+    assert all("layers." in k and "vision" not in k and "mtp" not in k for k in changed)
+    old, new = (json.loads((f / "config.json").read_text("utf-8")) for f in (base, fused))
+    assert new["vision_config"] == old["vision_config"]
+    assert old["text_config"].items() <= new["text_config"].items()
+    assert {k: v for k, v in old.items() if k != "text_config"}.items() <= new.items()
     assert [(fused / f).read_bytes() for f in COMPANIONS] == [
         (base / f).read_bytes() for f in COMPANIONS
     ]
     from_hf(str(fused), tmp_path / "converted", verify=False)
-    agree(mlx_logits(tmp_path / "converted"), live, MODELS[name].same)
+    agree(mlx_logits(tmp_path / "converted"), expected, MODELS[name].same)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_commands_prove_it(name: str, tmp_path: Path) -> None:
+def test_the_commands_verify_it(name: str, tmp_path: Path) -> None:
     """Verified by the commands themselves, with transformers and PEFT on the whole model."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx", keys=["self_attn.q_proj"])
@@ -290,7 +290,7 @@ def test_mlx_format_has_no_vision_tower(name: str, tmp_path: Path) -> None:
     torch_logits(base, tmp_path / "peft")
 
 
-def test_tensors_that_no_rule_names_are_refused(tmp_path: Path) -> None:
+def test_tensors_that_no_rule_names_are_rejected(tmp_path: Path) -> None:
     """MLX's own names in a file that says it is transformers'."""
     base = saved("qwen3_5_moe", tmp_path / "base")
     weights = dict(tree_flatten(load_model(str(base)).model.parameters()))

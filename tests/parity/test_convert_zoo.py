@@ -1,5 +1,5 @@
 """The models that the conversions are tested on: without any adapter both frameworks agree, to
-the floor that the other tests add their own bound to; and what an adapter loses, the logits show.
+the floor that the other tests add their own bound to; and the logits show what an adapter loses.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_floor(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["phi3", "phimoe"])
 def test_longrope_is_another_model(name: str, tmp_path: Path) -> None:
-    """mlx-lm's reading of it is not transformers'; the commands say so and do not judge."""
+    """mlx-lm reads it differently from transformers; the commands say so and do not check."""
     steps = {"short_factor": [1.1] * 8, "long_factor": [1.5 + 0.1 * n for n in range(8)]}
     scales = {"short_mscale": 1.2, "long_mscale": 1.3} if name == "phimoe" else {}
     rope = COMMON["rope_parameters"] | steps | scales
@@ -43,7 +43,7 @@ def test_longrope_is_another_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*ZOO, *wrapped.MODELS])
-def test_every_layer_is_seen(name: str, tmp_path: Path) -> None:
+def test_every_layer_changes_the_logits(name: str, tmp_path: Path) -> None:
     """Without the adapter of any one layer the logits are off by more than the tests allow."""
     base = (saved if name in ZOO else wrapped.saved)(name, tmp_path / "base")
     floor = ZOO[name].floor if name in ZOO else EXACT

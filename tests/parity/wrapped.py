@@ -1,6 +1,6 @@
-"""Tiny random models that see, as transformers saves them: mlx-lm runs the text part alone.
+"""Tiny random vision-language models, as transformers saves them; mlx-lm runs only the text part.
 
-Their text parts are those of the zoo; every vision tower is there and stays as it is.
+Their text parts are those of the zoo. Conversions copy their vision towers unchanged.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 
 class Wrapped(NamedTuple):
-    """text, vision, top: changes to the three levels of the configuration. spellings: how else the
-    checkpoints of this type name their tensors. q_norm: as in the zoo. text_class: transformers'
-    class for text alone makes another model of it, with other paths. experts: as in the zoo. same:
-    what rounding weights in float32 moves the logits by in one framework, at most (qwen3_5_moe: up
-    to 2.6e-4 by random changes of 6e-8).
+    """A vision-language model.
+
+    text, vision, top: changes to the three levels of the configuration. spellings: of the tensors'
+    names in checkpoints of this type, see `saved`. q_norm, experts: as in the zoo. text_class:
+    whether transformers' class for text makes another model of it, with other paths. same: how much
+    rounding the weights in float32 may change the logits within one framework (qwen3_5_moe: up to
+    2.6e-4 by random changes of 6e-8).
     """
 
     model_type: str
@@ -75,7 +77,7 @@ YARN = rope(
 )
 MISTRAL = {"head_dim": 16, "sliding_window": None}
 MOE = {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 80} | FEW
-SEEN = {"image_token_id": 511, "video_token_id": 510}
+IMAGE_TOKENS = {"image_token_id": 511, "video_token_id": 510}
 MARKS = {"boi_token_id": 509, "eoi_token_id": 508, "audio_token_id": 507, "boa_token_id": 506}
 
 MODELS: dict[str, Wrapped] = {
@@ -89,14 +91,14 @@ MODELS: dict[str, Wrapped] = {
         "gemma4",
         GEMMA4 | TIED | {"model_type": "gemma4_text"},
         GEMMA4_VISION,
-        {"audio_config": None, "eoa_token_index": 505} | SEEN | MARKS,
+        {"audio_config": None, "eoa_token_index": 505} | IMAGE_TOKENS | MARKS,
         q_norm=0.3,
     ),
     "gemma4-moe": Wrapped(
         "gemma4",
         GEMMA4 | GEMMA4_MOE | TIED | {"model_type": "gemma4_text"},
         GEMMA4_VISION,
-        {"audio_config": None, "eoa_token_index": 505} | SEEN | MARKS,
+        {"audio_config": None, "eoa_token_index": 505} | IMAGE_TOKENS | MARKS,
         q_norm=0.3,
         experts="experts",
     ),
@@ -105,20 +107,20 @@ MODELS: dict[str, Wrapped] = {
         MISTRAL | {"model_type": "mistral"},
         PIXTRAL,
         {"image_token_index": 511},
-        ("saved", "live"),
+        ("saved", "modules"),
     ),
     "mistral3-ministral3": Wrapped(
         "mistral3",
         MISTRAL | YARN | {"model_type": "ministral3"},
         PIXTRAL,
         {"image_token_index": 511},
-        ("saved", "live"),
+        ("saved", "modules"),
     ),
     "qwen3_5": Wrapped(
         "qwen3_5",
         QWEN3_5 | {"model_type": "qwen3_5_text"},
         QWEN_VISION | {"model_type": "qwen3_5_vision"},
-        SEEN,
+        IMAGE_TOKENS,
         ("saved", "mtp"),
         text_class=True,
     ),
@@ -126,7 +128,7 @@ MODELS: dict[str, Wrapped] = {
         "qwen3_5_moe",
         QWEN3_5 | MOE | {"model_type": "qwen3_5_moe_text"},
         QWEN_VISION | {"model_type": "qwen3_5_moe_vision"},
-        SEEN,
+        IMAGE_TOKENS,
         ("saved", "mtp"),
         text_class=True,
         experts="mlp.experts",
@@ -141,8 +143,8 @@ def saved(name: str, folder: Path, spelling: str = "saved") -> Path:
     """The model of MODELS[name], the same at every call, with a tokenizer and files for images.
 
     Args:
-        spelling: "saved" as transformers names it (experts as the Hub has them), "live" as its
-            modules are called, "mtp" with the tensors that the Hub has beside the model's.
+        spelling: "saved": as transformers saves it (experts as on the Hub). "modules": by the names
+            of its modules. "mtp": with tensors for multi-token prediction, as on the Hub.
     """
     wrapped = MODELS[name]
     torch.manual_seed(0)
@@ -170,7 +172,7 @@ def saved(name: str, folder: Path, spelling: str = "saved") -> Path:
     if wrapped.model_type == "qwen3_5_moe":
         rewritten(folder, with_fused_experts)
     if spelling != "saved":
-        rewritten(folder, {"live": with_live_names, "mtp": with_mtp}[spelling])
+        rewritten(folder, {"modules": with_module_names, "mtp": with_mtp}[spelling])
     return folder
 
 
@@ -186,22 +188,22 @@ def rewritten(
     mx.save_safetensors(str(folder / file), change(weights), {"format": "pt"})
 
 
-def with_live_names(weights: Weights) -> Weights:
+def with_module_names(weights: Weights) -> Weights:
     """model.language_model. instead of language_model.model., as transformers 5 calls its modules
     and has saved some of these models."""
 
-    def live(key: str) -> str:
+    def module_name(key: str) -> str:
         inner = key.removeprefix("language_model.")
         if inner == key:
             return f"model.{key}"
         rest = inner.removeprefix("model.")
         return inner if rest == inner else f"model.language_model.{rest}"
 
-    return {live(key): value for key, value in weights.items()}
+    return {module_name(key): value for key, value in weights.items()}
 
 
 def with_mtp(weights: Weights) -> Weights:
-    """The layer that predicts a token more, which neither library runs."""
+    """Add tensors for multi-token prediction, which neither library runs."""
     extra = {name: mx.random.normal((64,)) for name in ("mtp.norm.weight", "mtp.fc.weight")}
     return weights | extra
 

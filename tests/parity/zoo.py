@@ -2,7 +2,7 @@
 logits in both frameworks.
 
 Weights are large enough for logits of size 1 to 10, and norms, biases and the other vectors are
-moved off their defaults: whatever is lost on the way, the logits show it.
+changed from their defaults, so that the logits show whatever a conversion loses.
 """
 
 import json
@@ -29,10 +29,12 @@ TOKENS = np.random.default_rng(1).integers(3, 500, (2, 40))
 
 
 class Zoo(NamedTuple):
-    """changes: to COMMON. floor: the largest |torch - MLX| of a base's logits; why: where it is
-    more than EXACT. std: of the random matrices; q_norm: what that norm is multiplied by (Gemma 4
+    """A tiny model.
+
+    changes: to COMMON. floor: the largest |torch - MLX| of the base model's logits. why: the reason
+    for a floor above EXACT. std: of the random matrices. q_norm: a factor for that norm (Gemma 4
     does not scale its attention, and is chaotic in float32 with random queries of full size).
-    experts: the module that holds the routed ones, as transformers names it.
+    experts: transformers' name of the module that holds the routed experts.
     """
 
     model_type: str
@@ -194,7 +196,7 @@ ZOO: dict[str, Zoo] = {
 
 
 def attention(name: str) -> list[str]:
-    """The linear layers of a mixture of experts' attention that both frameworks have."""
+    """The linear layers that a mixture of experts' attention has in both frameworks."""
     if not name.startswith("deepseek"):
         return ["q_proj", "k_proj", "v_proj", "o_proj"]
     both = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]
@@ -221,16 +223,18 @@ def saved(name: str, folder: Path) -> Path:
 
 
 def torch_model(folder: Path, adapter: Path | None = None, kind: Any = AutoModelForCausalLM) -> Any:
-    """transformers' model in float32, with the PEFT adapter; not one key may be missing or left."""
-    model, display = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    """transformers' model in float32, with a PEFT adapter; no key may be missing or unexpected."""
+    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        assert not display[kind], (kind, sorted(display[kind])[:5])
+        assert not info[kind], (kind, sorted(info[kind])[:5])
     if adapter is not None:
-        with warnings.catch_warnings(record=True) as heard:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model = PeftModel.from_pretrained(model, str(adapter))
             result = model.load_adapter(str(adapter), "default")
-        assert not [w for w in heard if "missing adapter keys" in str(w.message)], heard[-1].message
+        assert not [w for w in caught if "missing adapter keys" in str(w.message)], caught[
+            -1
+        ].message
         assert not result.missing_keys, result.missing_keys[:5]
         assert not result.unexpected_keys, result.unexpected_keys[:5]
     return model.eval()
@@ -256,8 +260,12 @@ def mlx_logits(
 def mlx_adapter(
     base: Path, folder: Path, *, num_layers: int = -1, dora: bool = False, **lora: Any
 ) -> Path:
-    """An adapter as mlx-lm saves it, with random weights; lora: changes to its lora_parameters.
-    Without keys it is on all linear layers of the blocks, the experts' too."""
+    """An adapter as mlx-lm saves it, with random weights.
+
+    Args:
+        lora: changes to its lora_parameters. Without keys it is on all linear layers within the
+            model's layers, those of the experts too.
+    """
     mx.random.seed(7)
     parameters = {"rank": 4, "scale": 2.5, "dropout": 0.0} | lora
     model = load_model(str(base), dtype="float32").model
@@ -284,7 +292,7 @@ def mlx_adapter(
 
 
 def agree(theirs: np.ndarray, ours: np.ndarray, bound: float) -> None:
-    """Logits to the bound, and the same best token wherever that is no matter of rounding."""
+    """Logits agree to the bound, and the most likely token wherever rounding cannot change it."""
     largest = np.abs(theirs - ours).max()
     print(f"{largest:.1e} of {bound:.1e}", end=" ")
     assert largest <= bound

@@ -1,5 +1,5 @@
-"""PEFT's configuration: patterns as PEFT matches them, and what is refused. (The same against PEFT
-itself: tests/parity/test_convert_adapters.py.)"""
+"""PEFT's configuration: patterns as PEFT matches them, and settings that are not supported. (The
+same against PEFT itself: tests/parity/test_convert_adapters.py.)"""
 
 import math
 from typing import Any
@@ -18,11 +18,12 @@ def config(**content: Any) -> PeftConfig:
     return PeftConfig({"peft_type": "LORA", "r": 8, "lora_alpha": 16, **content}, "here.json")
 
 
-def named(**content: Any) -> set[str]:
-    """The layers that these settings name, each as the numbers and letters that matter in it."""
-    found = config(**content).targeted([*LAYERS, "lm_head"], {*LAYERS, "lm_head"}, "lm_head")
+def targeted(**content: Any) -> set[str]:
+    """The layers that these settings name, as "3.q" for the q_proj of layer 3."""
+    modules = config(**content).targeted([*LAYERS, "lm_head"], {*LAYERS, "lm_head"}, "lm_head")
     return {
-        p.replace("model.layers.", "").replace("self_attn.", "").replace("_proj", "") for p in found
+        p.replace("model.layers.", "").replace("self_attn.", "").replace("_proj", "")
+        for p in modules
     }
 
 
@@ -35,7 +36,7 @@ def named(**content: Any) -> set[str]:
         ({"rank_pattern": {"q_proj": 4}}, "a.xq_proj", (8, 2.0)),
         ({"rank_pattern": {"layers.1.*q": 2}}, "m.layers.1.q", (2, 8.0)),
         ({"rank_pattern": {r"m\\.layers\\.1\\..*": 2}}, "m.layers.11.q", (8, 2.0)),
-        # The first hit counts, not the longest.
+        # The first match counts, not the longest.
         ({"alpha_pattern": {"q": 4, "a.q": 2}}, "a.q", (8, 0.5)),
         (
             {"rank_pattern": {"q": 2}, "alpha_pattern": {"q": 2}, "use_rslora": True},
@@ -45,7 +46,7 @@ def named(**content: Any) -> set[str]:
         ({"lora_alpha": 1.5}, "q", (8, 0.1875)),
     ],
 )
-def test_scale(content: dict, path: str, expected: tuple[int, float]) -> None:
+def test_rank_and_scale_of_a_layer(content: dict, path: str, expected: tuple[int, float]) -> None:
     assert config(**content).scale(path) == pytest.approx(expected)
 
 
@@ -86,19 +87,19 @@ def test_scale(content: dict, path: str, expected: tuple[int, float]) -> None:
     ],
     ids=str,
 )
-def test_targeted(content: dict, expected: set[str]) -> None:
-    assert named(**content) == expected
+def test_the_layers_that_settings_name(content: dict, expected: set[str]) -> None:
+    assert targeted(**content) == expected
 
 
 def test_target_parameters_are_whole_ends_of_paths() -> None:
-    found = config(target_parameters=["experts.down_proj"])
-    assert found.is_target_parameter("model.layers.0.mlp.experts.down_proj")
-    assert not found.is_target_parameter("model.layers.0.mlp.xexperts.down_proj")
+    settings = config(target_parameters=["experts.down_proj"])
+    assert settings.is_target_parameter("model.layers.0.mlp.experts.down_proj")
+    assert not settings.is_target_parameter("model.layers.0.mlp.xexperts.down_proj")
     assert not config().is_target_parameter("a.b")
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ({"peft_type": "IA3"}, "only LORA"),
         ({"bias": "all"}, "bias is all"),
@@ -115,19 +116,20 @@ def test_target_parameters_are_whole_ends_of_paths() -> None:
     ],
     ids=str,
 )
-def test_refused(content: dict, words: str | None) -> None:
-    reasons = "; ".join(unsupported_settings({"peft_type": "LORA", **content}))
-    assert (words is None and not reasons) or (words is not None and words in reasons)
+def test_unsupported_settings(content: dict, message: str | None) -> None:
+    reasons = list(unsupported_settings({"peft_type": "LORA", **content}))
+    assert len(reasons) == (message is not None)
+    assert all(message in reason for reason in reasons if message)
 
 
 @pytest.mark.parametrize("content", [{"r": 0}, {"r": 8.0}, {"r": True}, {"r": 2**40}, {"r": None}])
-def test_impossible_ranks(content: dict) -> None:
+def test_a_rank_that_is_not_a_valid_number_is_rejected(content: dict) -> None:
     with pytest.raises(SimPOError, match=r"here\.json: rank .* must be 1 to"):
         config(**content).scale("q")
 
 
 @given(st.text(max_size=20))
-def test_a_pattern_is_a_pattern_or_an_error(pattern: str) -> None:
+def test_a_pattern_is_valid_or_an_error(pattern: str) -> None:
     try:
         config(rank_pattern={pattern: 4}).scale("model.layers.0.q_proj")
     except SimPOError as error:

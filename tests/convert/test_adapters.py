@@ -1,4 +1,5 @@
-"""Adapters to PEFT and back, without torch. (With PEFT itself: tests/parity.)"""
+"""Adapters to PEFT and back, as functions and commands, without torch. (With PEFT itself:
+tests/parity.)"""
 
 import json
 from pathlib import Path
@@ -6,20 +7,19 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from helpers.commands import arrays, assert_same_arrays, command, complaint, written_report
-from helpers.made import MIXTRAL, mlx_adapter, mlx_model
+from helpers.mlx_folders import MIXTRAL, mlx_adapter, mlx_model
 
 from mlx_simpo import SimPOError, from_peft, to_peft
 
 
-def test_a_run_needs_no_model_to_be_named(adapter: Path, tmp_path: Path) -> None:
-    """Its record says which; and the record goes along."""
+def test_the_record_of_a_run_names_the_model_and_is_copied(adapter: Path, tmp_path: Path) -> None:
     done = to_peft(adapter, tmp_path / "peft", verify=True)
     assert done.comparisons[0].passed
     record = json.loads((done.output / "mlx_simpo.json").read_text())
-    own = json.loads((adapter / "adapter_config.json").read_text())["mlx_simpo"]
-    assert record["base"] == own["base"]
-    assert record["template_sha256"] == own["template_sha256"]
-    assert record["training"]["config"] == own["config"]
+    source = json.loads((adapter / "adapter_config.json").read_text())["mlx_simpo"]
+    assert record["base"] == source["base"]
+    assert record["template_sha256"] == source["template_sha256"]
+    assert record["training"]["config"] == source["config"]
     assert record["training"]["summary"] == json.loads((adapter / "summary.json").read_text())
 
 
@@ -28,10 +28,10 @@ def test_a_run_needs_no_model_to_be_named(adapter: Path, tmp_path: Path) -> None
     [
         (1.5, {"r": 2, "lora_alpha": 3, "use_rslora": False}),
         (8 / 2**0.5, {"r": 2, "lora_alpha": 8, "use_rslora": True}),
-        (1.23, {"r": 2, "lora_alpha": 2, "use_rslora": False}),  # the rest lies in B
+        (1.23, {"r": 2, "lora_alpha": 2, "use_rslora": False}),  # the remaining factor is in B
     ],
 )
-def test_the_scale_in_peft(scale: float, expected: dict, tmp_path: Path) -> None:
+def test_the_scale_as_lora_alpha(scale: float, expected: dict, tmp_path: Path) -> None:
     base = mlx_model(tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx", scale=scale, keys=["self_attn.q_proj"])
     out = to_peft(adapter, tmp_path / "peft", verify=True).output
@@ -44,7 +44,7 @@ def test_the_scale_in_peft(scale: float, expected: dict, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_experts_there_and_back(separate: bool, tmp_path: Path) -> None:
+def test_experts_to_peft_and_back(separate: bool, tmp_path: Path) -> None:
     base = mlx_model(tmp_path / "base", "mixtral", **MIXTRAL)
     adapter = mlx_adapter(base, tmp_path / "mlx")
     out = to_peft(adapter, tmp_path / "peft", separate_experts=separate, verify=True).output
@@ -58,7 +58,7 @@ def test_experts_there_and_back(separate: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_another_dtype_is_judged_before_it_is_rounded(dtype: str, tmp_path: Path) -> None:
+def test_another_dtype_is_checked_before_it_is_rounded(dtype: str, tmp_path: Path) -> None:
     base = mlx_model(tmp_path / "base")
     done = to_peft(
         mlx_adapter(base, tmp_path / "mlx", scale=1.23),
@@ -73,33 +73,31 @@ def test_another_dtype_is_judged_before_it_is_rounded(dtype: str, tmp_path: Path
     assert {str(array.dtype) for array in loaded.values()} == {f"mlx.core.{dtype}"}
 
 
-@pytest.mark.parametrize(
-    ("keys", "changes", "words"),
-    [
-        (["model.embed_tokens"], {}, "tied embeddings"),
-        (["model.embed_tokens"], {"tie_word_embeddings": False}, None),
-    ],
-)
-def test_embeddings(keys: list, changes: dict, words: str | None, tmp_path: Path) -> None:
-    base = mlx_model(tmp_path / "base", **changes)
-    adapter = mlx_adapter(base, tmp_path / "mlx", keys=keys)
-    if words is None:
-        assert to_peft(adapter, tmp_path / "peft", verify=True).comparisons[0].passed
-        return
-    with pytest.raises(SimPOError, match=words + r".*fuse"):
+def test_an_adapter_on_an_embedding(tmp_path: Path) -> None:
+    base = mlx_model(tmp_path / "base", tie_word_embeddings=False)
+    adapter = mlx_adapter(base, tmp_path / "mlx", keys=["model.embed_tokens"])
+    assert to_peft(adapter, tmp_path / "peft", verify=True).comparisons[0].passed
+
+
+def test_an_adapter_on_a_tied_embedding_is_rejected(tmp_path: Path) -> None:
+    base = mlx_model(tmp_path / "base")
+    adapter = mlx_adapter(base, tmp_path / "mlx", keys=["model.embed_tokens"])
+    with pytest.raises(SimPOError, match=r"tied embeddings.*fuse"):
         to_peft(adapter, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
 
 
-def test_dora_of_what_peft_names_as_a_parameter(tmp_path: Path) -> None:
+def test_dora_on_a_parameter_is_rejected(tmp_path: Path) -> None:
     base = mlx_model(tmp_path / "base", "mixtral", **MIXTRAL)
     keys = ["block_sparse_moe.gate"]
     adapter = mlx_adapter(base, tmp_path / "mlx", keys=keys, dora=True)
-    with pytest.raises(SimPOError, match=r"DoRA on .*gate.* fuse"):
+    with pytest.raises(
+        SimPOError, match=r"DoRA on .*gate.* does not support DoRA on parameters; fuse"
+    ):
         to_peft(adapter, tmp_path / "peft")
 
 
-def test_another_base_is_said(adapter: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_another_base_model_is_a_warning(adapter: Path, model_folder: Path, tmp_path: Path) -> None:
     display, text = written_report()
     other = tmp_path / "elsewhere"
     other.symlink_to(model_folder)
@@ -107,7 +105,7 @@ def test_another_base_is_said(adapter: Path, model_folder: Path, tmp_path: Path)
     assert f"model was {model_folder} in training and is {other} now" in text.getvalue()
 
 
-def test_what_is_not_compared_is_said(tmp_path: Path) -> None:
+def test_a_comparison_that_is_not_possible_is_noted(tmp_path: Path) -> None:
     base = mlx_model(tmp_path / "base")
     display, text = written_report()
     to_peft(mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft", display=display)
@@ -118,7 +116,7 @@ def test_what_is_not_compared_is_said(tmp_path: Path) -> None:
 
 
 def test_the_commands(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """to-peft, from-peft, fuse, from-hf, one after the other; each prints its folder."""
+    """to-peft, from-peft, fuse and from-hf, each with the output of the one before it."""
     a, b, c, d, e = (tmp_path / name for name in "abcde")
     chain = [
         (a, ("convert", "to-peft", adapter, a, "--verify")),
@@ -131,25 +129,25 @@ def test_the_commands(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ran = command(capsys, *arguments)
         assert ran.status == 0, ran.err
         assert ran.out == f"{output}\n"
-    found = command(capsys, "convert", "to-peft", tmp_path / "b", tmp_path / "f", "--json").json
-    assert found["output"] == str(tmp_path / "f")
-    assert found["comparisons"][0]["passed"] is True
+    result = command(capsys, "convert", "to-peft", b, tmp_path / "f", "--json").json
+    assert result["output"] == str(tmp_path / "f")
+    assert result["comparisons"][0]["passed"] is True
 
 
-def test_a_converted_adapter_knows_its_model(
+def test_a_converted_adapter_names_its_model(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has no config.yaml as a run has; generate and evaluate need no --model all the same."""
+    """It has no config.yaml as a run has, but generate needs no --model either."""
     peft = to_peft(adapter, tmp_path / "peft", verify=False).output
     back = from_peft(peft, tmp_path / "back", verify=False).output
-    given = ("generate", "--prompt", "Hello", "--max-tokens", 3, "--json", "--adapter")
-    there = command(capsys, *given, back).json
-    assert there["adapter"] == command(capsys, *given, adapter).json["adapter"]
-    assert "convert from-peft" in complaint(command(capsys, *given, peft))
+    generate = ("generate", "--prompt", "Hello", "--max-tokens", 3, "--json", "--adapter")
+    result = command(capsys, *generate, back).json
+    assert result["adapter"] == command(capsys, *generate, adapter).json["adapter"]
+    assert "convert from-peft" in complaint(command(capsys, *generate, peft))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["to-peft"], "the following arguments are required"),
         (["to-peft", "nothing", "out"], "nothing is no adapter folder"),
@@ -161,13 +159,13 @@ def test_a_converted_adapter_knows_its_model(
 )
 def test_mistakes_on_the_command_line(
     arguments: list[str],
-    words: str,
+    message: str,
     adapter: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = [str(adapter) if a == "ADAPTER" else a for a in arguments]
-    assert words in complaint(command(capsys, "convert", *given))
+    paths = [str(adapter) if a == "ADAPTER" else a for a in arguments]
+    assert message in complaint(command(capsys, "convert", *paths))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Tiny models as mlx-lm saves them, and random adapters of them."""
+"""Folders of tiny models in MLX's format, and of random adapters on them."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,12 @@ MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embedding
 def mlx_model(
     folder: Path, model_type: str = "llama", bits: int | None = None, **changes: Any
 ) -> Path:
-    """A tiny model in MLX's format, quantized to ``bits`` if given."""
+    """Write a tiny model in MLX's format and return its folder.
+
+    Args:
+        bits: quantize to so many; None does not quantize.
+        changes: to the model's configuration.
+    """
     model, config = tiny_model(model_type, **changes), tiny_config(model_type, **changes)
     if bits is not None:
         model, config = quantize_model(model, config, 32, bits)
@@ -31,14 +36,19 @@ def mlx_model(
 def mlx_adapter(
     base: Path, folder: Path, size: float = 0.3, *, dora: bool = False, **settings: Any
 ) -> Path:
-    """An mlx-lm adapter with random weights of about this size; settings: lora_parameters."""
+    """Write an mlx-lm adapter with random weights and return its folder.
+
+    Args:
+        size: standard deviation of the noise that is added to the initial weights.
+        settings: changes to lora_parameters.
+    """
     model = load_model(str(base)).model
     model.freeze()
     parameters = {"rank": 2, "scale": 1.5, "dropout": 0.0, "keys": None, **settings}
     linear_to_lora_layers(model, -1, parameters, use_dora=dora)
     mx.random.seed(1)
-    trained = model.trainable_parameters()
-    model.update(tree_map(lambda p: p + mx.random.normal(p.shape) * size, trained))
+    trainable = model.trainable_parameters()
+    model.update(tree_map(lambda p: p + mx.random.normal(p.shape) * size, trainable))
     config = {"fine_tune_type": "dora" if dora else "lora", "num_layers": -1}
     return save_adapter(
         folder, model, {**config, "lora_parameters": parameters, "model": str(base)}
