@@ -28,7 +28,7 @@ _COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
-_DTYPE = ("dtype", "torch_dtype")
+_DTYPE = ("dtype", "torch_dtype")  # the keys of transformers 5 and 4
 _TEMPLATE = "chat_template.jinja"
 
 

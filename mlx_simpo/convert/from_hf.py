@@ -63,7 +63,7 @@ def from_hf(
         elif dtype is not None:
             config |= dict.fromkeys([n for n in ("dtype", "torch_dtype") if n in config], dtype)
         weights = flat_arrays(loaded.model.parameters())
-        if not verify:
+        if not verify:  # verification still needs them
             release(loaded.model)
         write_weights(folder, weights, "mlx")
         if not trust_remote_code:

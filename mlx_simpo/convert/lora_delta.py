@@ -141,11 +141,13 @@ def apply_lora_deltas(model: nn.Module, deltas: dict[str, LoRADelta]) -> None:
     for path, delta in deltas.items():
         layer = layers[path]
         weight = layer["weight"].astype(mx.float32)
+        # A stack of experts is multiplied expert by expert.
         product = delta.b.astype(mx.float32) @ delta.a.astype(mx.float32)
         if isinstance(layer, EMBEDDING):
             product = product.T
         weight = weight + delta.scale * product
         if delta.magnitude is not None:
+            # DoRA: the rows of the sum are normalized, then multiplied by the trained magnitudes.
             norms = mx.linalg.norm(weight, axis=1)
             weight = (delta.magnitude.astype(mx.float32) / norms)[:, None] * weight
         layer["weight"] = weight

@@ -102,5 +102,6 @@ def keys_of(paths: set[str], model: nn.Module) -> tuple[list[str], int]:
         first = min(positions[path][0] for path in paths)
         selected = {p for p, (index, key) in positions.items() if index >= first and key in keys}
         if selected == paths:
+            # mlx-lm adapts layers[-max(num_layers, 0):], which for -1 is all of them.
             return sorted(keys), -1 if first == 0 else len(model_layers) - first
     return sorted(paths), -1

@@ -64,6 +64,7 @@ def peft_target(
         return Target(layer + experts.transformers_path, parameter, part)
     for old, new in architecture.renamed:
         path = path.replace(old, new)
+    # At a dot, so that a pattern for "mlp.gate" does not match another module that ends in it.
     if architecture.parameters and re.search(rf"(^|\.)({architecture.parameters})$", path):
         return Target(path, "weight")
     return Target(path)

@@ -125,6 +125,7 @@ def stacked_pieces(
     )
     pieces = []
     for position, index in enumerate(indices.tolist()):
+        # Not an index if sanitize computed with it.
         name = names[int(index)] if index in range(len(names)) else ""
         if shapes.get(name) != tuple(inner):
             return []
@@ -191,6 +192,7 @@ def find_pieces(
     lowest, highest = scalar(tensor.min()), scalar(tensor.max())
     if lowest == highest and lowest in range(len(names)):
         piece = single_piece(traces, region, names[int(lowest)], shapes)
+        # Squaring leaves positions 0 and 1 unchanged, for example, but not random numbers.
         if piece is not None and reproduces_random(piece, traces, int(lowest), shapes):
             yield piece
             return
@@ -213,8 +215,9 @@ def split_region(tensor: mx.array, region: Region) -> list[Region]:
     for axis, size in enumerate(tensor.shape):
         line = np.array(tensor[tuple(slice(None) if a == axis else 0 for a in range(tensor.ndim))])
         cuts = [0, *(np.flatnonzero(np.diff(line)) + 1).tolist(), size]
-        if len(cuts) > 2:
+        if len(cuts) > 2:  # more than both ends
             return [subregion(region, axis, start, stop) for start, stop in pairwise(cuts)]
+    # All of one tensor, but not one block of it: reversed or interleaved rows, for example.
     for axis, size in enumerate(tensor.shape):
         if size > 1:
             return [subregion(region, axis, index, index + 1) for index in range(size)]
@@ -252,7 +255,9 @@ def single_piece(
             return None
         length = 1 if target is None else sizes[target]
         block.append(slice(int(start), int(start) + length))
+        # Axes of length 1 leave no trace in the positions, and it does not matter where they go.
         order.append(len(sizes) if target is None else target)
+    # Fewer elements in the block than in the region: some were repeated.
     if np.prod([b.stop - b.start for b in block]) != np.prod(sizes):
         return None
     axes = tuple(sorted(range(len(order)), key=lambda axis: order[axis]))

@@ -81,6 +81,7 @@ class PeftConfig:
         """
         rank = self.first_match("rank_pattern", module, self.content.get("r"))
         alpha = self.first_match("alpha_pattern", module, self.content.get("lora_alpha"))
+        # Not isinstance: True is an int.
         if type(rank) is not int or not 1 <= rank <= MAX_RANK:
             raise self.error(f"rank {str(rank)[:40]} of {module}; it must be 1 to {MAX_RANK}")
         if not reasonable(alpha):

@@ -40,7 +40,7 @@ def read_peft(folder: Path, model: nn.Module, architecture: Architecture) -> dic
             `read_peft_config`), it has tensors that the model has no layer for, or it lacks tensors
             that its configuration names.
     """
-    config = read_peft_config(folder)
+    config = read_peft_config(folder)  # first: it tells pickled weights from missing ones
     weights = load_safetensors([folder / PEFT_WEIGHTS])
     base_weights = {name: array for name, array in weights.items() if _BASE_WEIGHT.fullmatch(name)}
     tensors = by_module({n: a for n, a in weights.items() if n not in base_weights}, config)

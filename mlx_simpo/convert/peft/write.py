@@ -176,6 +176,7 @@ def joined(target: Target, parts: dict[int, LoRADelta], outputs: int) -> LoRADel
     same_a = [d for d in parts.values() if d.scale == scale and mx.array_equal(d.a, first.a)]
     if len(same_a) == count:
         return LoRADelta(first.a, mx.concatenate([parts[n].b for n in range(count)], axis=1), scale)
+    # Block-diagonal: the ranks of a projection have zeros in the rows of the others.
     pairs = []
     for part, delta in sorted(parts.items()):
         delta = delta.scaled_to(scale)
@@ -197,6 +198,7 @@ def scale_settings(written: list[Written], *, rslora: bool) -> tuple[dict[str, A
     Returns:
         r, lora_alpha, use_rslora and the patterns of the configuration; the modules.
     """
+    # The most common values are the defaults, so that the fewest patterns are needed.
     rank = int(most_common(w.delta.rank for w in written))
     scale = most_common(w.delta.scale for w in written)
     uniform = all(w.delta.rank == rank and w.delta.scale == scale for w in written)
@@ -210,6 +212,7 @@ def scale_settings(written: list[Written], *, rslora: bool) -> tuple[dict[str, A
     for module in written:
         own_rank, own_scale = module.delta.rank, module.delta.scale
         own_alpha = integer(own_scale * (math.sqrt(own_rank) if rslora else own_rank)) or own_rank
+        # Whole paths: PEFT uses the first pattern that matches the end of a path.
         pattern = re.escape(module.target.path)
         if own_rank != rank:
             ranks[pattern] = own_rank

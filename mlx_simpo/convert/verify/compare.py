@@ -85,6 +85,7 @@ def compare(
         float(difference.max()),
         float(difference.mean()),
         float((actual.argmax(-1) == expected.argmax(-1)).mean()),
+        # Beyond the baseline, since differences of the two kinds may add up.
         None if baseline is None else baseline + TOLERANCE * size,
     )
 

@@ -102,6 +102,7 @@ def verify_fused(
     loaded = base.load()
     tokens = sample_tokens(loaded)
     base_logits = mlx_logits(loaded.model, tokens)
+    # Attached with mlx-lm's layers, not merged: merging is among the things that are verified.
     if adapter is not None:
         loaded = base.load()
         load_adapter(loaded.model, adapter)

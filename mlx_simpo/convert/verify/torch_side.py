@@ -35,7 +35,7 @@ def torch_logits(folder: Path, tokens: list[list[int]], adapter: Path | None = N
     import torch  # type: ignore[import-not-found]
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # stdout and stderr are the command's own
     model, info = auto_class(folder).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
