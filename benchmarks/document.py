@@ -1,4 +1,4 @@
-"""Writes tables and plots of docs/engine.md and docs/kernel.md from results/ (needs matplotlib).
+"""Writes tables and plots of docs/benchmarks.md and docs/kernel.md from results/ (needs matplotlib).
 
     python benchmarks/document.py
 
@@ -17,15 +17,15 @@ mpl.rcParams["svg.hashsalt"] = "mlx_simpo"  # the same file for the same numbers
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / name for name in ("engine.md", "kernel.md")]
+PAGES = [ROOT / "docs" / name for name in ("benchmarks.md", "kernel.md")]
 IMAGES = ROOT / "docs" / "img"
 RESULTS = ROOT / "benchmarks" / "results"
 QUICKEST = ("natural", "long_prompts", "short_balanced")  # comparisons of the quickest libraries
 COLOURS = {"mlx_simpo": "#c2410c", "stacked, compiled": "#334155"}
 SHAPE_NAMES = {
     "natural": "data as they are",
-    "long_prompts": "long prompts, short answers",
-    "short_prompts": "short prompts, long answers",
+    "long_prompts": "long prompts, short responses",
+    "short_prompts": "short prompts, long responses",
     "balanced": "balanced",
     "very_long": "one pair of 2048 tokens",
 }
@@ -39,7 +39,7 @@ def load(name: str) -> dict[str, Any] | None:
 def step_table(found: dict[str, Any]) -> str:
     """One shape of a step_*.json as a Markdown table."""
     lines = [
-        "| | pairs/s, of stacked | s a pair | real tokens/s | positions | head rows "
+        "| | pairs/s, of stacked | s per pair | real tokens/s | positions | head rows "
         "| peak GB | of stacked | process GB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -67,7 +67,7 @@ def steps() -> dict[str, str]:
             ours = next(r for r in found["libraries"] if r["library"] == "mlx_simpo")
             parts.append(
                 f"**{SHAPE_NAMES[shape]}** ({pairs} pairs; the machine's matrix products: "
-                f"{found['matmul_gflops']:.0f} GFLOP/s, of which our step is worth "
+                f"{found['matmul_gflops']:.0f} GFLOP/s, of which our step uses "
                 f"{100 * ours['share_of_matmul_rate']:.0f} %)\n\n{step_table(found)}"
             )
         blocks[f"step_{name}"] = "\n\n".join(parts)
@@ -91,7 +91,7 @@ def plot_steps() -> None:
         axis.set_xlim(0, max(ratio.values()) * 1.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
-    figure.supxlabel("pairs a second, of the compiled stacked step", fontsize=9)
+    figure.supxlabel("pairs per second, relative to the compiled stacked step", fontsize=9)
     figure.tight_layout()
     figure.savefig(IMAGES / "step.svg", metadata={"Date": None})
 
@@ -144,11 +144,11 @@ def overhead() -> dict[str, str]:
     ]
     return {
         "overhead": "\n".join(
-            ["| batch × accumulation | s a step | outside | idle |", "|---|---|---|---|", *runs]
+            ["| batch × accumulation | s per step | outside | idle |", "|---|---|---|---|", *runs]
         ),
         "padding": "\n".join(
             [
-                "| pairs a step | padding, trunk and head | padding, trunk | prompt tokens run "
+                "| pairs per step | padding, trunk and head | padding, trunk | prompt tokens run "
                 "twice | padding, stacked | positions, stacked / ours |",
                 "|---|---|---|---|---|---|",
                 *epochs,
