@@ -21,7 +21,7 @@ from provenance import provenance, write_result
 
 from mlx_simpo.engine.head import Head
 from mlx_simpo.engine.token_logps import frozen_head_logps, token_logps
-from mlx_simpo.kernels.built_in import built_in
+from mlx_simpo.kernels.built_in import mlx_response_logps
 
 WIDTH = 576
 SHAPES = [(2048, v) for v in (32_000, 49_152, 151_936, 262_144)]
@@ -81,7 +81,9 @@ def precision(centred: bool, size: int = 151_936, width: int = 896, rows: int = 
     hidden = (noise + 18 * weight[targets].astype(mx.float32)).astype(mx.bfloat16)
     product = lambda rows: rows @ weight.T  # noqa: E731
     head = Head(product, 1.0, 0.0, weight if centred else None)
-    logps = frozen_head_logps(head, partial(built_in, scale=1.0, softcap=0.0, gradient=True))
+    logps = frozen_head_logps(
+        head, partial(mlx_response_logps, scale=1.0, softcap=0.0, gradient=True)
+    )
     found = mx.value_and_grad(lambda rows: logps(rows, targets).sum())(hidden)[1]
     value = np.array(logps(hidden, targets), np.float64)
     wide = [np.array(a.astype(mx.float32), np.float64) for a in (hidden, weight)]

@@ -15,7 +15,7 @@ from .data.inspection import summarize
 from .engine.choice import choose_engine
 from .errors import SimPOError
 from .evaluation import Evaluation
-from .kernels.choice import choose
+from .kernels.choice import choose_implementation
 from .model.adapters import load_adapter
 from .model.loading import load_only_tokenizer
 from .reporting import advice
@@ -176,7 +176,7 @@ def evaluate(
     display = display or Display()
     if config.data.valid is None:
         raise SimPOError("data.valid is missing; name the pairs to evaluate on")
-    choose(config.logps.impl)
+    choose_implementation(config.logps.impl)
     found = read_pairs(config, config.data.valid, config.data.valid_split)
     tokenizer = load_only_tokenizer(
         config.model, config.revision, trust_remote_code=config.trust_remote_code

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..data.encode import EncodedPair, TokenizedSequence
-from ..kernels.choice import BUILT_IN, Implementation, Name, choose
+from ..kernels.choice import BUILT_IN, Implementation, Name, choose_implementation
 from ..model.loading import dtype_of
 from .collate_shared import collate_shared
 from .collate_stacked import collate_stacked
@@ -89,7 +89,7 @@ def choose_engine(name: str, model: Any, impl: Name = "auto") -> Engine:
     the reference with the reason why this model needs it."""
     if name == "reference":
         return REFERENCE
-    engine = shared_prefix_engine(choose(impl))
+    engine = shared_prefix_engine(choose_implementation(impl))
     reason = reason_not_shareable(model) or disagreement_with_reference(model, engine)
     if reason is None:
         return engine

@@ -21,7 +21,7 @@ from ..engine.choice import Engine, choose_engine
 from ..errors import SimPOError
 from ..evaluation import Evaluation, evaluate_pairs
 from ..files import write_text
-from ..kernels.choice import choose
+from ..kernels.choice import choose_implementation
 from ..model.adapters import read_adapter_config, save_adapter
 from ..model.loading import LoadedModel, load_model, load_only_tokenizer
 from ..model.lora import attach_lora
@@ -95,7 +95,7 @@ def prepare(config: SimPOConfig, display: Display | None = None) -> Session:
     data = config.data
     if data.train is None:
         raise SimPOError("data.train is missing; name a file, folder or Hugging Face data set")
-    choose(config.logps.impl)  # what cannot run here is said before anything is read
+    choose_implementation(config.logps.impl)  # what cannot run here is said before anything is read
     training = read_pairs(config, data.train, data.train_split)
     validation = None if data.valid is None else read_pairs(config, data.valid, data.valid_split)
     # All records are looked at before a model of gigabytes is fetched.

@@ -18,7 +18,7 @@ from mlx_simpo.engine.collate_stacked import collate_stacked
 from mlx_simpo.engine.head import Head, resolve_head
 from mlx_simpo.engine.reference import average_logps, logsumexp
 from mlx_simpo.engine.token_logps import differentiable, forward_logps, token_logps
-from mlx_simpo.kernels.built_in import built_in
+from mlx_simpo.kernels.built_in import mlx_response_logps
 
 MODEL = tiny_model()
 
@@ -125,7 +125,7 @@ def test_logsumexp_and_its_gradient(vocabulary: int) -> None:
 @pytest.mark.parametrize("vocabulary", [1, 2, 255, 256, 257, 1000, 49152, 50257])
 def test_token_logps_and_their_gradient(vocabulary: int) -> None:
     """What the shared engine makes of its logits: value and slope against float64."""
-    logps = differentiable(partial(built_in, scale=1.0, softcap=0.0, gradient=True))
+    logps = differentiable(partial(mlx_response_logps, scale=1.0, softcap=0.0, gradient=True))
     rng = np.random.default_rng(vocabulary)
     values = (3 * rng.normal(size=(40, vocabulary))).astype(np.float32)
     values[1] += 1e4
@@ -246,7 +246,7 @@ def test_in_half_precision_the_targets_logit_comes_off_before_rounding(dtype: mx
     expected = token_logps(exact, rows.astype(mx.float32), targets, training=False)
 
     def error(head: Head) -> float:
-        response_logps = partial(built_in, scale=1.0, softcap=0.0, gradient=False)
+        response_logps = partial(mlx_response_logps, scale=1.0, softcap=0.0, gradient=False)
         return float(mx.std(forward_logps(head, response_logps)(rows, targets) - expected))
 
     assert resolve_head(model).weight is not None
