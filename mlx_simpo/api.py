@@ -90,6 +90,7 @@ def train(config: SimPOConfig, display: Display | None = None) -> TrainResult:
         f"{session.engine.note}"
     )
     display.note(advice.starting_loss(config.objective))
+    # Created only now: an error of the input must not leave a folder behind.
     folder = RunFolder(config.output, config.to_yaml(), [q._asdict() for q in session.quarantined])
     try:
         result = run_steps(session, folder)
@@ -141,6 +142,7 @@ def run_steps(session: Session, folder: RunFolder) -> TrainResult:
     session.save(folder.path)
     if interrupted:
         session.display.warn(f"interrupted; the adapter of step {last.step} is saved")
+    # The adapter is on disk by now, so that Ctrl-C in the last evaluation costs only its metrics.
     after = None
     try:
         after = None if interrupted else evaluate_step(last.step, "After")

@@ -81,7 +81,7 @@ def evaluate_pairs(
     if not pairs:
         raise SimPOError("there are no pairs to evaluate on")
     was_training = model.training
-    model.eval()
+    model.eval()  # without dropout, also between two steps of a training
     chosen, rejected = np.zeros(len(pairs), np.float32), np.zeros(len(pairs), np.float32)
     engine = engine or choose_engine("shared_prefix", model)
     for indices in engine.plan(pairs, batch_size, max_tokens):

@@ -79,6 +79,7 @@ def from_mapping(cls: type[Section], mapping: Mapping[str, Any], root: type[Sect
     values = {}
     for name, value in mapping.items():
         path = f"{cls.NAME}.{name}" if cls.NAME else str(name)
+        # Never ignored: with a typo in its name, a setting would silently have its default.
         if name not in known:
             hint = nearest_section(path, root) if isinstance(value, Mapping) else ""
             raise SimPOError(f"unknown setting {path!r}{hint or nearest_name(path, root)}")
@@ -188,6 +189,7 @@ def parse_raw(text: RawText, options: tuple[Any, ...], path: str) -> Any:
 
 def describe(option: Any) -> str:
     """Describe a type in the words of a message."""
+    # YAML's words for the types, not Python's.
     names = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
     if option is types.NoneType:
         return "null"

@@ -100,7 +100,7 @@ class ObjectiveConfig(Section):
     gamma_beta_ratio: float = setting(
         0.5, "target reward margin divided by beta, usually 0 to 1", NON_NEGATIVE
     )
-    loss_type: Literal["sigmoid", "hinge"] = setting("sigmoid", "loss of a pair's margin")
+    loss_type: Literal["sigmoid", "hinge"] = setting("sigmoid", "sigmoid or hinge loss")
     label_smoothing: float = setting(
         0.0, "probability that a pair's labels are swapped (sigmoid only)", _BELOW_HALF
     )

@@ -26,7 +26,9 @@ class SimPOConfig(Section):
     revision: str | None = setting(None, "branch, tag or commit of a Hub model")
     trust_remote_code: bool = setting(False, "run code that comes with the model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "dtype of the frozen weights; auto: as stored (LoRA weights are always float32)"
+        "auto",
+        "dtype of the frozen weights: float32, bfloat16, float16, or auto (as stored); LoRA "
+        "weights are always float32",
     )
     output: str = setting(
         "runs/simpo", "new folder for the adapter, the metrics and the configuration", NON_EMPTY

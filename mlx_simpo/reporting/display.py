@@ -48,6 +48,7 @@ class Display:
     def note(self, text: str | None) -> None:
         """Write one line; nothing for None (see `advice`)."""
         if text is not None:
+            # Without soft_wrap, rich breaks long lines, which then cannot be searched for.
             self.console.print(literal(text), soft_wrap=True)
 
     def warn(self, text: str | None) -> None:

@@ -29,7 +29,7 @@ def generate_response(
     if not tokens:  # plain text without a BOS token
         raise SimPOError("the prompt is empty; it must have at least one token")
     was_training = model.training
-    model.eval()
+    model.eval()  # without LoRA dropout
     try:
         return generate(model, tokenizer, tokens, max_tokens=max_tokens).strip()
     finally:

@@ -88,6 +88,8 @@ class Session:
         metadata = {"model": self.config.model, RECORD: self.record}
         path = save_adapter(folder, self.model, {**metadata, **self.adapter})
         write_text(path / "config.yaml", self.config.to_yaml())
+        # An adapter is only right with the template it was trained with, which may not be the
+        # tokenizer's own.
         if self.encoder.renderer.text is not None:
             write_text(path / "chat_template.jinja", self.encoder.renderer.text)
         return path
@@ -192,6 +194,7 @@ def is_local(name: str) -> bool:
 
 def hold_out(pairs: TokenizedPairs, config: SimPOConfig) -> tuple[TokenizedPairs, TokenizedPairs]:
     """Split pairs into (training pairs, held-out pairs); see `data.pairs.held_out`."""
+    # Whole prompts are held out: responses to one prompt in both parts would leak.
     held = held_out(pairs.prompts(), config.data.valid_fraction, config.seed)
     return pairs.take(np.flatnonzero(~held)), pairs.take(np.flatnonzero(held))
 
@@ -238,6 +241,7 @@ def load_base_model(config: SimPOConfig, display: Display) -> LoadedModel:
     )
     display.warn(advice.slow_blas())
     display.warn(advice.slow_on_cpu(loaded.dtype, "quantization" in loaded.config))
+    # The caches show whether mlx-lm runs a sliding window; config.json only says that it exists.
     caches = make_prompt_cache(loaded.model)
     display.warn(advice.ignored_window(loaded.config, caches, config.data.max_length))
     return loaded

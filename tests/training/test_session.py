@@ -10,6 +10,7 @@ import pytest
 from helpers.commands import arrays, assert_same_arrays, small_run, written_report
 from helpers.tiny import CHATML, some_pairs, split_pairs, tiny_folder, tiny_tokenizer, write_jsonl
 from mlx.utils import tree_flatten
+from rich.console import Console
 
 from mlx_simpo import (
     DataConfig,
@@ -24,6 +25,7 @@ from mlx_simpo import (
     train,
 )
 from mlx_simpo.data.encode import Encoder
+from mlx_simpo.reporting.display import Display
 from mlx_simpo.training import session as session_module
 from mlx_simpo.training.session import open_dataset
 
@@ -223,6 +225,17 @@ def test_training_data_is_needed(model_folder: Path) -> None:
 
 
 # --- steps and evaluation --------------------------------------------------------------------
+
+
+def test_a_session_with_a_quiet_display_shows_nothing(
+    model_folder: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(None, small_run(model_folder, pairs_file, tmp_path / "out"))
+    session = prepare(config, Display(Console(quiet=True)))
+    next(session.steps())
+    session.evaluate()
+    session.save(tmp_path / "adapter")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_nothing_is_computed_until_a_step_is_asked_for(new_session: Any) -> None:
