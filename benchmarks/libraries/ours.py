@@ -17,7 +17,7 @@ from mlx_simpo.config.simpo_config import ObjectiveConfig, TrainConfig
 from mlx_simpo.data.encode import EncodedPair, TokenizedSequence
 from mlx_simpo.engine.choice import choose_engine
 from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
-from mlx_simpo.training.step import GradientFunction, make_step, step_gradients
+from mlx_simpo.training.step import GradientFunction, collate_step, step_gradients
 
 REQUIRES = ()
 
@@ -40,7 +40,7 @@ def prepare(spec: Spec) -> Step:
             batch_size=len(pairs),
             max_tokens_per_step=spec.get("max_tokens_per_step"),
         )
-        made = make_step(pairs, engine, options)
+        made = collate_step(pairs, engine, options)
         parts, gradients = step_gradients(gradients_of, made)
         optimizer.update(model, gradients)
         mx.eval(parts, model.trainable_parameters(), optimizer.state)
@@ -48,8 +48,8 @@ def prepare(spec: Spec) -> Step:
         found = {
             "loss": float(loss),
             "positions": made.positions,
-            "logit_rows": sum(batch.rows for batch in made.micro),
-            "micro_batches": len(made.micro),
+            "logit_rows": sum(batch.rows for batch in made.micro_batches),
+            "micro_batches": len(made.micro_batches),
             "traces": gradients_of.traces,
         }
         if "gradient" in spec:  # for a comparison of two engines, outside of any timing

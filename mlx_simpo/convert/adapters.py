@@ -11,8 +11,9 @@ from ..errors import SimPOError
 from ..files import load_safetensors, read_header, read_json, save_safetensors, write_text
 from ..model.adapters import PEFT_WEIGHTS, WEIGHTS, read_adapter_config
 from ..model.loading import DTYPES
-from ..model.record import RECORD, RECORD_FILE, base_record, mismatches, table
+from ..model.record import RECORD, RECORD_FILE, base_record, table
 from ..paths import local_path
+from ..reporting.advice import adapter_mismatch
 from ..reporting.display import Display
 from ..runs.folder import check_output_free
 from ..version import __version__
@@ -70,8 +71,7 @@ def to_peft(
     record = table(config, RECORD)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
     loaded = base.load()
-    for difference in mismatches(record, loaded):
-        display.warn(f"{difference}: the adapter may not fit")
+    display.warn(adapter_mismatch(record, loaded))
     rule = architecture(loaded)
     updates = read_mlx(adapter, loaded.model)
     bare = base.load()

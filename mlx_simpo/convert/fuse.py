@@ -10,8 +10,9 @@ from ..errors import SimPOError
 from ..files import load_safetensors, weight_files
 from ..model.adapters import flat_arrays, read_adapter_config
 from ..model.loading import DTYPES
-from ..model.record import RECORD, base_record, mismatches, table
+from ..model.record import RECORD, base_record, table
 from ..paths import local_path
+from ..reporting.advice import adapter_mismatch
 from ..reporting.display import Display
 from .adapters import Conversion, base_name, check_arguments, write_record
 from .base import Base, architecture, config_of, is_plain, layout_of
@@ -63,8 +64,7 @@ def fuse(
     record = table(config, RECORD)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
     loaded = base.load()
-    for difference in mismatches(record, loaded):
-        display.warn(f"{difference}: the adapter may not fit")
+    display.warn(adapter_mismatch(record, loaded))
     packed = loaded.config.get("quantization")
     check_packing(packed, format, dequantize, dtype, display)
     layout = layout_of(loaded, architecture(loaded)) if format == "hf" else None

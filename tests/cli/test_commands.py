@@ -128,7 +128,7 @@ def test_evaluate_writes_a_line_a_pair_in_input_order(
     arguments = ("--data", data, "--per-pair", per_pair, "--json", "data.max_quarantined=0.5")
     ran = command(capsys, "evaluate", "--adapter", adapter, *arguments)
     assert ran.status == 0
-    assert "3 records left out" in ran.err
+    assert "3 records quarantined" in ran.err
     records = json_lines(per_pair)
     assert [r["index"] for r in records] == [1, 2, 3, *range(6, 15)]
     numbers = {f"{side}_{what}" for side in ("chosen", "rejected") for what in ("logp", "tokens")}

@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_pairs(
     message = refused(f"data.valid_fraction={valid}", model=broken)
     begins = "the log-probabilities of 2 of 2" if valid else "the loss of step 1"
     assert message.startswith(begins)
-    named = message.partition("at ")[2].removeprefix("the pairs ").partition(";")[0].split(", ")
+    named = message.partition("(")[2].removeprefix("pairs: ").partition(")")[0].split(", ")
     assert len(named) == (2 if valid else 4)
     assert set(named) <= {f"{pairs_file}:{line}" for line in range(1, 13)}
 
@@ -241,7 +241,7 @@ def test_only_the_pairs_that_are_at_fault_are_named(
     message = refused(
         f"data.train={data}", "data.valid_fraction=0", "train.batch_size=6", model=broken
     )
-    assert f"the loss of step 1 is not a finite number, at the pairs {data}:4; " in message
+    assert f"the loss of step 1 is not a finite number (pairs: {data}:4); " in message
 
 
 def test_an_output_that_holds_a_run(

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.commands import arrays, assert_same_arrays, written_report
+from helpers.commands import arrays, assert_same_arrays, captured_display
 from helpers.made import MIXTRAL, mlx_adapter, mlx_model
 from helpers.tiny import tiny_folder
 
@@ -85,7 +85,7 @@ def test_tensors_that_mlx_does_not_run_go_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_dtype(dtype: str, tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    display, text = written_report()
+    display, text = captured_display()
     adapter = mlx_adapter(base, tmp_path / "adapter")
     done = fuse(tmp_path / "out", adapter=adapter, dtype=dtype, verify=True, display=display)
     assert load_model(str(done.output)).dtype == dtype
@@ -101,7 +101,7 @@ def test_packing_again_is_shown_for_what_it_is(tmp_path: Path) -> None:
     """On a small tune the rounding is larger than what was learnt."""
     base = mlx_model(tmp_path / "base", "llama", 4)
     adapter = mlx_adapter(base, tmp_path / "adapter", size=0.01)
-    display, _ = written_report()
+    display, _ = captured_display()
     done = fuse(
         tmp_path / "out",
         adapter=adapter,
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_not_verified_and_said(
 ) -> None:
     base = tiny_folder(tmp_path / "base")
     monkeypatch.setattr(verify.os, "sysconf", lambda name: 1)
-    display, text = written_report()
+    display, text = captured_display()
     done = fuse(tmp_path / "out", model=str(base), format=format, display=display)
     assert done.comparisons == []
     assert "not verified: in float32 the model takes" in text.getvalue()

@@ -43,7 +43,7 @@ from mlx_simpo.engine.head import is_head_frozen
 from mlx_simpo.engine.token_logps import token_logps
 from mlx_simpo.model.loading import load_model
 from mlx_simpo.model.lora import attach_lora
-from mlx_simpo.training.step import GradientFunction, make_step, step_gradients
+from mlx_simpo.training.step import GradientFunction, collate_step, step_gradients
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "train.jsonl"
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -110,8 +110,8 @@ def test_slopes_are_those_of_the_loss_in_float64() -> None:
     engine, pairs = SHARED_PREFIX, [*PAIRS, pair(1, 5, 2)]
     options = {"beta": 2.5, "gamma_beta_ratio": 0.55}
     gradients_of = GradientFunction(model, options, engine, compiled=False)
-    step = make_step(pairs, engine, TrainConfig(batch_size=2, gradient_accumulation_steps=2))
-    assert len(step.micro) > 1
+    step = collate_step(pairs, engine, TrainConfig(batch_size=2, gradient_accumulation_steps=2))
+    assert len(step.micro_batches) > 1
     parts, gradient = step_gradients(gradients_of, step)
     loss = np.concatenate([np.array(part["loss"]) for part in parts]).mean()
 

@@ -26,7 +26,7 @@ from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
 from mlx_simpo.errors import SimPOError
 from mlx_simpo.kernels import choice, launch
 from mlx_simpo.model.lora import attach_lora
-from mlx_simpo.training.step import GradientFunction, make_step, step_gradients
+from mlx_simpo.training.step import GradientFunction, collate_step, step_gradients
 
 KERNEL = Path(launch.__file__).with_name("response_logps.metal")
 
@@ -303,7 +303,7 @@ def test_micro_batches_and_chunks_through_the_kernel(
         (shared_prefix_engine(choice.choose_implementation("kernel")), 1),
     ):
         monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 1)
-        step = make_step(pairs, engine, TrainConfig(batch_size=size))
+        step = collate_step(pairs, engine, TrainConfig(batch_size=size))
         function = GradientFunction(model, asdict(ObjectiveConfig()), engine, compiled=False)
         _, gradient = step_gradients(function, step)
         gradients.append({name: np.array(value) for name, value in tree_flatten(gradient)})

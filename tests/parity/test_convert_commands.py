@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import written_report
+from helpers.commands import captured_display
 from parity.wrapped import MODELS
 from parity.zoo import ZOO, agree, mlx_adapter, mlx_logits, saved, torch_logits
 
@@ -45,7 +45,7 @@ def test_everything_verified(name: str, tmp_path: Path) -> None:
 def test_a_base_that_differs_by_itself_is_said(name: str, tmp_path: Path) -> None:
     """What it differs by hides as much of a conversion's mistakes."""
     base = saved(name, tmp_path / "base")
-    display, text = written_report()
+    display, text = captured_display()
     to_peft(mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft", verify=True, display=display)
     said = "MLX and transformers on the base model itself" in text.getvalue()
     assert said == (name == "gemma")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers.commands import arrays, assert_same_arrays, command, complaint, written_report
+from helpers.commands import arrays, assert_same_arrays, command, complaint, captured_display
 from helpers.made import MIXTRAL, mlx_adapter, mlx_model
 
 from mlx_simpo import SimPOError, from_peft, to_peft
@@ -100,7 +100,7 @@ def test_dora_of_what_peft_names_as_a_parameter(tmp_path: Path) -> None:
 
 
 def test_another_base_is_said(adapter: Path, model_folder: Path, tmp_path: Path) -> None:
-    display, text = written_report()
+    display, text = captured_display()
     other = tmp_path / "elsewhere"
     other.symlink_to(model_folder)
     to_peft(adapter, tmp_path / "peft", model=str(other), verify=False, display=display)
@@ -109,7 +109,7 @@ def test_another_base_is_said(adapter: Path, model_folder: Path, tmp_path: Path)
 
 def test_what_is_not_compared_is_said(tmp_path: Path) -> None:
     base = mlx_model(tmp_path / "base")
-    display, text = written_report()
+    display, text = captured_display()
     to_peft(mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft", display=display)
     assert "not compared with PEFT in torch: the base model is in MLX's format" in text.getvalue()
 

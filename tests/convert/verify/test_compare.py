@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.commands import written_report
+from helpers.commands import captured_display
 from helpers.tiny import tiny_model, tiny_tokenizer
 
 from mlx_simpo.convert.verify import compare as verify
@@ -114,6 +114,6 @@ def test_whether_to_verify(
     asked: bool | None, memory: int, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify.os, "sysconf", lambda name: 1 if "SIZE" in name else memory)
-    display, text = written_report()
+    display, text = captured_display()
     assert verify.wanted(asked, tiny_model(), display.note) == expected
     assert ("not verified" in text.getvalue()) == (asked is None and not expected)
