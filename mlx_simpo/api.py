@@ -181,7 +181,8 @@ def evaluate(
     display, data = display or Display(), config.data
     if data.valid is None:
         raise SimPOError("data.valid is missing; name the pairs to evaluate on")
-    choose_implementation(config.logps.impl)  # a kernel that cannot run here is an error before anything is read
+    # A kernel that cannot run here is an error before anything is read.
+    choose_implementation(config.logps.impl)
     encoder, (dataset,) = encode_datasets(config, [(data.valid, data.valid_split)], display)
     pairs, loaded = dataset.pairs, load_base_model(config, display)
     model = loaded.model
