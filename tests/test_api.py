@@ -126,8 +126,8 @@ def test_the_summary_is_the_result(finished: Finished) -> None:
 def test_what_was_left_out_is_on_record(finished: Finished) -> None:
     (record,) = json_lines(finished.folder / "quarantined.jsonl")
     assert record["source"] == f"{finished.config.data.train}:6"
-    assert record["reason"] == "missing answer"
-    assert "1 records left out" in finished.text
+    assert record["reason"] == "missing response"
+    assert "1 records quarantined" in finished.text
 
 
 def test_the_best_adapter_is_that_of_the_lowest_evaluation_loss(finished: Finished) -> None:
@@ -484,8 +484,12 @@ def test_inspect_tolerates_any_share_of_bad_rows(model_folder: Path, tmp_path: P
     found = inspect(config, str(data), display=written_report()[0])
     assert [pair.index for pair in found.pairs] == [1, 2]
     assert (found.summary["records"], found.summary["pairs"]) == (6, 2)
-    assert found.summary["left_out"] == {"missing answer": 2, "no prompt": 1, "not a record": 1}
-    assert [q["source"].rpartition(":")[2] for q in found.summary["left_out_records"]] == list(
+    assert found.summary["quarantined"] == {
+        "missing response": 2,
+        "missing prompt": 1,
+        "not a JSON object": 1,
+    }
+    assert [q["source"].rpartition(":")[2] for q in found.summary["quarantined_records"]] == list(
         "1456"
     )
     json.dumps(found.summary, allow_nan=False)
@@ -493,7 +497,7 @@ def test_inspect_tolerates_any_share_of_bad_rows(model_folder: Path, tmp_path: P
 
 def test_inspect_needs_one_usable_pair(model_folder: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x"}] * 3)
-    with pytest.raises(SimPOError, match="3 of 3 records are unusable, all of them"):
+    with pytest.raises(SimPOError, match="3 of 3 records are quarantined, all of them"):
         inspect(SimPOConfig(model=str(model_folder)), str(data))
 
 

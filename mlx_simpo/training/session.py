@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from ..config.simpo_config import SimPOConfig
-from ..data.cache import tokenized
+from ..data.cache import load_or_tokenize
 from ..data.encode import EncodedPair, Encoder
 from ..data.pairs import Quarantined, check_share, held_out
 from ..data.sources import Source, open_source
@@ -182,7 +182,7 @@ def encode(encoder: Encoder, found: Records, name: str, display: Display) -> Tok
     Raises:
         SimPOError: the source cannot be read, or too many of its records are unusable.
     """
-    made = tokenized(encoder, found.source, partial(display.progress, "Tokenizing"))
+    made = load_or_tokenize(encoder, found.source, partial(display.progress, "Tokenizing"))
     found.quarantined += made.quarantined
     for warning in made.warnings:
         display.warn(warning)
@@ -191,7 +191,8 @@ def encode(encoder: Encoder, found: Records, name: str, display: Display) -> Tok
     if found.quarantined:
         first = found.quarantined[0]
         display.warn(
-            f"{name}: {len(found.quarantined)} records left out, e.g. {first.reason}: {first.place}"
+            f"{name}: {len(found.quarantined)} records quarantined, "
+            f"e.g. {first.reason}: {first.location}"
         )
     display.note(advice.truncation(made.pairs, encoder.config))
     return made.pairs

@@ -214,7 +214,7 @@ def test_the_rule_of_truncation(sizes: tuple, max_prompt: int, more: int, bos: b
     head = before[:1] + before[len(before) - keep + 1 :] if bos else before[-keep:]
     tails = [answer[: limits[0] - keep] for answer in answers]
     if tails[0] == tails[1]:
-        with pytest.raises(InvalidRecordError, match="identical answers"):
+        with pytest.raises(InvalidRecordError, match="identical responses"):
             cut(sizes, limits, **options)
         return
     found = cut(sizes, limits, **options)
@@ -226,7 +226,7 @@ def test_the_rule_of_truncation(sizes: tuple, max_prompt: int, more: int, bos: b
 
 def test_an_answer_of_which_nothing_is_scored() -> None:
     silent = "q</s>{{ messages[1].content if messages[1] and messages[1].content != 'x' }}"
-    with pytest.raises(InvalidRecordError, match="no scored token left"):
+    with pytest.raises(InvalidRecordError, match="no scored tokens left"):
         encoder(silent).encode(Pair("q", "x", "b"))
 
 
@@ -240,5 +240,5 @@ def test_encode_pairs_keeps_order_and_tells_what_is_refused() -> None:
     pairs = [Pair([turn, Q], [A], [B], i, f"f:{i}") for i, turn in enumerate([Q, system("s"), Q])]
     found, refused = encode_pairs(encoder(INST, bos="<s>"), pairs, lambda: steps.append(None))
     assert [(p.index, p.source) for p in found] == [(0, "f:0"), (2, "f:2")]
-    assert [(q.source, q.reason) for q in refused] == [("f:1", "the chat template refuses it")]
+    assert [(q.source, q.reason) for q in refused] == [("f:1", "rejected by the chat template")]
     assert len(steps) == 3

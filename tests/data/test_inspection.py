@@ -51,25 +51,25 @@ def test_tokens_are_counted_one_by_one() -> None:
     assert found["pairs"] == found["records"] == 9
     assert found["tokens"] == sum(len(TINY.encode(text)) for text in chats)
     assert found["scored_tokens"] == sum(len(TINY.encode(text)) for text in answers)
-    assert found["prompts_cut"] == found["answers_cut"] == found["tokens_cut"] == 0
-    assert found["boundary_moved"] == 0
+    assert found["prompts_cut"] == found["responses_cut"] == found["tokens_cut"] == 0
+    assert found["boundary_merges"] == 0
 
 
 def test_what_is_left_out_is_counted_and_listed() -> None:
     unusable = (
-        Quarantined("f:1", "empty answer", "chosen"),
-        Quarantined("f:4", "identical answers"),
-        Quarantined("f:7", "empty answer", "rejected"),
+        Quarantined("f:1", "empty response", "chosen"),
+        Quarantined("f:4", "identical responses"),
+        Quarantined("f:7", "empty response", "rejected"),
     )
     found = summary(PAIRS, unusable)
     assert (found["records"], found["pairs"]) == (12, 9)
-    assert list(found["left_out"].items()) == [("empty answer", 2), ("identical answers", 1)]
-    assert found["left_out_records"][0] == {
+    assert list(found["quarantined"].items()) == [("empty response", 2), ("identical responses", 1)]
+    assert found["quarantined_records"][0] == {
         "source": "f:1",
-        "reason": "empty answer",
+        "reason": "empty response",
         "detail": "chosen",
     }
-    assert [record["source"] for record in found["left_out_records"]] == ["f:1", "f:4", "f:7"]
+    assert [record["source"] for record in found["quarantined_records"]] == ["f:1", "f:4", "f:7"]
 
 
 def test_what_the_template_refuses_is_left_out() -> None:
@@ -77,8 +77,8 @@ def test_what_the_template_refuses_is_left_out() -> None:
     refused = Pair([system("s"), user("q")], [assistant("a")], [assistant("b")], 9, "f:10")
     found = summary([*PAIRS, refused], chat_template=strict)
     assert (found["records"], found["pairs"]) == (10, 9)
-    assert found["left_out"] == {"the chat template refuses it": 1}
-    assert found["left_out_records"][0]["source"] == "f:10"
+    assert found["quarantined"] == {"rejected by the chat template": 1}
+    assert found["quarantined_records"][0]["source"] == "f:10"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_the_template_is_named(template: str, origin: str) -> None:
 
 def test_moved_boundaries_are_counted() -> None:
     merging = [Pair("the ", "and", "b"), Pair("the", " and", " b"), Pair("the a", "nd", "b")]
-    assert summary(merging, chat_template="none")["boundary_moved"] == 2
+    assert summary(merging, chat_template="none")["boundary_merges"] == 2
 
 
 def test_cuts_are_counted_by_pair_and_by_token() -> None:
@@ -102,7 +102,7 @@ def test_cuts_are_counted_by_pair_and_by_token() -> None:
         sized(5, 5, 5, cut_prompt=10, cut_response=20),
     ]
     found = summarize(pairs, [], CODER)
-    assert (found["prompts_cut"], found["answers_cut"], found["tokens_cut"]) == (2, 2, 37)
+    assert (found["prompts_cut"], found["responses_cut"], found["tokens_cut"]) == (2, 2, 37)
 
 
 def test_cuts_are_what_the_limits_take_away() -> None:
@@ -110,7 +110,7 @@ def test_cuts_are_what_the_limits_take_away() -> None:
     long = [Pair(" the" * 30, " sky" * 6, " sea" * 4), Pair(" the", " sky" * 3, " sea" * 3)]
     whole = summary(long, chat_template="none")
     cut = summary(long, chat_template="none", max_length=12, max_prompt_length=8)
-    assert (cut["prompts_cut"], cut["answers_cut"]) == (1, 1)
+    assert (cut["prompts_cut"], cut["responses_cut"]) == (1, 1)
     assert (whole["tokens"] - cut["tokens"]) == 2 * 22 + (cut["tokens_cut"] - 22)
 
 
@@ -145,7 +145,7 @@ def test_quantiles_are_lengths_in_order(pairs: list[EncodedPair]) -> None:
 
 
 def test_a_summary_is_json() -> None:
-    found = summary(PAIRS, (Quarantined("f:1", "empty answer"),))
+    found = summary(PAIRS, (Quarantined("f:1", "empty response"),))
     assert json.loads(json.dumps(found)) == found
 
 

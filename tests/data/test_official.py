@@ -218,7 +218,7 @@ def test_a_cut_prompt_loses_bos() -> None:
 
 
 def test_an_answer_that_merges_into_fewer_tokens_than_its_prompt() -> None:
-    with pytest.raises(InvalidRecordError, match="official check fails"):
+    with pytest.raises(InvalidRecordError, match="fails the official code's check"):
         encoder(JOINED).encode(Pair("number", "s", "x"))
 
 

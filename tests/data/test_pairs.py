@@ -49,16 +49,16 @@ def test_each_bad_row_is_quarantined_with_its_line_and_reason(tmp_path: Path) ->
         (three["prompt"], 5, f"{file}:6"),
     ]
     assert [(q.source, q.reason) for q in found.quarantined] == [
-        (f"{file}:2", "identical answers"),
-        (f"{file}:4", "empty answer"),
-        (f"{file}:5", "identical answers"),
+        (f"{file}:2", "identical responses"),
+        (f"{file}:4", "empty response"),
+        (f"{file}:5", "identical responses"),
         (f"{file}:8", "unreadable row"),
     ]
     assert found.quarantined[0].place == f"{file}:2"
     assert found.quarantined[1].place == f"{file}:4 (chosen)"
     assert list(count_reasons(found.quarantined).items()) == [
-        ("identical answers", 2),
-        ("empty answer", 1),
+        ("identical responses", 2),
+        ("empty response", 1),
         ("unreadable row", 1),
     ]
 
@@ -84,7 +84,7 @@ def test_exactly_the_share_allowed_passes_and_one_more_does_not(
 ) -> None:
     bad = data.draw(st.integers(0, total - 1))
     check_share(total - bad, quarantined(*["x"] * bad), bad / total, "pairs.jsonl")
-    with pytest.raises(SimPOError, match=f"{bad + 1} of {total} records are unusable"):
+    with pytest.raises(SimPOError, match=f"{bad + 1} of {total} records are quarantined"):
         check_share(total - bad - 1, quarantined(*["x"] * (bad + 1)), bad / total, "pairs.jsonl")
 
 
@@ -98,14 +98,14 @@ def test_nothing_left_out_passes_at_share_zero() -> None:
 
 
 def test_the_message_counts_reasons_and_gives_the_first_place_of_each() -> None:
-    bad = quarantined("identical answers", "empty answer", "empty answer")
+    bad = quarantined("identical responses", "empty response", "empty response")
     bad[1] = bad[1]._replace(detail="chosen")
     with pytest.raises(SimPOError) as caught:
         check_share(7, bad, 0.05, "pairs.jsonl")
     assert str(caught.value) == (
-        "pairs.jsonl: 3 of 10 records are unusable, more than data.max_quarantined=0.05 allows: "
-        "2 × empty answer, e.g. pairs.jsonl:2 (chosen); "
-        "1 × identical answers, e.g. pairs.jsonl:1"
+        "pairs.jsonl: 3 of 10 records are quarantined, more than data.max_quarantined=0.05 allows: "
+        "2 × empty response, e.g. pairs.jsonl:2 (chosen); "
+        "1 × identical responses, e.g. pairs.jsonl:1"
     )
 
 

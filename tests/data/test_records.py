@@ -98,72 +98,72 @@ def test_no_tools(tools: Any) -> None:
 
 
 NO_RECORD = [
-    ([1, 2], "not a record", "a JSON list"),
-    ("text", "not a record", "a JSON str"),
-    (None, "not a record", "NoneType"),
+    ([1, 2], "not a JSON object", "a JSON list"),
+    ("text", "not a JSON object", "a JSON str"),
+    (None, "not a JSON object", "NoneType"),
     ({"prompt": "q", "completion": "a", "label": True}, "unpaired record", "KTO"),
-    ({}, "missing answer", "no chosen and no rejected"),
-    ({"prompt": "q", "chosen": "a"}, "missing answer", "no rejected"),
-    ({"prompt": "q", "chosen": None, "rejected": "b"}, "missing answer", "no chosen"),
+    ({}, "missing response", "no chosen and no rejected"),
+    ({"prompt": "q", "chosen": "a"}, "missing response", "no rejected"),
+    ({"prompt": "q", "chosen": None, "rejected": "b"}, "missing response", "no chosen"),
 ]
 IDENTICAL_OR_EMPTY = [
-    (strings("q", "a", "a"), "identical answers", ""),
-    (chats([Q, A], [Q, A]), "identical answers", ""),
-    (chats([A], [A], prompt=[Q]), "identical answers", ""),
-    (strings("q", "", "b"), "empty answer", "chosen"),
-    (strings("q", "a", " \n\t"), "empty answer", "rejected"),
-    (strings("q", "", ""), "empty answer", "chosen"),
-    (chats([Q, assistant("")], [Q, B]), "empty answer", "chosen"),
-    (chats([A], [assistant(" ")], prompt=[Q]), "empty answer", "rejected"),
-    (chats([assistant([])], [A], prompt=[Q]), "empty answer", "chosen"),
-    (chats([assistant([{"type": "text"}])], [A], prompt=[Q]), "empty answer", "chosen"),
-    (chats([Q, A, Q, B], [Q, A]), "empty answer", "rejected"),
+    (strings("q", "a", "a"), "identical responses", ""),
+    (chats([Q, A], [Q, A]), "identical responses", ""),
+    (chats([A], [A], prompt=[Q]), "identical responses", ""),
+    (strings("q", "", "b"), "empty response", "chosen"),
+    (strings("q", "a", " \n\t"), "empty response", "rejected"),
+    (strings("q", "", ""), "empty response", "chosen"),
+    (chats([Q, assistant("")], [Q, B]), "empty response", "chosen"),
+    (chats([A], [assistant(" ")], prompt=[Q]), "empty response", "rejected"),
+    (chats([assistant([])], [A], prompt=[Q]), "empty response", "chosen"),
+    (chats([assistant([{"type": "text"}])], [A], prompt=[Q]), "empty response", "chosen"),
+    (chats([Q, A, Q, B], [Q, A]), "empty response", "rejected"),
 ]
 DISAGREEING = [
-    (chats([Q, A], [user("z"), B]), "conversations do not share a beginning", ""),
-    (chats([A], [B]), "conversations do not share a beginning", ""),
-    (chats([system("s"), Q, A], [Q, B]), "conversations do not share a beginning", ""),
-    (chats([Q, A], [Q, B], prompt="z"), "prompt and conversation disagree", "first user"),
-    (chats([Q, A], [Q, B], prompt=""), "prompt and conversation disagree", "first user"),
+    (chats([Q, A], [user("z"), B]), "conversations do not start the same way", ""),
+    (chats([A], [B]), "conversations do not start the same way", ""),
+    (chats([system("s"), Q, A], [Q, B]), "conversations do not start the same way", ""),
+    (chats([Q, A], [Q, B], prompt="z"), "prompt does not match the conversation", "first user"),
+    (chats([Q, A], [Q, B], prompt=""), "prompt does not match the conversation", "first user"),
     (
         chats([system("q"), A], [system("q"), B], prompt="q"),
-        "prompt and conversation disagree",
+        "prompt does not match the conversation",
         "first user",
     ),
 ]
 ROLE_OR_CONTENT = [
-    (chats([Q, A, Q], [Q, B]), "last turn not the assistant's", "chosen ends with user"),
-    (chats([Q, A], [Q, TOOL]), "last turn not the assistant's", "rejected ends with tool"),
-    (chats([], [Q, B]), "last turn not the assistant's", "chosen ends with nothing"),
-    (chats([], []), "last turn not the assistant's", "chosen ends with nothing"),
+    (chats([Q, A, Q], [Q, B]), "does not end with an assistant turn", "chosen ends with user"),
+    (chats([Q, A], [Q, TOOL]), "does not end with an assistant turn", "rejected ends with tool"),
+    (chats([], [Q, B]), "does not end with an assistant turn", "chosen ends with nothing"),
+    (chats([], []), "does not end with an assistant turn", "chosen ends with nothing"),
     (chats([{"role": "human", "content": "q"}, A], [Q, B]), "unknown role", "chosen[0]"),
     (chats([A], [B], prompt=[{"role": "User", "content": "q"}]), "unknown role", "prompt[0]"),
     (chats([Q, A], [Q, {"role": None, "content": "b"}]), "unknown role", "rejected[1]"),
     (chats([Q, A], [Q, {"role": ["user"], "content": "b"}]), "unknown role", "rejected[1]"),
-    (chats([Q, assistant(None)], [Q, B]), "null content", "chosen[1]"),
-    (chats([A], [B], prompt=[user(None)]), "null content", "prompt[0]"),
-    (chats([A], [B], prompt=[{"role": "user"}]), "null content", "prompt[0]"),
-    (chats([Q, assistant(None, tool_calls=[])], [Q, B]), "null content", "chosen[1]"),
-    (chats([Q, assistant(5)], [Q, B]), "content is no text", "chosen[1]"),
-    (chats([Q, assistant({"a": 1})], [Q, B]), "content is no text", "chosen[1]"),
+    (chats([Q, assistant(None)], [Q, B]), "missing content", "chosen[1]"),
+    (chats([A], [B], prompt=[user(None)]), "missing content", "prompt[0]"),
+    (chats([A], [B], prompt=[{"role": "user"}]), "missing content", "prompt[0]"),
+    (chats([Q, assistant(None, tool_calls=[])], [Q, B]), "missing content", "chosen[1]"),
+    (chats([Q, assistant(5)], [Q, B]), "content is not text", "chosen[1]"),
+    (chats([Q, assistant({"a": 1})], [Q, B]), "content is not text", "chosen[1]"),
 ]
 MIXED = [
-    (chats("a", [B], prompt="q"), "strings and messages mixed", "chosen is a string"),
-    (chats([A], "b", prompt=[Q]), "strings and messages mixed", "rejected is a string"),
-    (chats("a", "b", prompt=[Q]), "strings and messages mixed", "prompt is no string"),
-    (chats([A], [B], prompt="q"), "strings and messages mixed", "prompt is a string"),
-    (chats([Q, A], [Q, B], prompt=5), "strings and messages mixed", "prompt is 5"),
-    (chats(1, 2, prompt="q"), "strings and messages mixed", "chosen is 1"),
-    (chats(A, B, prompt="q"), "strings and messages mixed", "chosen is {"),
-    (chats(["a"], ["b"], prompt=["q"]), "strings and messages mixed", "chosen[0] is no m"),
-    (chats([Q, A], [Q, None]), "strings and messages mixed", "rejected[1] is no message"),
-    (chats([A], [B], prompt=[{"content": "q"}]), "strings and messages mixed", "prompt[0]"),
+    (chats("a", [B], prompt="q"), "mixes strings and messages", "chosen is a string"),
+    (chats([A], "b", prompt=[Q]), "mixes strings and messages", "rejected is a string"),
+    (chats("a", "b", prompt=[Q]), "mixes strings and messages", "prompt is no string"),
+    (chats([A], [B], prompt="q"), "mixes strings and messages", "prompt is a string"),
+    (chats([Q, A], [Q, B], prompt=5), "mixes strings and messages", "prompt is 5"),
+    (chats(1, 2, prompt="q"), "mixes strings and messages", "chosen is 1"),
+    (chats(A, B, prompt="q"), "mixes strings and messages", "chosen is {"),
+    (chats(["a"], ["b"], prompt=["q"]), "mixes strings and messages", "chosen[0] is no m"),
+    (chats([Q, A], [Q, None]), "mixes strings and messages", "rejected[1] is no message"),
+    (chats([A], [B], prompt=[{"content": "q"}]), "mixes strings and messages", "prompt[0]"),
 ]
 OTHER = [
     (chats("The sky is blue", "The sky is red"), "no prompt", "data.implicit_string_prompts"),
-    ({**strings(), "tools": "[{"}, "tools are no JSON list", ""),
-    ({**strings(), "tools": '{"a": 1}'}, "tools are no JSON list", ""),
-    ({**strings(), "tools": {"a": 1}}, "tools are no JSON list", ""),
+    ({**strings(), "tools": "[{"}, "tools are not a JSON list", ""),
+    ({**strings(), "tools": '{"a": 1}'}, "tools are not a JSON list", ""),
+    ({**strings(), "tools": {"a": 1}}, "tools are not a JSON list", ""),
 ]
 
 
@@ -179,8 +179,8 @@ def test_refused_records(record: Any, reason: str, detail: str) -> None:
 
 def test_an_unreadable_row_keeps_its_problem() -> None:
     with pytest.raises(InvalidRecordError) as caught:
-        parse_pair(Row(3, "pairs.jsonl:4", None, "no valid JSON: x"))
-    assert caught.value.args == ("unreadable row", "no valid JSON: x")
+        parse_pair(Row(3, "pairs.jsonl:4", None, "invalid JSON: x"))
+    assert caught.value.args == ("unreadable row", "invalid JSON: x")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_implicit_string_prompts(chosen: str, rejected: str, prompt: str) -> Non
 
 @pytest.mark.parametrize(
     ("chosen", "rejected", "reason"),
-    [("one two", "one two", "identical answers"), ("one two", "one ", "empty answer")],
+    [("one two", "one two", "identical responses"), ("one two", "one ", "empty response")],
 )
 def test_implicit_string_prompts_refused(chosen: str, rejected: str, reason: str) -> None:
     assert refusal(chats(chosen, rejected), implicit=True)[0] == reason
@@ -270,7 +270,7 @@ def test_implicit_string_prompts_never_split_a_word(shared: str, one: str, two: 
     chosen, rejected = shared + one, shared + two
     pair = parse_or_reason(chats(chosen, rejected), implicit=True)
     if isinstance(pair, str):
-        assert pair in ("identical answers", "empty answer")
+        assert pair in ("identical responses", "empty response")
         return
     prompt = str(pair.prompt)
     for whole, answer in ((chosen, str(pair.chosen)), (rejected, str(pair.rejected))):

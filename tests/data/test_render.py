@@ -154,7 +154,7 @@ def test_rendering_leaves_the_pair_as_it_is() -> None:
 )
 def test_what_a_template_refuses(template: str, messages: list[dict], detail: str) -> None:
     reason, found = refusal(template, messages)
-    assert reason == "the chat template refuses it"
+    assert reason == "rejected by the chat template"
     assert detail in found
     assert "\n" not in found
 

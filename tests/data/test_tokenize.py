@@ -165,7 +165,7 @@ def test_a_conversation_without_a_template_stops_it_with_its_place(tmp_path: Pat
 
 def test_a_row_that_is_no_record_is_left_out() -> None:
     found = tokenize.encode_row(encoder(), Row(4, "f:5", [1]))
-    assert found == Quarantined("f:5", "not a record", "a JSON list, not an object")
+    assert found == Quarantined("f:5", "not a JSON object", "a JSON list, not an object")
 
 
 def test_a_tokenizer_in_python_gains_nothing_from_threads(monkeypatch: pytest.MonkeyPatch) -> None:

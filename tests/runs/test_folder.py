@@ -121,7 +121,7 @@ def test_what_was_left_out_is_a_line_each_with_its_place(tmp_path: Path) -> None
     lines = json_lines(tmp_path / "run" / "quarantined.jsonl")
     assert lines == [json.loads(json.dumps(q._asdict())) for q in found]
     assert [line["source"] for line in lines] == [f"{data}:1", f"{data}:3"]
-    assert [line["reason"] for line in lines] == ["missing answer", "identical answers"]
+    assert [line["reason"] for line in lines] == ["missing response", "identical responses"]
 
 
 def test_half_an_emoji_can_be_on_record(tmp_path: Path) -> None:

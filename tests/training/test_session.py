@@ -137,7 +137,7 @@ def test_bad_records_are_found_before_the_model_is_read(
     monkeypatch.setattr(session_module, "load_model", lambda *a, **k: pytest.fail("was loaded"))
     data = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "x"}, *some_pairs(3)])
     for setting in ("data.train", "data.valid"):
-        with pytest.raises(SimPOError, match="1 of 4 records are unusable"):
+        with pytest.raises(SimPOError, match="1 of 4 records are quarantined"):
             made(f"{setting}={data}")
 
 
@@ -152,7 +152,7 @@ def test_a_second_start_reads_the_tokens_of_the_first(
     train_rows, valid_rows = rows(second)
     assert sorted(train_rows + valid_rows) == list(range(12))
     notes = second.display.console.file.getvalue()
-    assert f"tokens are those kept in {tmp_path / 'cache' / 'tokens'}" in notes
+    assert f"tokens are loaded from the cache in {tmp_path / 'cache' / 'tokens'}" in notes
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     (folder / "tokens.bin").write_bytes(b"")
     monkeypatch.undo()
