@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from hashlib import sha256
 from importlib import metadata
@@ -52,11 +52,11 @@ NUMBERS = (
 
 
 class Stored(NamedTuple):
-    """What training needs of a tokenized source."""
+    """A tokenized source as training uses it."""
 
     pairs: Sequence[Any]
-    num_tokens: int  # the sum of a column, so that a column is read
-    prompts: Iterator[bytes]
+    num_tokens: int  # the sum of columns, so that columns are read
+    prompts: Iterable[bytes]
     quarantined: int
     from_cache: bool
 
@@ -79,13 +79,13 @@ def write_data(source: Path, path: Path, count: int) -> None:
 
 def load_own(encoder: Any, source: Any, folder: Path) -> Stored:
     """This package's cache, in ``folder``."""
-    from mlx_simpo.data.cache import tokenized
+    from mlx_simpo.data.cache import load_or_tokenize
 
     os.environ["MLX_SIMPO_CACHE"] = str(folder)
-    result = tokenized(encoder, source, lambda total: nullcontext(lambda rows: None))
+    result = load_or_tokenize(encoder, source, lambda total: nullcontext(lambda rows: None))
     pairs = result.pairs
-    num_tokens = sum(int(pairs.numbers(name).sum()) for name in ("chosen", "rejected"))
-    is_from_cache = not any(folder.rglob("unfinished-*")) and "those" in result.note
+    num_tokens = sum(int(pairs.column(name).sum()) for name in ("chosen", "rejected"))
+    is_from_cache = "loaded from the cache" in result.note
     return Stored(pairs, num_tokens, pairs.prompts(), len(result.quarantined), is_from_cache)
 
 
@@ -129,11 +129,11 @@ def build_arrow(encoder: Any, source: Any, folder: Path, key: str) -> Any:
     """Encoded by threads in this process, written by `datasets` as they come."""
     from datasets import Dataset
 
-    from mlx_simpo.data.tokenize import encoded_chunks, usable_workers
+    from mlx_simpo.data.tokenize import count_workers, encode_chunks
 
     def rows() -> Iterator[dict[str, Any]]:
-        workers = usable_workers(encoder.tokenizer)
-        for chunk in encoded_chunks(encoder, source.rows(), workers):
+        workers = count_workers(encoder.tokenizer)
+        for chunk in encode_chunks(encoder, source.rows(), workers):
             yield from map(to_row, chunk)
 
     return Dataset.from_generator(rows, features(), cache_dir=str(folder), fingerprint=key)
@@ -152,8 +152,9 @@ def build_arrow_map(encoder: Any, source: Any, folder: Path, key: str) -> Any:
     )
 
     def rows() -> Iterator[dict[str, Any]]:
-        for number, place, value, _ in source.rows():
-            yield dict(zip(names, (number, place, json.dumps(value)), strict=True))
+        for row in source.rows():
+            values = (row.number, row.source, json.dumps(row.value))
+            yield dict(zip(names, values, strict=True))
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         columns = zip(*(batch[name] for name in names), strict=True)
@@ -229,7 +230,7 @@ def load_arrow(build: Callable[..., Any], encoder: Any, source: Any, folder: Pat
 
 
 def measure(kind: str, model: str, data: str, folder: Path) -> dict[str, Any]:
-    """One start of a run, in this process."""
+    """Measure one start of a run, in this process."""
     from mlx_simpo import DataConfig
     from mlx_simpo.data.encode import Encoder
     from mlx_simpo.data.pairs import held_out
@@ -347,5 +348,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "--measure":
         print(json.dumps(measure(*sys.argv[2:5], Path(sys.argv[5]))))
     else:
-        numbers = [int(argument) for argument in sys.argv[3:5]]
-        main(sys.argv[1], sys.argv[2], *numbers, *(60_000, 3)[len(numbers) :])
+        pairs, turns = [int(argument) for argument in sys.argv[3:5]] + [60_000, 3][
+            len(sys.argv) - 3 :
+        ]
+        main(sys.argv[1], sys.argv[2], pairs, turns)

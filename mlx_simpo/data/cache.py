@@ -48,7 +48,7 @@ class DamagedCacheError(Exception):
     """A folder of the cache is not as it was written: what is wrong with it."""
 
 
-def cache_folder() -> Path:
+def token_cache_folder() -> Path:
     """Return the folder of the token cache: $MLX_SIMPO_CACHE/tokens, or in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_simpo"
     return Path(os.environ.get("MLX_SIMPO_CACHE") or default) / "tokens"
@@ -61,7 +61,7 @@ def load_or_tokenize(encoder: Encoder, source: Source, progress: Progress) -> To
         SimPOError: the source cannot be read or encoded, or changes meanwhile; or the cache cannot
             be written.
     """
-    root, key, note = cache_folder(), None, ""
+    root, key, note = token_cache_folder(), None, ""
     sizes_and_times, warnings = _sizes_and_times(source), []
     try:
         key = token_key(encoder, source)

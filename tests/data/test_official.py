@@ -50,23 +50,23 @@ def restated(
         if len(full) != len(plain + full[len(plain) :]):
             return None
         start = len(plain) - (plain != full[: len(plain)])
-        rows.append({"prompt": full[:start], "answer": full[start:]})
+        rows.append({"prompt": full[:start], "response": full[start:]})
     one, two = (row["prompt"] for row in rows)
     if sum(a != b for a, b in zip(one, two, strict=False)) > 1 or abs(len(one) - len(two)) > 1:
         return None
     for row in rows:
         if not row["prompt"] or row["prompt"][0] != tokenizer.bos_token_id:
             row["prompt"].insert(0, tokenizer.bos_token_id)
-        if not row["answer"] or row["answer"][-1] != tokenizer.eos_token_id:
-            row["answer"].append(tokenizer.eos_token_id)
-    longer = max(len(row["answer"]) for row in rows)
+        if not row["response"] or row["response"][-1] != tokenizer.eos_token_id:
+            row["response"].append(tokenizer.eos_token_id)
+    longer = max(len(row["response"]) for row in rows)
     for row in rows:
         if len(row["prompt"]) + longer > max_length:
             row["prompt"] = row["prompt"][-max_prompt_length:]
     for row in rows:
         if len(row["prompt"]) + longer > max_length:
-            row["answer"] = row["answer"][: max_length - max_prompt_length]
-    return [(row["prompt"], row["answer"]) for row in rows]
+            row["response"] = row["response"][: max_length - max_prompt_length]
+    return [(row["prompt"], row["response"]) for row in rows]
 
 
 def as_rows(pair: EncodedPair) -> list[tuple[list[int], list[int]]]:
@@ -120,7 +120,7 @@ def test_the_prompt_of_full_conversations_is_all_but_the_last_turn() -> None:
     prompt = f"<s>{EMPTY_SYSTEM}{ASKED}<|im_start|>assistant\nNo<|im_end|>\n{ASKED}"
     encoded = make_encoder().encode(pair)
     assert halves(encoded.chosen) == (prompt, RESPONDED.format("Because.") + "<|im_end|>")
-    # The middle turns of the rejected conversation are lost: its prompt has those of the chosen one.
+    # The rejected conversation loses its middle turns: its prompt has those of the chosen one.
     assert halves(encoded.rejected) == (prompt, RESPONDED.format("No") + "<|im_end|>")
 
 
