@@ -5,8 +5,8 @@
 MODEL is a model's folder, of which the tokenizer is used. PAIRS (60 000) and a tenth of them are
 tokenized, each in a process of its own: with one thread, with one per core, and from the cache.
 Each process does what a run does: `load_or_tokenize`, then the validation split, then reading the
-tokens of 2000 pairs in random order. Writes benchmarks/results/tokenizing.json. Linux only: there the peak
-of memory can be reset.
+tokens of 2000 pairs in random order. Writes benchmarks/results/tokenizing.json. Linux only, where
+the peak of memory can be reset.
 """
 
 import json
