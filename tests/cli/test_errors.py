@@ -43,7 +43,7 @@ def refused(
         (["data.train=/no/such.jsonl"], "no such file, folder or dataset: '/no/such.jsonl'"),
         (["data.train=null"], "data.train is missing"),
         (["data.train_split=test"], "the split is 'test'"),
-        (["data.subset=x"], "only Hub data has subsets"),
+        (["data.subset=x"], "only Hub datasets have subsets"),
         (["data.valid=/no/such.jsonl"], "no such file, folder or dataset"),
         (["data.chat_template=/no/such.jinja"], "data.chat_template is '/no/such.jinja'"),
         (["data.compat=official"], "this tokenizer has no BOS token"),
@@ -287,7 +287,7 @@ def test_an_output_that_is_a_file_or_under_one(
         (["data", "inspect", "/no.jsonl", "--model", "MODEL"], "no such file"),
         (["data", "inspect", "PAIRS", "--model", "MODEL", "--pair", "12"], "it must be 0 to 11"),
         (["data", "inspect", "PAIRS", "--model", "MODEL", "--pair", "-1"], "it must be 0 to 11"),
-        (["data", "inspect", "PAIRS", "--model", "MODEL", "--split", "x"], "a split ('x')"),
+        (["data", "inspect", "PAIRS", "--model", "MODEL", "--split", "x"], "the split is 'x'"),
     ],
 )
 def test_bad_input_of_the_other_commands(

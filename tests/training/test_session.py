@@ -158,7 +158,7 @@ def test_a_second_start_reads_the_tokens_of_the_first(
     monkeypatch.undo()
     monkeypatch.setenv("MLX_SIMPO_CACHE", str(tmp_path / "cache"))
     third = made()
-    assert "warning: the tokens kept in" in third.display.console.file.getvalue()
+    assert "warning: the cached tokens in" in third.display.console.file.getvalue()
     assert rows(third) == rows(first)
 
 
