@@ -26,7 +26,7 @@ def counts_table(summary: dict[str, Any]) -> Table:
     table.add_row(str(summary["tokens_cut"]), "tokens cut in all")
     table.add_row(
         str(summary["boundary_merges"]),
-        "pairs in which a token spans the boundary between prompt and response",
+        "pairs in which a token spans prompt and response",
     )
     table.add_row(f"{summary['scored_tokens']:,}", f"scored tokens of {summary['tokens']:,}")
     return table
