@@ -13,10 +13,10 @@ import pytest
 from helpers.commands import (
     arrays,
     assert_same_arrays,
+    captured_display,
     changed_copy,
     json_lines,
     small_run,
-    captured_display,
 )
 from helpers.tiny import (
     CHATML,
@@ -126,7 +126,7 @@ def test_the_summary_is_the_result(finished: Finished) -> None:
 def test_quarantined_records_are_written(finished: Finished) -> None:
     (record,) = json_lines(finished.folder / "quarantined.jsonl")
     assert record["source"] == f"{finished.config.data.train}:6"
-    assert record["reason"] == "missing answer"
+    assert record["reason"] == "missing response"
     assert "1 records quarantined" in finished.text
 
 
@@ -486,9 +486,13 @@ def test_inspect_accepts_any_number_of_invalid_records(model_folder: Path, tmp_p
     config = SimPOConfig(model=str(model_folder), data=DataConfig(max_quarantined=0.0))
     result = inspect(config, str(data), display=captured_display()[0])
     assert [pair.index for pair in result.pairs] == [1, 2]
-    assert (result.summary["records"], result.summary["pairs"]) == (6, 2)
-    assert result.summary["left_out"] == {"missing answer": 2, "no prompt": 1, "not a record": 1}
-    assert [q["source"].rpartition(":")[2] for q in result.summary["left_out_records"]] == list(
+    assert (result.summary["records"], found.summary["pairs"]) == (6, 2)
+    assert result.summary["quarantined"] == {
+        "missing response": 2,
+        "missing prompt": 1,
+        "not a JSON object": 1,
+    }
+    assert [q["source"].rpartition(":")[2] for q in result.summary["quarantined_records"]] == list(
         "1456"
     )
     json.dumps(result.summary, allow_nan=False)
@@ -496,7 +500,7 @@ def test_inspect_accepts_any_number_of_invalid_records(model_folder: Path, tmp_p
 
 def test_inspect_needs_one_valid_pair(model_folder: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x"}] * 3)
-    with pytest.raises(SimPOError, match="3 of 3 records are unusable, all of them"):
+    with pytest.raises(SimPOError, match="3 of 3 records are quarantined, all of them"):
         inspect(SimPOConfig(model=str(model_folder)), str(data))
 
 

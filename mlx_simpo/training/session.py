@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from ..config.simpo_config import SimPOConfig
-from ..data.cache import tokenized
+from ..data.cache import load_or_tokenize
 from ..data.encode import EncodedPair, Encoder
 from ..data.pairs import Quarantined, check_share, held_out
 from ..data.sources import Source, open_source
@@ -213,7 +213,7 @@ def encode(encoder: Encoder, source: Source, name: str, display: Display) -> Enc
     Raises:
         SimPOError: it cannot be read, or too many of its records are quarantined.
     """
-    result = tokenized(encoder, source, partial(display.progress, "Tokenizing"))
+    result = load_or_tokenize(encoder, source, partial(display.progress, "Tokenizing"))
     for warning in result.warnings:
         display.warn(warning)
     quarantined = result.quarantined
@@ -222,7 +222,7 @@ def encode(encoder: Encoder, source: Source, name: str, display: Display) -> Enc
     if quarantined:
         first = quarantined[0]
         display.warn(
-            f"{name}: {len(quarantined)} records quarantined, e.g. {first.reason}: {first.place}"
+            f"{name}: {len(quarantined)} records quarantined, e.g. {first.reason}: {first.location}"
         )
     display.note(advice.truncation(result.pairs, encoder.config))
     return EncodedDataset(result.pairs, quarantined)

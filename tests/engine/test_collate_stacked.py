@@ -1,6 +1,4 @@
-"""Every pair once an epoch, in a seeded order, in rows whose padding is never scored."""
-
-from collections import Counter
+"""Pairs as stacked rows: all chosen, then all rejected, with padding that is never scored."""
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo.data.encode import EncodedPair, TokenizedSequence
-from mlx_simpo.data.order import epoch_steps, steps_per_epoch
 from mlx_simpo.engine.collate_stacked import collate_stacked
 from mlx_simpo.engine.plan import PAD_MULTIPLE, plan_stacked
 from mlx_simpo.engine.reference import average_logps
@@ -30,18 +27,12 @@ def pairs(count: int) -> list[EncodedPair]:
     return [pair(1 + i % 5, 1 + (7 * i) % 23, 1 + (5 * i) % 19, i) for i in range(count)]
 
 
-def epoch(count: int, step_pairs: int, seed: int = 1, number: int = 0) -> list[list[int]]:
-    """The indices of an epoch's pairs, step by step."""
-    return [step.tolist() for step in epoch_steps(count, step_pairs, seed, number)]
-
-
 def flat(steps: list) -> list[int]:
     return [index for step in steps for index in step]
 
 
 SIZE = st.integers(1, 40)
 PAIRS = st.lists(st.builds(pair, SIZE, SIZE, SIZE), min_size=1, max_size=6)
-EPOCH = (st.integers(0, 50), st.integers(1, 30))
 
 
 @given(PAIRS)
@@ -90,50 +81,6 @@ def test_padding_is_never_scored() -> None:
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-@given(*EPOCH, st.integers(0, 5))
-@settings(deadline=None, max_examples=80)
-def test_every_pair_once_an_epoch(count: int, size: int, number: int) -> None:
-    assert Counter(flat(epoch(count, size, number=number))) == Counter(range(count))
-
-
-@given(*EPOCH)
-@settings(deadline=None, max_examples=80)
-def test_sizes_of_steps(count: int, size: int) -> None:
-    """All are full but the last: no pair is dropped and none repeated to fill a step."""
-    steps = epoch(count, size)
-    assert len(steps) == steps_per_epoch(count, size)
-    assert [len(step) for step in steps] == [size] * (count // size) + [count % size] * (
-        count % size > 0
-    )
-
-
-@given(*EPOCH, st.integers(0, 2**32))
-@settings(deadline=None, max_examples=40)
-def test_the_same_seed_and_epoch_give_the_same_order(count: int, size: int, seed: int) -> None:
-    assert epoch(count, size, seed) == epoch(count, size, seed)
-
-
-def test_seeds_and_epochs_have_orders_of_their_own() -> None:
-    # (1, 0) and (0, 1) too: the order does not come from the sum of seed and epoch.
-    orders = {tuple(flat(epoch(40, 1, seed, n))) for seed in range(4) for n in range(4)}
-    assert len(orders) == 16
-    assert tuple(range(40)) not in orders
-
-
-def test_the_order_does_not_depend_on_numpys_global_state() -> None:
-    np.random.seed(0)
-    first = epoch(30, 4)
-    np.random.seed(1)
-    assert epoch(30, 4) == first
-
-
-def test_every_place_of_the_epoch_is_drawn_alike() -> None:
-    first = Counter(i for seed in range(400) for i in epoch(10, 2, seed)[0])
-    assert sum(first.values()) == 800
-    # 80 expected of each, standard deviation 8.
-    assert all(48 <= first[i] <= 112 for i in range(10))
-
-
 @given(PAIRS, st.integers(1, 4), st.integers(1, 400))
 @settings(deadline=None, max_examples=80)
 def test_pairs_of_like_length_share_a_micro_batch(
@@ -152,7 +99,5 @@ def test_pairs_of_like_length_share_a_micro_batch(
         assert positions <= max_tokens or len(batch) == 1
 
 
-def test_no_pairs_no_steps() -> None:
-    assert epoch(0, 4) == []
-    assert steps_per_epoch(0, 4) == 0
+def test_no_pairs_no_micro_batches() -> None:
     assert plan_stacked([], 4) == []

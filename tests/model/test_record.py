@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.commands import arrays, assert_same_arrays, small_run, captured_display
+from helpers.commands import arrays, assert_same_arrays, captured_display, small_run
 from helpers.tiny import CHATML, INST, some_pairs, tiny_folder, write_jsonl
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load as mlx_lm_load

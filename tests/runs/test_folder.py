@@ -122,7 +122,7 @@ def test_quarantined_records_are_written_with_their_sources_and_reasons(tmp_path
     lines = json_lines(tmp_path / "run" / "quarantined.jsonl")
     assert lines == [json.loads(json.dumps(q._asdict())) for q in quarantined]
     assert [line["source"] for line in lines] == [f"{data}:1", f"{data}:3"]
-    assert [line["reason"] for line in lines] == ["missing answer", "identical answers"]
+    assert [line["reason"] for line in lines] == ["missing response", "identical responses"]
 
 
 def test_half_an_emoji_can_be_written(tmp_path: Path) -> None:

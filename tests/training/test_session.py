@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from helpers.commands import arrays, assert_same_arrays, small_run, captured_display
+from helpers.commands import arrays, assert_same_arrays, captured_display, small_run
 from helpers.tiny import CHATML, some_pairs, split_pairs, tiny_folder, tiny_tokenizer, write_jsonl
 from mlx.utils import tree_flatten
 from rich.console import Console
@@ -150,7 +150,7 @@ def test_bad_records_are_an_error_before_the_model_is_read(
     monkeypatch.setattr(session_module, "load_model", lambda *a, **k: pytest.fail("was loaded"))
     data = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "x"}, *some_pairs(3)])
     for setting in ("data.train", "data.valid"):
-        with pytest.raises(SimPOError, match="1 of 4 records are unusable"):
+        with pytest.raises(SimPOError, match="1 of 4 records are quarantined"):
             new_session(f"{setting}={data}")
 
 
@@ -165,13 +165,13 @@ def test_a_second_start_reads_the_tokens_of_the_first(
     train_indices, valid_indices = indices(second)
     assert sorted(train_indices + valid_indices) == list(range(12))
     notes = second.display.console.file.getvalue()
-    assert f"tokens are those kept in {tmp_path / 'cache' / 'tokens'}" in notes
+    assert f"tokens are loaded from the cache in {tmp_path / 'cache' / 'tokens'}" in notes
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     (folder / "tokens.bin").write_bytes(b"")
     monkeypatch.undo()
     monkeypatch.setenv("MLX_SIMPO_CACHE", str(tmp_path / "cache"))
     third = new_session()
-    assert "warning: the tokens kept in" in third.display.console.file.getvalue()
+    assert "warning: the cached tokens in" in third.display.console.file.getvalue()
     assert indices(third) == indices(first)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers.commands import arrays, assert_same_arrays, command, complaint, captured_display
+from helpers.commands import arrays, assert_same_arrays, captured_display, command, complaint
 from helpers.made import MIXTRAL, mlx_adapter, mlx_model
 
 from mlx_simpo import SimPOError, from_peft, to_peft
