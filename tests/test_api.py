@@ -486,7 +486,7 @@ def test_inspect_accepts_any_number_of_invalid_records(model_folder: Path, tmp_p
     config = SimPOConfig(model=str(model_folder), data=DataConfig(max_quarantined=0.0))
     result = inspect(config, str(data), display=captured_display()[0])
     assert [pair.index for pair in result.pairs] == [1, 2]
-    assert (result.summary["records"], found.summary["pairs"]) == (6, 2)
+    assert (result.summary["records"], result.summary["pairs"]) == (6, 2)
     assert result.summary["quarantined"] == {
         "missing response": 2,
         "missing prompt": 1,
