@@ -1,7 +1,6 @@
 """What `mlx-simpo doctor` finds: the machine, which implementation runs and why, whether it is
 right and how fast it is."""
 
-import os
 import platform
 import statistics
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .device import is_gpu, total_memory_bytes
 from .errors import SimPOError
 from .kernels.built_in import IGNORED
 from .kernels.choice import Implementation, choose
@@ -42,10 +42,9 @@ def examine() -> dict[str, Any]:
 def machine() -> dict[str, str]:
     """Chip, memory, system and versions, in words."""
     device = mx.device_info()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = {
         "chip": str(device.get("device_name", platform.processor() or "unknown")),
-        "memory": f"{memory / 2**30:.0f} GiB",
+        "memory": f"{total_memory_bytes() / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
         "processor": platform.machine(),
         "MLX's device": str(mx.default_device()),
@@ -136,8 +135,7 @@ def largest(values: np.ndarray) -> float:
 def timings(implementation: Implementation) -> list[dict[str, Any]]:
     """Value and gradient of one chunk of logits, three ways, with the bytes that each must move at
     least (once read for the value, once for the gradient, once written) by its seconds."""
-    on_gpu = mx.default_device().type == mx.gpu
-    dtype, shape = (mx.bfloat16, (512, 128_256)) if on_gpu else (mx.float32, (128, 49_152))
+    dtype, shape = (mx.bfloat16, (512, 128_256)) if is_gpu() else (mx.float32, (128, 49_152))
     products = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
     targets = mx.arange(shape[0], dtype=mx.int32)
     mx.eval(products, targets)

@@ -6,6 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..device import is_gpu
+
 # MLX indexes with 32 bits, and a long launch can be killed by a GPU's watchdog.
 MOST_ELEMENTS, MOST_ROWS = 2**31 - 1, 1024
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -43,7 +45,7 @@ _CUDA = {
 
 def backend() -> str | None:
     """Where the kernel can run now, "Metal" or "CUDA"; None if MLX's device is the CPU."""
-    if mx.default_device().type != mx.gpu:
+    if not is_gpu():
         return None
     return "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else None
 

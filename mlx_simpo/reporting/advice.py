@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import RotatingKVCache
 
 from ..config.simpo_config import DataConfig, ObjectiveConfig
 from ..data.encode import EncodedPair
 from ..data.tokens import column
+from ..device import is_gpu
 from ..evaluation import Evaluation
 
 
@@ -45,7 +45,7 @@ def truncation(pairs: Sequence[EncodedPair], data: DataConfig) -> str | None:
 
 def slow_on_cpu(dtype: str, quantized: bool) -> str | None:
     """On a CPU only float32 products are fast."""
-    if mx.default_device() != mx.Device(mx.cpu):
+    if is_gpu():
         return None
     if quantized:
         return (
@@ -83,7 +83,7 @@ def slow_blas() -> str | None:
     """MLX's own BLAS for Linux is a reference implementation."""
     from .. import blas  # here, so that `python -m mlx_simpo.blas` can run it as a program
 
-    reason = blas.missing() if mx.default_device() == mx.Device(mx.cpu) else None
+    reason = None if is_gpu() else blas.missing()
     return None if reason is None else f"no OpenBLAS, this will be slow: {reason}"
 
 
