@@ -69,6 +69,8 @@ PHRASES = {
 ALLOWED: dict[str, set[str]] = {
     "": set(),
     "tests/house_rules.py": {*WORDS, *PHRASES},
+    # The text that the tests' tokenizer is trained on; other words would be other tokens.
+    "tests/helpers/tiny.py": {r"\banswers?\b"},
 }
 
 

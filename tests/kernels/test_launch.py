@@ -216,7 +216,7 @@ def test_a_step_through_the_kernel_equals_the_reference(
     model = tiny_model(model_type[0], **model_type[1])
     attach_lora(model, LoRAConfig(rank=4), seed=0)
     pairs = [pair(12, 5, 7), pair(9, 3, 8)]
-    kernel = shared_prefix_engine(choice.choose("kernel"))
+    kernel = shared_prefix_engine(model, choice.choose("kernel"))
     expected = run(model, REFERENCE, pairs)
     for checkpointing in (nullcontext, gradient_checkpointing):
         with checkpointing(model):
@@ -231,8 +231,8 @@ def test_micro_batches_and_chunks_through_the_kernel(
     attach_lora(model, LoRAConfig(rank=4), seed=0)
     pairs = [pair(12, 5, 90), pair(9, 70, 8), pair(4, 1, 1)]
     gradients = []
-    for engine, size in ((REFERENCE, 3), (shared_prefix_engine(choice.choose("kernel")), 1)):
-        monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 1)
+    for engine, size in ((REFERENCE, 3), (shared_prefix_engine(model, choice.choose("kernel")), 1)):
+        monkeypatch.setattr(logps, "MAX_CHUNK_LOGITS", 1)
         step = make_step(pairs, engine, TrainConfig(batch_size=size))
         function = GradientFunction(model, asdict(ObjectiveConfig()), engine, compiled=False)
         _, gradient = step_gradients(function, step)
