@@ -1,7 +1,6 @@
 """What `mlx-simpo doctor` reports: the machine, which implementation of the log-probabilities runs
 on it and why, whether its results are right, and how fast it is."""
 
-import os
 import platform
 import statistics
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .device import is_gpu, total_memory_bytes
 from .errors import SimPOError
 from .kernels.built_in import IGNORE_INDEX
 from .kernels.choice import Implementation, choose_implementation
@@ -52,10 +52,10 @@ def examine() -> dict[str, Any]:
 def machine() -> dict[str, str]:
     """Return chip, memory, system and versions, in words."""
     device = mx.device_info()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
     description = {
         "chip": str(device.get("device_name", platform.processor() or "unknown")),
-        "memory": f"{memory / 2**30:.0f} GiB",
+        "memory": f"{total_memory_bytes() / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
         "processor": platform.machine(),
         "MLX's device": str(mx.default_device()),
@@ -160,8 +160,8 @@ def timings(implementation: Implementation) -> list[dict[str, Any]]:
     "gb_per_second" divides the bytes that each method must move at least by its time: the logits
     are read for the value and again for the gradient, and the gradient is written.
     """
-    on_gpu = mx.default_device().type == mx.gpu
-    dtype, shape = TIMED_ON_GPU if on_gpu else TIMED_ON_CPU
+
+    dtype, shape = TIMED_ON_GPU if is_gpu() else TIMED_ON_CPU
     raw_logits = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
     targets = mx.arange(shape[0], dtype=mx.int32)
     mx.eval(raw_logits, targets)

@@ -40,21 +40,21 @@ def prepare(spec: Spec) -> Step:
             batch_size=len(pairs),
             max_tokens_per_step=spec.get("max_tokens_per_step"),
         )
-        made = collate_step(pairs, engine, options)
-        parts, gradients = step_gradients(gradients_of, made)
+        batches = collate_step(pairs, engine, options)
+        parts, gradients = step_gradients(gradients_of, batches)
         optimizer.update(model, gradients)
         mx.eval(parts, model.trainable_parameters(), optimizer.state)
         loss = np.concatenate([np.array(part["loss"]) for part in parts]).mean()
-        found = {
+        result = {
             "loss": float(loss),
-            "positions": made.positions,
-            "logit_rows": sum(batch.rows for batch in made.micro_batches),
-            "micro_batches": len(made.micro_batches),
+            "positions": batches.positions,
+            "logit_rows": sum(batch.head_positions for batch in batches.micro_batches),
+            "micro_batches": len(batches.micro_batches),
             "traces": gradients_of.traces,
         }
         if "gradient" in spec:  # for a comparison of two engines, outside of any timing
             np.savez(spec["gradient"], **{k: np.array(g) for k, g in tree_flatten(gradients)})
-        return found
+        return result
 
     return step
 

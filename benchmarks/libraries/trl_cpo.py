@@ -5,8 +5,8 @@ the chosen and rejected rows together, logits of every position, its loss, the m
 every step, backward) and the AdamW that the trainer creates. LoRA by PEFT, attention by torch's
 scaled_dot_product_attention. Not timed: the data loader, callbacks, the schedule, clipping.
 
-No stand-ins; the trainer's constructor is given one short text pair, because it insists on a dataset
-to tokenize itself. TRL pads to the longest sequence of the batch, so `pad_to` is unused.
+No stand-ins; the trainer's constructor is given one short text pair, because it insists on a
+dataset to tokenize itself. TRL pads to the longest sequence of the batch, so `pad_to` is unused.
 
 Runs in a process of its own, without OpenBLAS in LD_PRELOAD: that would take the place of the MKL
 inside torch and make it about ten times slower.

@@ -6,6 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..device import is_gpu
+
 # MLX indexes arrays with 32 bits, and a GPU's watchdog may kill a long launch.
 MOST_ELEMENTS, MOST_ROWS = 2**31 - 1, 1024
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -44,7 +46,7 @@ _CUDA = {
 
 def backend() -> str | None:
     """Return where the kernel can run now, "Metal" or "CUDA"; None if MLX runs on the CPU."""
-    if mx.default_device().type != mx.gpu:
+    if not is_gpu():
         return None
     return "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else None
 

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import RotatingKVCache
 from ..config.simpo_config import DataConfig, ObjectiveConfig
 from ..data.encode import EncodedPair
 from ..data.tokens import column
+from ..device import is_gpu
 from ..evaluation import Evaluation
 from ..model.loading import LoadedModel
 from ..model.record import mismatches
@@ -47,7 +48,7 @@ def truncation(pairs: Sequence[EncodedPair], data: DataConfig) -> str | None:
 
 def slow_on_cpu(dtype: str, quantized: bool) -> str | None:
     """Warn about models that MLX computes slowly on a CPU, where only float32 products are fast."""
-    if mx.default_device() != mx.Device(mx.cpu):
+    if is_gpu():
         return None
     if quantized:
         return (
@@ -85,7 +86,7 @@ def slow_blas() -> str | None:
     """Warn if MLX runs on a CPU without OpenBLAS: its own BLAS for Linux is a reference one."""
     from .. import blas  # here, so that `python -m mlx_simpo.blas` can run it as a program
 
-    reason = blas.missing() if mx.default_device() == mx.Device(mx.cpu) else None
+    reason = None if is_gpu() else blas.missing()
     return None if reason is None else f"MLX runs without OpenBLAS, which is slow: {reason}"
 
 

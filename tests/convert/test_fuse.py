@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_not_verified_and_said(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_folder(tmp_path / "base")
-    monkeypatch.setattr(verify.os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(verify, "total_memory_bytes", lambda: 1)
     display, text = captured_display()
     done = fuse(tmp_path / "out", model=str(base), format=format, display=display)
     assert done.comparisons == []

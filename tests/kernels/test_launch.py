@@ -283,7 +283,7 @@ def test_a_step_through_the_kernel_equals_the_reference(
     model = tiny_model(model_type[0], **model_type[1])
     attach_lora(model, LoRAConfig(rank=4), seed=0)
     pairs = [pair(12, 5, 7), pair(9, 3, 8)]
-    kernel = shared_prefix_engine(choice.choose_implementation("kernel"))
+    kernel = shared_prefix_engine(model, choice.choose_implementation("kernel"))
     expected = run(model, REFERENCE, pairs)
     for checkpointing in (nullcontext, gradient_checkpointing):
         with checkpointing(model):
@@ -300,9 +300,9 @@ def test_micro_batches_and_chunks_through_the_kernel(
     gradients = []
     for engine, size in (
         (REFERENCE, 3),
-        (shared_prefix_engine(choice.choose_implementation("kernel")), 1),
+        (shared_prefix_engine(model, choice.choose_implementation("kernel")), 1),
     ):
-        monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(logps, "MAX_CHUNK_LOGITS", 1)
         step = collate_step(pairs, engine, TrainConfig(batch_size=size))
         function = GradientFunction(model, asdict(ObjectiveConfig()), engine, compiled=False)
         _, gradient = step_gradients(function, step)

@@ -1,6 +1,5 @@
 """Both sides of a conversion on the same text: their logits, compared."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import get_total_parameters
 
+from ...device import total_memory_bytes
 from ...errors import SimPOError
 from ...model.loading import LoadedModel
 from ..names import EMBEDDING
@@ -150,7 +150,7 @@ def wanted(verify: bool | None, model: nn.Module, note: Callable[[str], None]) -
         return verify
     needed = 4 * get_total_parameters(model)
     # Twice: the products of a layer and its weights in float32 beside those of the file.
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = total_memory_bytes()
     if 2 * needed <= memory:
         return True
     note(

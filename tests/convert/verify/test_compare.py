@@ -113,7 +113,7 @@ def test_the_text_is_long_enough_to_be_one() -> None:
 def test_whether_to_verify(
     asked: bool | None, memory: int, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify.os, "sysconf", lambda name: 1 if "SIZE" in name else memory)
+    monkeypatch.setattr(verify, "total_memory_bytes", lambda: memory)
     display, text = captured_display()
     assert verify.wanted(asked, tiny_model(), display.note) == expected
     assert ("not verified" in text.getvalue()) == (asked is None and not expected)
