@@ -3,6 +3,9 @@
 # make check   formatting, lint, types
 # make parity  compare with transformers, PEFT, TRL and Liger (installs torch)
 # make bench   time a step of ours and of six other libraries (installs them)
+# make doctor  show the machine, and whether the kernel is right on it
+# make wheel   build and check the wheel and the source distribution
+# make wheel-test   train from the wheel alone, in a bare environment
 # make model   fetch SmolLM2-135M-Instruct and print its folder
 # make clean   remove the environments
 #
@@ -16,10 +19,12 @@ PARITY_VENV := .venv-parity
 BENCH_VENV := .venv-bench
 BIN := $(VENV)/bin
 PIP_FLAGS := --disable-pip-version-check
+# Of the comparisons: TORCH=torch==2.13.0+cpu takes PyTorch's CPU index, where pip is told of it.
+TORCH ?= torch==2.13.0
 # The environment in which MLX finds a fast BLAS on a Linux CPU; it says on stderr what it does.
 fast = env $$($(1)/python -m mlx_simpo.blas)
 
-.PHONY: help demo test check parity golden bench model clean
+.PHONY: help demo test check parity golden bench doctor wheel wheel-test model clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -49,6 +54,18 @@ BENCH ?= --shapes natural --batches 2
 bench: $(BENCH_VENV)/.installed
 	@$(call fast,$(BENCH_VENV)/bin) $(BENCH_VENV)/bin/python benchmarks/step.py \
 		--model "$$($(BENCH_VENV)/bin/python examples/smollm2.py)" --data $(BENCH_PAIRS) $(BENCH)
+
+doctor: $(VENV)/.installed
+	@$(BIN)/mlx-simpo doctor
+
+wheel: $(VENV)/.created
+	@rm -rf dist
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -q build twine
+	@$(BIN)/python -m build
+	@$(BIN)/twine check --strict dist/*
+
+wheel-test:
+	@PYTHON="$(PYTHON)" .ci/wheel-test
 
 model: $(VENV)/.installed
 	@$(BIN)/python examples/smollm2.py
@@ -82,7 +99,7 @@ $(VENV)/.dev: $(VENV)/.test
 $(PARITY_VENV)/.installed: $(VENV)/.created pyproject.toml
 	@echo "Making $(PARITY_VENV) with torch, transformers, PEFT, TRL and Liger …"
 	@$(BIN)/python -m venv $(PARITY_VENV)
-	@$(PARITY_VENV)/bin/python -m pip install $(PIP_FLAGS) -q torch==2.13.0
+	@$(PARITY_VENV)/bin/python -m pip install $(PIP_FLAGS) -q $(TORCH)
 	@$(PARITY_VENV)/bin/python -m pip install $(PIP_FLAGS) -q -e ".[test,parity]"
 	@$(PARITY_VENV)/bin/python -m pip install $(PIP_FLAGS) -q --no-deps liger-kernel==0.8.5
 	@$(call openblas,$(PARITY_VENV)/bin)
@@ -92,7 +109,7 @@ $(PARITY_VENV)/.installed: $(VENV)/.created pyproject.toml
 $(BENCH_VENV)/.installed: $(VENV)/.created pyproject.toml
 	@echo "Making $(BENCH_VENV) with torch, TRL and five MLX libraries …"
 	@$(BIN)/python -m venv $(BENCH_VENV)
-	@$(BENCH_VENV)/bin/python -m pip install $(PIP_FLAGS) -q torch==2.13.0
+	@$(BENCH_VENV)/bin/python -m pip install $(PIP_FLAGS) -q $(TORCH)
 	@$(BENCH_VENV)/bin/python -m pip install $(PIP_FLAGS) -q -e ".[test,parity]" matplotlib
 	@$(BENCH_VENV)/bin/python -m pip install $(PIP_FLAGS) -q --no-deps \
 		$$($(BENCH_VENV)/bin/python benchmarks/worker.py --requirements)

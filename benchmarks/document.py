@@ -1,8 +1,8 @@
-"""Writes tables and plots of docs/engine.md and docs/kernel.md from results/ (needs matplotlib).
+"""Writes the tables and plots of docs/benchmarks.md and docs/kernel.md from results/.
 
-    python benchmarks/document.py
+    python benchmarks/document.py      # needs matplotlib
 
-Whatever stands between <!-- NAME --> and <!-- /NAME --> is replaced.
+Whatever is between <!-- NAME --> and <!-- /NAME --> is replaced.
 """
 
 import json
@@ -17,15 +17,15 @@ mpl.rcParams["svg.hashsalt"] = "mlx_simpo"  # the same file for the same numbers
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / name for name in ("engine.md", "kernel.md")]
+PAGES = [ROOT / "docs" / name for name in ("benchmarks.md", "kernel.md")]
 IMAGES = ROOT / "docs" / "img"
 RESULTS = ROOT / "benchmarks" / "results"
 QUICKEST = ("natural", "long_prompts", "short_balanced")  # comparisons of the quickest libraries
 COLOURS = {"mlx_simpo": "#c2410c", "stacked, compiled": "#334155"}
 SHAPE_NAMES = {
     "natural": "data as they are",
-    "long_prompts": "long prompts, short answers",
-    "short_prompts": "short prompts, long answers",
+    "long_prompts": "long prompts, short responses",
+    "short_prompts": "short prompts, long responses",
     "balanced": "balanced",
     "very_long": "one pair of 2048 tokens",
 }
@@ -36,21 +36,21 @@ def load(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def step_table(found: dict[str, Any]) -> str:
-    """One shape of a step_*.json as a Markdown table."""
+def step_table(shape: dict[str, Any]) -> str:
+    """Return one shape of a step_*.json as a Markdown table."""
     lines = [
-        "| | pairs/s, of stacked | s a pair | real tokens/s | positions | head rows "
+        "| | pairs/s, of stacked | s per pair | real tokens/s | positions | head rows "
         "| peak GB | of stacked | process GB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in sorted(found["libraries"], key=lambda r: r["seconds_per_pair"]):
+    for r in sorted(shape["libraries"], key=lambda r: r["seconds_per_pair"]):
         memory = f"{r['peak_gb']:.2f} | {r['memory_ratio']:.2f}" if r["peak_gb"] else "– | –"
         lines.append(
             f"| {r['library']} | {r['speed_ratio']:.2f} | {r['seconds_per_pair']:.2f} | "
             f"{r['real_tokens_per_second']:.0f} | {r['positions']} | {r['logit_rows']} | "
             f"{memory} | {r['process_gb']:.2f} |"
         )
-    for name, error in found["errors"].items():
+    for name, error in shape["errors"].items():
         lines.append(f"\n{name} did not run: {error}")
     return "\n".join(lines)
 
@@ -62,13 +62,13 @@ def steps() -> dict[str, str]:
         if record is None:
             continue
         parts = []
-        for shape, found in record["shapes"].items():
-            pairs = sum(map(len, found["batches"]))
-            ours = next(r for r in found["libraries"] if r["library"] == "mlx_simpo")
+        for name_of_shape, shape in record["shapes"].items():
+            pairs = sum(map(len, shape["batches"]))
+            ours = next(r for r in shape["libraries"] if r["library"] == "mlx_simpo")
             parts.append(
-                f"**{SHAPE_NAMES[shape]}** ({pairs} pairs; the machine's matrix products: "
-                f"{found['matmul_gflops']:.0f} GFLOP/s, of which our step is worth "
-                f"{100 * ours['share_of_matmul_rate']:.0f} %)\n\n{step_table(found)}"
+                f"**{SHAPE_NAMES[name_of_shape]}** ({pairs} pairs; the machine's matrix products: "
+                f"{shape['matmul_gflops']:.0f} GFLOP/s, of which our step uses "
+                f"{100 * ours['share_of_matmul_rate']:.0f} %)\n\n{step_table(shape)}"
             )
         blocks[f"step_{name}"] = "\n\n".join(parts)
     return blocks
@@ -77,21 +77,21 @@ def steps() -> dict[str, str]:
 def plot_steps() -> None:
     """Speed of the quickest libraries, shape by shape."""
     records = filter(None, (load(f"step_{name}") for name in QUICKEST))
-    shapes = {name: found for record in records for name, found in record["shapes"].items()}
+    shapes = {name: shape for record in records for name, shape in record["shapes"].items()}
     figure, axes = plt.subplots(1, len(shapes), figsize=(2.7 * len(shapes), 2.2), sharey=True)
-    for axis, (shape, found) in zip(axes, shapes.items(), strict=True):
-        ratio = {r["library"]: r["speed_ratio"] for r in found["libraries"]}
+    for axis, (name_of_shape, shape) in zip(axes, shapes.items(), strict=True):
+        ratio = {r["library"]: r["speed_ratio"] for r in shape["libraries"]}
         names = sorted(ratio, key=lambda name: ("mlx_simpo" not in name, name))
         colours = ["#c2410c" if name == "mlx_simpo" else "#94a3b8" for name in names]
         axis.barh(names, [ratio[name] for name in names], color=colours)
-        for place, name in enumerate(names):
-            axis.text(ratio[name], place, f" {ratio[name]:.2f}", va="center", fontsize=8)
-        axis.set_title(SHAPE_NAMES[shape], fontsize=9)
+        for position, name in enumerate(names):
+            axis.text(ratio[name], position, f" {ratio[name]:.2f}", va="center", fontsize=8)
+        axis.set_title(SHAPE_NAMES[name_of_shape], fontsize=9)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xlim(0, max(ratio.values()) * 1.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
-    figure.supxlabel("pairs a second, of the compiled stacked step", fontsize=9)
+    figure.supxlabel("pairs per second, relative to the compiled stacked step", fontsize=9)
     figure.tight_layout()
     figure.savefig(IMAGES / "step.svg", metadata={"Date": None})
 
@@ -102,21 +102,21 @@ def memory() -> dict[str, str]:
     if record is None:
         return {}
     figure, axis = plt.subplots(figsize=(5.5, 3.6))
-    lengths = sorted({int(n) for found in record["lengths"].values() for n in found})
+    lengths = sorted({int(n) for library in record["lengths"].values() for n in library})
     lines = [
         "| tokens | " + " | ".join(record["lengths"]) + " |",
         "|---|" + "---|" * len(record["lengths"]),
     ]
-    for name, found in record["lengths"].items():
+    for name, by_length in record["lengths"].items():
         axis.plot(
-            [int(n) for n in found],
-            [r.get("peak_gb") for r in found.values()],
+            [int(n) for n in by_length],
+            [r.get("peak_gb") for r in by_length.values()],
             marker="o",
             color=COLOURS.get(name, "#94a3b8"),
             label=name,
         )
     for n in lengths:
-        cells = [found.get(str(n), {}).get("peak_gb") for found in record["lengths"].values()]
+        cells = [library.get(str(n), {}).get("peak_gb") for library in record["lengths"].values()]
         lines.append(f"| {n} | " + " | ".join(f"{c:.2f} GB" if c else "–" for c in cells) + " |")
     axis.set_xlabel("tokens of each of the two sequences")
     axis.set_ylabel("peak memory, GB")
@@ -144,11 +144,11 @@ def overhead() -> dict[str, str]:
     ]
     return {
         "overhead": "\n".join(
-            ["| batch × accumulation | s a step | outside | idle |", "|---|---|---|---|", *runs]
+            ["| batch × accumulation | s per step | outside | idle |", "|---|---|---|---|", *runs]
         ),
         "padding": "\n".join(
             [
-                "| pairs a step | padding, trunk and head | padding, trunk | prompt tokens run "
+                "| pairs per step | padding, trunk and head | padding, trunk | prompt tokens run "
                 "twice | padding, stacked | positions, stacked / ours |",
                 "|---|---|---|---|---|---|",
                 *epochs,

@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py --model FOLDER [--layers 4]
 
-One pair, half of it prompt, at 512 to 8192 tokens a sequence, each in a process of its own; for
+One pair, half of it prompt, at 512 to 8192 tokens per sequence, each in a process of its own; for
 comparison the compiled stacked step (libraries/stacked.py) and unsloth_zoo, both with
-checkpointing too, as far as they fit. Fewer blocks than the model has, because a CPU takes minutes
-for attention at 8192; what grows with the square of the length does so in every block alike.
+checkpointing too, as far as they fit. Fewer layers than the model has, because a CPU takes minutes
+for attention at 8192; what grows with the square of the length does so in every layer alike.
 """
 
 import argparse
@@ -23,7 +23,7 @@ LONGEST = {"mlx_simpo": 8192, "stacked, compiled": 4096, "unsloth_zoo": 4096}
 
 
 def shallow(model: str, layers: int, folder: Path) -> str:
-    """The model's first blocks as a model of their own."""
+    """The model's first layers as a model of their own."""
     import mlx.core as mx
 
     config = json.loads((Path(model) / "config.json").read_text())
@@ -31,12 +31,12 @@ def shallow(model: str, layers: int, folder: Path) -> str:
         if file.suffix in (".json", ".jinja", ".txt"):
             shutil.copy(file, folder)
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
-    kept = {
+    weights = {
         name: weight
         for name, weight in mx.load(str(Path(model) / "model.safetensors")).items()  # type: ignore
         if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
     }
-    mx.save_safetensors(str(folder / "model.safetensors"), kept, {"format": "pt"})
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
     return str(folder)
 
 
@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()
-    made_by = provenance(f"python benchmarks/memory.py --model … --layers {options.layers}")
-    found: dict[str, dict[int, dict]] = {}
+    origin = provenance(f"python benchmarks/memory.py --model … --layers {options.layers}")
+    results: dict[str, dict[int, dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = shallow(options.model, options.layers, Path(folder))
         for name, longest in LONGEST.items():
@@ -56,8 +56,8 @@ def main() -> None:
                     result = worker.run([pair(length)])
                     worker.close()
                     print(name, length, result, flush=True)
-                    found.setdefault(name, {})[length] = result
-    print(write_result("memory", {"provenance": made_by, "lengths": found}))
+                    results.setdefault(name, {})[length] = result
+    print(write_result("memory", {"provenance": origin, "lengths": results}))
 
 
 def pair(length: int) -> dict:

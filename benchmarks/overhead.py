@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py --model FOLDER --data train.jsonl [--steps 6]
 
-Trains through `mlx_simpo.prepare` and `Session.steps`, with a line of metrics written a step, and
+Trains through `mlx_simpo.prepare` and `Session.steps`, writes one line of metrics per step, and
 counts all time that is not spent inside mx.eval or mx.async_eval (reading pairs, making batches,
 building graphs, metrics), and the part of it in which nothing was handed over to the device. Then
 counts one epoch's positions without running it: padding, and prompt tokens that run more than once.
@@ -23,7 +23,12 @@ from mlx_simpo import load_config, prepare
 from mlx_simpo.data.order import epoch_steps
 from mlx_simpo.engine.collate_shared import collate_shared
 from mlx_simpo.engine.collate_stacked import collate_stacked
-from mlx_simpo.engine.plan import plan_shared_prefix, plan_stacked, run_length, shared_length
+from mlx_simpo.engine.plan import (
+    input_length,
+    plan_shared_prefix,
+    plan_stacked,
+    shared_prefix_length,
+)
 
 
 class Clock:
@@ -50,8 +55,10 @@ class Clock:
         EVAL(*arrays)
         self._emptied = time.perf_counter()
         self.inside += self._emptied - started
-        places = [i for i, given in enumerate(self.queue) if any(a is arrays[0] for a in given)]
-        self.queue = self.queue[places[0] + 1 :] if places else []
+        waited_for = [
+            i for i, queued in enumerate(self.queue) if any(a is arrays[0] for a in queued)
+        ]
+        self.queue = self.queue[waited_for[0] + 1 :] if waited_for else []
 
 
 EVAL, ASYNC_EVAL = mx.eval, mx.async_eval
@@ -81,17 +88,19 @@ def epoch_counts(pairs: Any, batch_size: int, step_pairs: int, seed: int) -> dic
     stacked = {"positions": 0, "tokens": 0}
     for order in epoch_steps(len(pairs), step_pairs, seed, 0):
         step = [pairs[i] for i in order]
-        for places in plan_shared_prefix(step, batch_size):
-            batch = collate_shared([step[i] for i in places])
+        for indices in plan_shared_prefix(step, batch_size):
+            batch = collate_shared([step[i] for i in indices])
             ours["positions"] += batch.positions
             ours["padding"] += batch.padding
             ours["micro_batches"] += 1
-            ours["passes"] += len(batch.groups) + (batch.prefix.shape[1] > 0)
+            ours["passes"] += len(batch.groups) + (batch.prefix_tokens.shape[1] > 0)
         for pair in step:
-            once = shared_length(pair)
-            ours["needed"] += once + sum(run_length(s) - once for s in (pair.chosen, pair.rejected))
-        for places in plan_stacked(step, batch_size):
-            stacked["positions"] += collate_stacked([step[i] for i in places]).tokens.size
+            once = shared_prefix_length(pair)
+            ours["needed"] += once + sum(
+                input_length(s) - once for s in (pair.chosen, pair.rejected)
+            )
+        for indices in plan_stacked(step, batch_size):
+            stacked["positions"] += collate_stacked([step[i] for i in indices]).tokens.size
         stacked["tokens"] += sum(len(p.chosen.tokens) + len(p.rejected.tokens) for p in step)
     rows = int(sum(p.chosen.num_scored + p.rejected.num_scored for p in pairs))
     return {
@@ -114,7 +123,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()
-    made_by = provenance(
+    origin = provenance(
         f"python benchmarks/overhead.py --model … --data {Path(options.data).name} "
         f"--steps {options.steps}"
     )
@@ -131,10 +140,10 @@ def main() -> None:
                 f"output={folder}/run",
             ]
             session = prepare(load_config(None, [*settings, *size]))
-            found = overhead(session, options.steps)
-            measured.append({"batch_size": micro, "accumulation": accumulation, **found})
+            figures = overhead(session, options.steps)
+            measured.append({"batch_size": micro, "accumulation": accumulation, **figures})
             print(measured[-1], flush=True)
-    print(write_result("overhead", {"provenance": made_by, "runs": measured, "epoch": epoch}))
+    print(write_result("overhead", {"provenance": origin, "runs": measured, "epoch": epoch}))
 
 
 if __name__ == "__main__":

@@ -18,16 +18,16 @@ SIZE = 4
 
 
 def tokenized(model: str, data: str) -> list[Pair]:
-    """Pairs as lists of token ids: chosen, rejected, and start, where their answers begin."""
+    """Pairs as lists of token ids: chosen, rejected, and start, where their responses begin."""
     encoder = Encoder(load_only_tokenizer(model), DataConfig())
-    found, _ = encode_pairs(encoder, load_pairs(data).pairs)
+    encoded, _ = encode_pairs(encoder, load_pairs(data).pairs)
     return [
         {
             "chosen": pair.chosen.tokens.tolist(),
             "rejected": pair.rejected.tokens.tolist(),
             "start": pair.chosen.score_start,
         }
-        for pair in found
+        for pair in encoded
     ]
 
 
@@ -35,7 +35,7 @@ def longest(pair: Pair) -> int:
     return max(len(pair["chosen"]), len(pair["rejected"]))
 
 
-def answers(pair: Pair) -> tuple[int, int]:
+def response_lengths(pair: Pair) -> tuple[int, int]:
     return len(pair["chosen"]) - pair["start"], len(pair["rejected"]) - pair["start"]
 
 
@@ -55,40 +55,41 @@ def natural(pairs: list[Pair], count: int) -> Batches:
 
 
 def short_prompts(pairs: list[Pair], count: int) -> Batches:
-    """Prompts below 60 tokens, answers of 150 to 400."""
+    """Prompts below 60 tokens, responses of 150 to 400."""
     return drawn(
-        [p for p in pairs if p["start"] < 60 and all(150 <= n <= 400 for n in answers(p))], count
+        [p for p in pairs if p["start"] < 60 and all(150 <= n <= 400 for n in response_lengths(p))],
+        count,
     )
 
 
 def balanced(pairs: list[Pair], count: int) -> Batches:
-    """Prompts about as long as the answers, at least 60 tokens each."""
+    """Prompts about as long as the responses, at least 60 tokens each."""
     alike = [
         p
         for p in pairs
-        if p["start"] >= 60 and all(0.6 <= n / p["start"] <= 1.6 for n in answers(p))
+        if p["start"] >= 60 and all(0.6 <= n / p["start"] <= 1.6 for n in response_lengths(p))
     ]
     return drawn(alike, count)
 
 
 def long_prompts(pairs: list[Pair], count: int) -> Batches:
-    """Several turns: 250 to 350 tokens of prompt, answers of 16 to 100. Earlier turns are another
+    """Several turns: 250 to 350 tokens of prompt, responses of 16 to 100. Earlier turns are another
     pair's conversation, as there are too few such pairs in the data."""
-    short = [p for p in pairs if all(16 <= n <= 100 for n in answers(p))]
+    short = [p for p in pairs if all(16 <= n <= 100 for n in response_lengths(p))]
     before = [p["chosen"] for p in pairs if 200 <= len(p["chosen"]) <= 280]
     rng = np.random.default_rng(1)
-    made = []
+    joined = []
     for pair in short:
         earlier = before[rng.integers(len(before))]
         if 250 <= len(earlier) + pair["start"] <= 350:
-            made.append(
+            joined.append(
                 {
                     "chosen": earlier + pair["chosen"],
                     "rejected": earlier + pair["rejected"],
                     "start": len(earlier) + pair["start"],
                 }
             )
-    return drawn(made, count)
+    return drawn(joined, count)
 
 
 def very_long(pairs: list[Pair], count: int) -> Batches:

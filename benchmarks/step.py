@@ -68,16 +68,16 @@ class Worker:
             text=True,
             env=environment,
         )
-        self.error = self._answer().get("error")
+        self.error = self._read().get("error")
 
     def run(self, batch: list[dict]) -> dict[str, Any]:
-        """What worker.py answers for one batch."""
+        """The result that worker.py writes for one batch."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(batch) + "\n")
         self.process.stdin.flush()
-        return self._answer()
+        return self._read()
 
-    def _answer(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         return json.loads(line) if line else {"error": f"died with {self.process.wait()}"}
@@ -99,20 +99,20 @@ def compare(
             for name in names[first:] + names[:first]:
                 if workers[name].error is not None:
                     continue
-                found = workers[name].run(batch)
-                workers[name].error = found.get("error")
-                if repeat and "error" not in found:
+                result = workers[name].run(batch)
+                workers[name].error = result.get("error")
+                if repeat and "error" not in result:
                     print(
-                        f"  {number} {name:28} {found['seconds']:7.2f} s {found['loss']:.6f} "
-                        f"{found.get('peak_gb', found['process_gb']):6.2f} GB",
+                        f"  {number} {name:28} {result['seconds']:7.2f} s {result['loss']:.6f} "
+                        f"{result.get('peak_gb', result['process_gb']):6.2f} GB",
                         file=sys.stderr,
                         flush=True,
                     )
-                    yield {"library": name, "batch": number, "repeat": repeat, **found}
+                    yield {"library": name, "batch": number, "repeat": repeat, **result}
 
 
 def summary(runs: list[dict], batches: list[list[dict]], rate: float, config: dict) -> list[dict]:
-    """A line a library, and what it is of the baseline."""
+    """One line per library, and its ratios to the baseline."""
     needed = sum(needed_flops(batch, config, SPEC["rank"]) for batch in batches)
     tokens = sum(len(p["chosen"]) + len(p["rejected"]) for batch in batches for p in batch)
     pairs = sum(map(len, batches))
@@ -122,8 +122,8 @@ def summary(runs: list[dict], batches: list[list[dict]], rate: float, config: di
         by_batch = [[r for r in own if r["batch"] == number] for number in range(len(batches))]
         if not all(by_batch):
             continue
-        seconds = sum(statistics.median(r["seconds"] for r in found) for found in by_batch)
-        first = [found[0] for found in by_batch]
+        seconds = sum(statistics.median(r["seconds"] for r in repeats) for repeats in by_batch)
+        first = [repeats[0] for repeats in by_batch]
         lines.append(
             {
                 "library": name,
@@ -160,10 +160,10 @@ def main() -> None:
     parser.add_argument("--name", default="all", help="the result's: results/step_NAME.json")
     options = parser.parse_args()
     shown = [a if a not in (options.model, options.data) else Path(a).name for a in sys.argv[1:]]
-    made_by = provenance(" ".join(["python benchmarks/step.py", *shown]))
+    origin = provenance(" ".join(["python benchmarks/step.py", *shown]))
     config = json.loads((Path(options.model) / "config.json").read_text())
     pairs = tokenized(options.model, options.data)
-    record: dict[str, Any] = {"provenance": made_by, "shapes": {}}
+    record: dict[str, Any] = {"provenance": origin, "shapes": {}}
     for shape in options.shapes:
         batches = SHAPES[shape](pairs, options.batches)
         rate = matmul_rate()

@@ -1,12 +1,12 @@
-"""How long tokenizing takes, and how much memory: UltraFeedback-sized pairs, made for the purpose.
+"""Measure time and memory of tokenizing pairs of UltraFeedback's size, generated for the purpose.
 
     python benchmarks/tokenizing.py MODEL [PAIRS]
 
-MODEL is a model's folder, of which the tokenizer is used; PAIRS (60 000) and a tenth of them are
-tokenized, each in a process of its own, by one thread, by one a core, and from what was kept. What
-each process does is what a run does: `tokenized`, then the held-out share, then, to use them, the
-tokens of 2000 pairs in random order. Writes benchmarks/results/tokenizing.json. Linux only, whose
-highest memory use can be counted from a moment on.
+MODEL is a model's folder, of which the tokenizer is used. PAIRS (60 000) and a tenth of them are
+tokenized, each in a process of its own: with one thread, with one per core, and from the cache.
+Each process does what a run does: `load_or_tokenize`, then the validation split, then reading the
+tokens of 2000 pairs in random order. Writes benchmarks/results/tokenizing.json. Linux only, where
+the peak of memory can be reset.
 """
 
 import json
@@ -25,11 +25,11 @@ from typing import Any
 from provenance import core_count, provenance, write_result
 
 SEED = 0
-USED = 2000
+RANDOM_READS = 2000
 
 
 def write_pairs(path: Path, count: int) -> None:
-    """Chats of real sentences (Python's own documentation), of about UltraFeedback's lengths."""
+    """Write chats of real sentences (Python's documentation) of about UltraFeedback's lengths."""
     rng = random.Random(SEED)
     words = re.sub(r"[*`:=-]{2,}", " ", " ".join(topics.values())).split()
 
@@ -41,64 +41,68 @@ def write_pairs(path: Path, count: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
             prompt = text(150)
-            asked = {"role": "user", "content": prompt}
-            answers = [{"role": "assistant", "content": text(300)} for _ in range(2)]
+            question = {"role": "user", "content": prompt}
+            responses = [{"role": "assistant", "content": text(300)} for _ in range(2)]
             record: dict[str, Any] = {"prompt": prompt}
-            record |= {"chosen": [asked, answers[0]], "rejected": [asked, answers[1]]}
+            record |= {"chosen": [question, responses[0]], "rejected": [question, responses[1]]}
             file.write(json.dumps(record) + "\n")
 
 
 def measure(model: str, data: str, workers: int) -> dict[str, Any]:
-    """One start, in this process."""
+    """Measure one start of a run, in this process."""
     import numpy as np
 
     from mlx_simpo import DataConfig
     from mlx_simpo.data import tokenize
-    from mlx_simpo.data.cache import tokenized
+    from mlx_simpo.data.cache import load_or_tokenize
     from mlx_simpo.data.encode import Encoder
     from mlx_simpo.data.pairs import held_out
     from mlx_simpo.data.sources import open_source
     from mlx_simpo.model.loading import load_only_tokenizer
 
-    tokenize.MOST_WORKERS = workers
+    tokenize.MAX_WORKERS = workers
     encoder = Encoder(load_only_tokenizer(model), DataConfig())
-    encoder.tokenizer.apply_chat_template([{"role": "user", "content": "q"}])  # all is imported
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    encoder.tokenizer.apply_chat_template([{"role": "user", "content": "q"}])  # imports the rest
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of memory
     idle, started = memory(), time.perf_counter()
-    found = tokenized(encoder, open_source(data), lambda total: nullcontext(lambda rows: None))
+    result = load_or_tokenize(
+        encoder, open_source(data), lambda total: nullcontext(lambda rows: None)
+    )
     seconds = time.perf_counter() - started
-    held = held_out(found.pairs.prompts(), 0.05, 42)
+    held = held_out(result.pairs.prompts(), 0.05, 42)
     with_split = time.perf_counter() - started
     ready = memory()
-    rows = np.random.default_rng(SEED).permutation(len(found.pairs))[:USED].tolist()
-    tokens = sum(int(found.pairs[row].chosen.tokens[-1] >= 0) for row in rows)
+    rows = np.random.default_rng(SEED).permutation(len(result.pairs))[:RANDOM_READS].tolist()
+    tokens = sum(int(result.pairs[row].chosen.tokens[-1] >= 0) for row in rows)
     return {
-        "pairs": len(found.pairs),
+        "pairs": len(result.pairs),
         "held_out": int(held.sum()),
         "mean_tokens": {
-            name: round(float(found.pairs.numbers(name).mean()), 1)
+            name: round(float(result.pairs.column(name).mean()), 1)
             for name in ("chosen_score_start", "chosen", "rejected")
         },
         "seconds": round(seconds, 2),
         "seconds_with_split": round(with_split, 2),
-        "pairs_per_second": round(len(found.pairs) / seconds),
+        "pairs_per_second": round(len(result.pairs) / seconds),
         "idle_mb": idle,
         "ready_mb": ready,
         f"after_{tokens}_random_pairs_mb": memory(),
-        "from_cache": found.note.startswith("tokens are those"),
+        "from_cache": "loaded from the cache" in result.note,
     }
 
 
 def memory() -> dict[str, float]:
-    """Megabytes: the highest resident set so far, and now the part that is in no mapped file."""
+    """Return megabytes: the peak of the resident set, and its present part outside mapped files."""
     status = Path("/proc/self/status").read_text()
     fields = {"peak": "VmHWM", "own": "RssAnon"}
-    found = {name: re.findall(rf"{field}:\s+(\d+)", status)[0] for name, field in fields.items()}
-    return {name: round(int(kibibytes) * 1024 / 1e6, 1) for name, kibibytes in found.items()}
+    kibibytes = {
+        name: re.findall(rf"{field}:\s+(\d+)", status)[0] for name, field in fields.items()
+    }
+    return {name: round(int(value) * 1024 / 1e6, 1) for name, value in kibibytes.items()}
 
 
 def in_a_child(model: str, data: Path, workers: int, cache: Path) -> dict[str, Any]:
-    """`measure` in a new process; with the seconds it took from start to end."""
+    """Return `measure` of a new process, and the seconds of the whole process."""
     command = [sys.executable, __file__, "--measure", model, str(data), str(workers)]
     started = time.perf_counter()
     ended = subprocess.run(
@@ -114,32 +118,35 @@ def in_a_child(model: str, data: Path, workers: int, cache: Path) -> dict[str, A
 
 def main(model: str, pairs: int) -> None:
     shown = Path(model).name if Path(model).is_absolute() else model
-    made_by = provenance(f"python benchmarks/tokenizing.py …/{shown} {pairs}")
+    record = {
+        "provenance": provenance(f"python benchmarks/tokenizing.py …/{shown} {pairs}"),
+        "seed": SEED,
+    }
     runs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in (pairs // 10, pairs):
             data = Path(folder) / f"{count}.jsonl"
             write_pairs(data, count)
-            of_count: dict[str, Any] = {"data_mb": round(data.stat().st_size / 1e6, 1)}
+            by_workers: dict[str, Any] = {"data_mb": round(data.stat().st_size / 1e6, 1)}
             for workers in sorted({1, core_count()}):
                 cache = Path(folder) / f"cache-{count}-{workers}"
-                of_count[f"{workers} threads"] = in_a_child(model, data, workers, cache)
+                by_workers[f"{workers} threads"] = in_a_child(model, data, workers, cache)
             files = [path for path in cache.rglob("*") if path.is_file()]
-            of_count["kept_mb"] = round(sum(f.stat().st_size for f in files) / 1e6, 1)
-            of_count["kept, opened"] = in_a_child(model, data, core_count(), cache)
-            runs[f"{count} pairs"] = of_count
+            by_workers["disk_mb"] = round(sum(f.stat().st_size for f in files) / 1e6, 1)
+            by_workers["from cache"] = in_a_child(model, data, core_count(), cache)
+            runs[f"{count} pairs"] = by_workers
     few, many = runs.values()
     growth = {
         name: round((ready(many[name]) - ready(few[name])) * 1e6 / (pairs - pairs // 10), 1)
         for name in few
         if isinstance(few[name], dict)
     }
-    record = {"provenance": made_by, "seed": SEED, "peak_growth_bytes_a_pair": growth, **runs}
+    record |= {"peak_growth_bytes_per_pair": growth, **runs}
     print(write_result("tokenizing", record))
 
 
 def ready(run: dict[str, Any]) -> float:
-    """Megabytes at the peak, beyond those of a process that has not begun."""
+    """Return the peak in megabytes, beyond that of the process before it started."""
     return run["ready_mb"]["peak"] - run["idle_mb"]["peak"]
 
 

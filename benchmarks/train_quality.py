@@ -19,14 +19,14 @@ from mlx_simpo import load_config, train
 def main() -> None:
     name, *settings = sys.argv[1:]
     config = load_config(None, settings)
-    made_by = provenance(
+    source = provenance(
         " ".join(["python benchmarks/train_quality.py", name, *map(shortened, settings)])
     )
     result = train(config)
     lines = (result.adapter / "metrics.jsonl").read_text().splitlines()
     summary = result.as_dict() | {"adapter": shortened(str(result.adapter))}
     record = {
-        "provenance": made_by,
+        "provenance": source,
         "seed": config.seed,
         "result": summary,
         "steps": [rounded(json.loads(line)) for line in lines],

@@ -2,7 +2,7 @@
 
 (python worker.py --requirements prints what all of them need from PyPI.)
 
-Reads a JSON list of pairs a line, runs one optimizer step on it, and answers with a JSON object a
+Reads one JSON list of pairs per line, runs one optimizer step on it, and writes one JSON object per
 line: what the library's adapter returns, seconds, peak memory of MLX and of the process.
 """
 
@@ -30,12 +30,12 @@ def library(name: str) -> ModuleType:
 
 def requirements() -> list[str]:
     """What the adapters name in REQUIRES, read without importing what they need."""
-    found: list[str] = []
+    required: list[str] = []
     for path in sorted((Path(__file__).parent / "libraries").glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "REQUIRES":
-                found += ast.literal_eval(node.value)
-    return found
+                required += ast.literal_eval(node.value)
+    return required
 
 
 def main() -> None:
@@ -43,16 +43,16 @@ def main() -> None:
         print(*requirements())
         return
     name, spec = sys.argv[1], json.loads(sys.argv[2])
-    answers = sys.stdout
+    results = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # the libraries print
         try:
             step = library(name).prepare(spec)
         except Exception as error:
-            print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers)
+            print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=results)
             return
-        print(json.dumps({"ready": True}), file=answers, flush=True)
+        print(json.dumps({"ready": True}), file=results, flush=True)
         for line in sys.stdin:
-            print(json.dumps(measured(step, json.loads(line))), file=answers, flush=True)
+            print(json.dumps(measured(step, json.loads(line))), file=results, flush=True)
 
 
 def measured(step, batch: list) -> dict:
@@ -64,16 +64,16 @@ def measured(step, batch: list) -> dict:
         mx.reset_peak_memory()
     started = time.perf_counter()
     try:
-        found = step(batch)
+        result = step(batch)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:500]}
-    found["seconds"] = time.perf_counter() - started
+    result["seconds"] = time.perf_counter() - started
     if torch is None:
-        found["peak_gb"] = mx.get_peak_memory() / 1e9
+        result["peak_gb"] = mx.get_peak_memory() / 1e9
         mx.clear_cache()
     unit = 1 if sys.platform == "darwin" else 1024
-    found["process_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    return found
+    result["process_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return result
 
 
 if __name__ == "__main__":

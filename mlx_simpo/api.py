@@ -1,4 +1,4 @@
-"""What the commands do: train, evaluate, generate, inspect. The Python API in one module."""
+"""The Python API behind the commands: train, evaluate, generate, inspect."""
 
 import math
 import time
@@ -15,32 +15,32 @@ from .data.inspection import summarize
 from .engine.choice import choose_engine
 from .errors import SimPOError
 from .evaluation import Evaluation
-from .kernels.choice import choose
+from .kernels.choice import choose_implementation
 from .model.adapters import load_adapter
-from .model.loading import load_only_tokenizer
+from .model.record import RECORD, table
 from .reporting import advice
 from .reporting.display import Display, step_note
 from .runs.folder import RunFolder, check_output_free
-from .sampling.generate import answer
+from .sampling.generate import generate_response
 from .training.session import (
     Session,
-    encode,
-    evaluate_with_bar,
-    make_encoder,
+    create_encoder,
+    encode_datasets,
+    evaluate_with_progress,
+    load_base_model,
     prepare,
-    read_model,
-    read_pairs,
-    warn_of_mismatch,
 )
 from .training.trainer import StepMetrics, total_steps
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """The result of a run.
 
-    before, after: evaluations, None without validation pairs (or, after, when interrupted). best:
-    the step with the lowest evaluation loss, whose adapter lies in best/ (with train.eval_every).
+    adapter: the output folder. pairs: number of training pairs. last: the last step. before, after:
+    evaluations; None without validation pairs, and after also if the run was interrupted. best: the
+    step with the lowest evaluation loss, whose adapter is in best/ (with train.eval_every).
+    peak_memory_gb: MLX's, in GB (10⁹ bytes).
     """
 
     adapter: Path
@@ -54,7 +54,7 @@ class TrainResult:
     peak_memory_gb: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: evaluations as their metrics."""
+        """Return the result as plain values, for JSON."""
         return {
             "adapter": str(self.adapter),
             "pairs": self.pairs,
@@ -70,24 +70,27 @@ class TrainResult:
 
 
 def train(config: SimPOConfig, display: Display | None = None) -> TrainResult:
-    """Train an adapter into ``config.output``, evaluated before and after.
+    """Train an adapter into ``config.output``, with an evaluation before and after.
 
     On Ctrl-C the adapter of the last finished step is saved.
 
+    Args:
+        display: where notes, progress and evaluations are shown; default: stderr.
+
     Raises:
-        SimPOError: bad input, or a loss that is no number. An output folder stays behind only if a
-            step was finished; it then holds the adapter of the last one.
+        SimPOError: invalid input, or a loss that is not a finite number. The output folder stays
+            only if a step was finished; it then has the adapter of the last finished step.
     """
-    display = display or Display()
     check_output_free(config.output)
     session = prepare(config, display)
-    options = config.train
+    display, options = session.display, config.train
     display.note(
         f"{len(session.train)} pairs to train on, {len(session.valid)} to evaluate on; "
         f"{total_steps(options, len(session.train))} steps of {options.step_pairs} pairs; engine: "
         f"{session.engine.note}"
     )
     display.note(advice.starting_loss(config.objective))
+    # Created only now: an error of the input must not leave a folder behind.
     folder = RunFolder(config.output, config.to_yaml(), [q._asdict() for q in session.quarantined])
     try:
         result = run_steps(session, folder)
@@ -96,43 +99,41 @@ def train(config: SimPOConfig, display: Display | None = None) -> TrainResult:
         raise
     if result.before and result.after:
         display.evaluations({"before": result.before, "after": result.after})
-        display.advise(advice.collapse(result.before, result.after))
+        display.warn(advice.collapse(result.before, result.after))
     return result
 
 
 def run_steps(session: Session, folder: RunFolder) -> TrainResult:
-    """All steps, with the evaluations on the way, the record and the adapters."""
+    """Run all steps and evaluations of a session, and write metrics, adapters and the summary."""
     started = time.perf_counter()
-    every, steps = (
-        session.config.train.eval_every,
-        total_steps(session.config.train, len(session.train)),
-    )
+    every = session.config.train.eval_every
+    steps = total_steps(session.config.train, len(session.train))
     best: tuple[float, int | None] = (math.inf, None)
 
-    def evaluated(step: int, title: str) -> Evaluation | None:
+    def evaluate_step(step: int, title: str) -> Evaluation | None:
         nonlocal best
         if not session.valid:
             return None
-        found = session.evaluate(title)
-        folder.log({"step": step, **{f"eval_{k}": v for k, v in found.as_dict().items()}})
-        if every and step and found.metrics["loss"] < best[0]:
-            best = (found.metrics["loss"], step)
+        result = session.evaluate(title)
+        folder.log({"step": step, **{f"eval_{k}": v for k, v in result.as_dict().items()}})
+        if every and step and result.metrics["loss"] < best[0]:
+            best = (result.metrics["loss"], step)
             session.save(folder.path / "best")
-        return found
+        return result
 
-    before, last, interrupted = evaluated(0, "Before"), None, False
+    before, last, interrupted = evaluate_step(0, "Before"), None, False
     with session.display.progress("Training", steps) as advance:
         try:
             for last in session.steps():
                 folder.log(last.as_dict())
                 advance(1, step_note(last.metrics))
                 if every and last.step % every == 0 and last.step < steps:
-                    evaluated(last.step, f"Step {last.step}")
+                    evaluate_step(last.step, f"Step {last.step}")
         except KeyboardInterrupt:
             if last is None:
                 raise
             interrupted = True
-        except BaseException:  # whatever ends the run, what it has learned is kept
+        except BaseException:  # whatever ends the run, the last finished step is saved
             if last is not None:
                 session.save(folder.path)
                 session.display.warn(f"the adapter of step {last.step} is saved in {folder.path}")
@@ -141,9 +142,10 @@ def run_steps(session: Session, folder: RunFolder) -> TrainResult:
     session.save(folder.path)
     if interrupted:
         session.display.warn(f"interrupted; the adapter of step {last.step} is saved")
+    # The adapter is on disk by now, so that Ctrl-C in the last evaluation costs only its metrics.
     after = None
     try:
-        after = None if interrupted else evaluated(last.step, "After")
+        after = None if interrupted else evaluate_step(last.step, "After")
     except KeyboardInterrupt:
         interrupted = True
         session.display.warn(f"interrupted; the adapter is saved in {folder.path}")
@@ -165,32 +167,34 @@ def run_steps(session: Session, folder: RunFolder) -> TrainResult:
 def evaluate(
     config: SimPOConfig, adapter: str | Path | None = None, display: Display | None = None
 ) -> dict[str, Evaluation]:
-    """Evaluate a model on ``data.valid`` without and, if one is given, with an adapter.
+    """Evaluate a model on ``data.valid``, and with an adapter if there is one.
+
+    Args:
+        adapter: folder of an mlx-lm adapter.
 
     Returns:
-        {"base": …}, or {"base": …, "adapter": …}.
+        The base model's evaluation as "base" and, if there is an adapter, its own as "adapter".
 
     Raises:
-        SimPOError: unreadable or unusable data, model or adapter.
+        SimPOError: data, a model or an adapter that cannot be read or used.
     """
-    display = display or Display()
-    if config.data.valid is None:
+    display, data = display or Display(), config.data
+    if data.valid is None:
         raise SimPOError("data.valid is missing; name the pairs to evaluate on")
-    choose(config.logps.impl)
-    found = read_pairs(config, config.data.valid, config.data.valid_split)
-    tokenizer = load_only_tokenizer(
-        config.model, config.revision, trust_remote_code=config.trust_remote_code
-    )
-    encoder = make_encoder(tokenizer, config, display)
-    pairs = encode(encoder, found, config.data.valid, display)
-    loaded = read_model(config, display)
+    # A kernel that cannot run here is an error before anything is read.
+    choose_implementation(config.logps.impl)
+    encoder, (dataset,) = encode_datasets(config, [(data.valid, data.valid_split)], display)
+    pairs, loaded = dataset.pairs, load_base_model(config, display)
     model = loaded.model
     engine = choose_engine(config.train.engine, model, config.logps.impl)
     display.note(f"engine: {engine.note}")
-    results = {"base": evaluate_with_bar(model, pairs, config, engine, display, "Base model")}
+    results = {"base": evaluate_with_progress(model, pairs, config, engine, display, "Base model")}
     if adapter is not None:
-        warn_of_mismatch(load_adapter(model, adapter), loaded, encoder.renderer.text, display)
-        results["adapter"] = evaluate_with_bar(model, pairs, config, engine, display, "Adapter")
+        record = table(load_adapter(model, adapter), RECORD)
+        display.warn(advice.adapter_mismatch(record, loaded, encoder.renderer.text))
+        results["adapter"] = evaluate_with_progress(
+            model, pairs, config, engine, display, "Adapter"
+        )
     return results
 
 
@@ -202,27 +206,31 @@ def generate(
     max_tokens: int = 200,
     display: Display | None = None,
 ) -> dict[str, str]:
-    """The model's greedy answer to one user turn, without and, if one is given, with an adapter.
+    """Generate a model's response to one user turn, and with an adapter if there is one.
+
+    Args:
+        adapter: folder of an mlx-lm adapter. max_tokens: maximum length of a response.
 
     Returns:
-        {"base": …}, or {"base": …, "adapter": …}.
+        The base model's response as "base" and, if there is an adapter, its own as "adapter".
 
     Raises:
-        SimPOError: unusable model or adapter.
+        SimPOError: a model, adapter or prompt that cannot be read or used.
     """
     display = display or Display()
-    loaded = read_model(config, display)
+    loaded = load_base_model(config, display)
     model, tokenizer = loaded.model, loaded.tokenizer
-    encoder = make_encoder(tokenizer, config, display)
-    answers = {"base": answer(model, tokenizer, encoder, prompt, max_tokens)}
+    encoder = create_encoder(tokenizer, config, display)
+    responses = {"base": generate_response(model, tokenizer, encoder, prompt, max_tokens)}
     if adapter is not None:
-        warn_of_mismatch(load_adapter(model, adapter), loaded, encoder.renderer.text, display)
-        answers["adapter"] = answer(model, tokenizer, encoder, prompt, max_tokens)
-    return answers
+        record = table(load_adapter(model, adapter), RECORD)
+        display.warn(advice.adapter_mismatch(record, loaded, encoder.renderer.text))
+        responses["adapter"] = generate_response(model, tokenizer, encoder, prompt, max_tokens)
+    return responses
 
 
 class Inspection(NamedTuple):
-    """A data set as it would be trained on. summary: see `data.inspection.summarize`."""
+    """A dataset as it would be trained on. summary: see `data.inspection.summarize`."""
 
     pairs: Sequence[EncodedPair]
     encoder: Encoder
@@ -232,17 +240,14 @@ class Inspection(NamedTuple):
 def inspect(
     config: SimPOConfig, data: str, split: str | None = None, display: Display | None = None
 ) -> Inspection:
-    """Read and tokenize a data set without training on it, whatever share of it is unusable.
+    """Read and tokenize a dataset without training on it, however many records are quarantined.
+
+    Args:
+        data: file, folder or Hugging Face dataset, instead of the one in the configuration.
 
     Raises:
-        SimPOError: unreadable data or model, or no usable pair at all.
+        SimPOError: a dataset or tokenizer that cannot be read, or a dataset without a valid pair.
     """
-    display = display or Display()
     lenient = replace(config, data=replace(config.data, max_quarantined=1.0))
-    found = read_pairs(lenient, data, split)
-    tokenizer = load_only_tokenizer(
-        config.model, config.revision, trust_remote_code=config.trust_remote_code
-    )
-    encoder = make_encoder(tokenizer, lenient, display)
-    pairs = encode(encoder, found, data, display)
-    return Inspection(pairs, encoder, summarize(pairs, found.quarantined, encoder))
+    encoder, (dataset,) = encode_datasets(lenient, [(data, split)], display or Display())
+    return Inspection(dataset.pairs, encoder, summarize(*dataset, encoder))

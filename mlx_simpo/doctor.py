@@ -1,7 +1,6 @@
-"""What `mlx-simpo doctor` finds: the machine, which implementation runs and why, whether it is
-right and how fast it is."""
+"""What `mlx-simpo doctor` reports: the machine, which implementation of the log-probabilities runs
+on it and why, whether its results are right, and how fast it is."""
 
-import os
 import platform
 import statistics
 import time
@@ -12,54 +11,64 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .device import is_gpu, total_memory_bytes
 from .errors import SimPOError
-from .kernels.built_in import IGNORED
-from .kernels.choice import Implementation, choose
+from .kernels.built_in import IGNORE_INDEX
+from .kernels.choice import Implementation, choose_implementation
 
 PACKAGES = ("mlx-simpo", "mlx", "mlx-lm")
-# Vocabularies to check: tiny, odd, beyond a threadgroup's reads, SmolLM2's, Qwen's.
+# Vocabularies to check: tiny, odd, more than a threadgroup reads at once, SmolLM2's, Qwen's.
 SIZES = (2, 33, 1027, 49152, 151936)
 SOFTCAPS = (0.0, 30.0)
+SCALE = 0.5  # of the logits in every check; not 1, so that a scale that is forgotten shows
+# Relative error allowed on top of that of plain operations: one rounding of a stored value in half
+# precision (2⁻⁸ and 2⁻¹¹), some sixteen in float32, which sums in another order.
+ROUNDING = {mx.float32: 2e-6, mx.bfloat16: 4e-3, mx.float16: 5e-4}
+# dtype and (rows, vocabulary) of the logits that are timed: one chunk of a typical model's head.
+TIMED_ON_GPU = (mx.bfloat16, (512, 128_256))
+TIMED_ON_CPU = (mx.float32, (128, 49_152))
 REPEATS = 5
 
 
 def examine() -> dict[str, Any]:
-    """The machine, the implementation, its checks and its timings, for JSON; "problem" says why
-    there are none, if the kernel is meant to run here and cannot, or is wrong."""
+    """Return machine, implementation, checks and timings, ready for JSON.
+
+    If the kernel should run here but fails, the result holds only the machine and "problem", the
+    reason; nothing is raised.
+    """
     try:
-        implementation = choose()
+        implementation = choose_implementation()
     except SimPOError as error:
         return {"machine": machine(), "problem": str(error)}
     return {
         "machine": machine(),
         "implementation": implementation.name,
-        "why": implementation.note,
+        "reason": implementation.note,
         "checks": checks(implementation),
         "timings": timings(implementation),
     }
 
 
 def machine() -> dict[str, str]:
-    """Chip, memory, system and versions, in words."""
+    """Return chip, memory, system and versions, in words."""
     device = mx.device_info()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = {
+
+    description = {
         "chip": str(device.get("device_name", platform.processor() or "unknown")),
-        "memory": f"{memory / 2**30:.0f} GiB",
+        "memory": f"{total_memory_bytes() / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
         "processor": platform.machine(),
         "MLX's device": str(mx.default_device()),
         "Python": platform.python_version(),
     }
-    return found | {name: version(name) for name in PACKAGES}
+    return description | {name: version(name) for name in PACKAGES}
 
 
 # --- is it right? ----------------------------------------------------------------------------
 
 
 def checks(implementation: Implementation) -> list[dict[str, Any]]:
-    """Log-probabilities and gradients against float64, beside what plain operations make of the
-    same logits; right: no further off than those, but for rounding."""
+    """Check an implementation for every dtype, vocabulary and softcap; see `check`."""
     dtypes = (mx.float32, mx.bfloat16, mx.float16)
     return [check(implementation, d, v, s) for d in dtypes for v in SIZES for s in SOFTCAPS]
 
@@ -67,66 +76,78 @@ def checks(implementation: Implementation) -> list[dict[str, Any]]:
 def check(
     implementation: Implementation, dtype: mx.Dtype, size: int, softcap: float
 ) -> dict[str, Any]:
-    """One line of `checks`: errors are the largest, of nats and of the gradient's entries."""
-    products = (4 * mx.random.normal((5, size), key=mx.random.key(size))).astype(dtype)
-    tokens = [0, size - 1, size // 2, IGNORED, size]
+    """Compare log-probabilities and gradients of five rows with float64.
+
+    Returns:
+        The largest absolute errors: of log p in nats ("error") and of the gradient's entries
+        ("gradient_error"), and those of plain MLX operations on the same logits ("plain_…").
+        "passed": ignored and invalid targets give 0 and NaN, and neither error exceeds that of the
+        plain operations by more than rounding.
+    """
+    raw_logits = (4 * mx.random.normal((5, size), key=mx.random.key(size))).astype(dtype)
+    tokens = [0, size - 1, size // 2, IGNORE_INDEX, size]  # three tokens, ignored, invalid
     targets = mx.array(tokens, mx.int32)
-    found = implementation.response_logps(
-        products, targets, scale=0.5, softcap=softcap, gradient=True
+    outputs = implementation.response_logps(
+        raw_logits, targets, scale=SCALE, softcap=softcap, gradient=True
     )
-    logps, slope = (np.array(a.astype(mx.float32), np.float64) for a in found)  # type: ignore
-    right = logps[3] == 0 and not slope[3].any() and np.isnan(logps[4]) and np.isnan(slope[4]).all()
-    exact = truth(np.array(products.astype(mx.float32), np.float64), tokens, softcap)
-    plain = by_plain_operations(products, targets, softcap)
-    errors = [largest(f[:3] - e) for f, e in zip((logps, slope), exact, strict=True)]
-    limits = [largest(p - e) for p, e in zip(plain, exact, strict=True)]
-    rounding = {mx.float32: 2e-6, mx.bfloat16: 4e-3, mx.float16: 5e-4}[dtype]
-    near = [
-        error <= limit + 1e-6 + share * rounding
-        for error, limit, share in zip(errors, limits, (1, largest(exact[1])), strict=True)
+    logps, gradient = (np.array(a.astype(mx.float32), np.float64) for a in outputs)  # type: ignore
+    is_zero = logps[3] == 0 and not gradient[3].any()
+    is_nan = np.isnan(logps[4]) and np.isnan(gradient[4]).all()
+    exact = in_float64(np.array(raw_logits.astype(mx.float32), np.float64), tokens, softcap)
+    plain = in_plain_operations(raw_logits, targets, softcap)
+    errors = [largest(a[:3] - e) for a, e in zip((logps, gradient), exact, strict=True)]
+    plain_errors = [largest(p - e) for p, e in zip(plain, exact, strict=True)]
+    # Plain operations may happen to be exact, so some rounding is allowed on top: of one nat, and
+    # of the gradient's largest entry.
+    limits = [
+        plain_error + 1e-6 + magnitude * ROUNDING[dtype]
+        for plain_error, magnitude in zip(plain_errors, (1, largest(exact[1])), strict=True)
     ]
+    is_close = all(error <= limit for error, limit in zip(errors, limits, strict=True))
     return {
         "dtype": str(dtype).removeprefix("mlx.core."),
         "vocabulary": size,
         "softcap": softcap,
         "error": errors[0],
         "gradient_error": errors[1],
-        "plain_error": limits[0],
-        "plain_gradient_error": limits[1],
-        "right": bool(right and all(near)),
+        "plain_error": plain_errors[0],
+        "plain_gradient_error": plain_errors[1],
+        "passed": bool(is_zero and is_nan and is_close),
     }
 
 
-def truth(products: np.ndarray, targets: list[int], softcap: float) -> tuple[np.ndarray, ...]:
-    """log p [3] and its gradient [3, V] of the first three rows, in float64, at scale 0.5."""
-    logits = 0.5 * products[:3]
+def in_float64(
+    raw_logits: np.ndarray, targets: list[int], softcap: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return log p [3] and its gradient [3, V] for the first three rows, from the definition."""
+    logits = SCALE * raw_logits[:3]
     logits = softcap * np.tanh(logits / softcap) if softcap else logits
-    greatest = logits.max(axis=-1, keepdims=True)
-    logps = logits - greatest - np.log(np.exp(logits - greatest).sum(axis=-1, keepdims=True))
-    slope = -np.exp(logps)
-    slope[range(3), targets[:3]] += 1
-    slope *= 0.5 * (1 - (logits / softcap) ** 2 if softcap else 1)
-    return logps[range(3), targets[:3]], slope
+    row_max = logits.max(axis=-1, keepdims=True)
+    logps = logits - row_max - np.log(np.exp(logits - row_max).sum(axis=-1, keepdims=True))
+    gradient = -np.exp(logps)
+    gradient[range(3), targets[:3]] += 1
+    gradient *= SCALE * (1 - (logits / softcap) ** 2 if softcap else 1)
+    return logps[range(3), targets[:3]], gradient
 
 
-def by_plain_operations(
-    products: mx.array, targets: mx.array, softcap: float
+def in_plain_operations(
+    raw_logits: mx.array, targets: mx.array, softcap: float
 ) -> tuple[np.ndarray, ...]:
-    """The same in the products' own dtype, by autodiff."""
+    """Return the same from MLX's logsumexp and autodiff, in the dtype of the raw logits."""
 
-    def logps(products: mx.array) -> mx.array:
-        logits = 0.5 * products
+    def logps(raw_logits: mx.array) -> mx.array:
+        logits = SCALE * raw_logits
         logits = softcap * mx.tanh(logits / softcap) if softcap else logits
-        picked = mx.take_along_axis(logits, targets[:3, None], axis=-1).squeeze(-1)
-        return picked - mx.logsumexp(logits, axis=-1)
+        target_logits = mx.take_along_axis(logits, targets[:3, None], axis=-1).squeeze(-1)
+        return target_logits - mx.logsumexp(logits, axis=-1)
 
-    rows = products[:3]
-    slope = mx.grad(lambda rows: logps(rows).astype(mx.float32).sum())(rows)
-    return tuple(np.array(a.astype(mx.float32), np.float64) for a in (logps(rows), slope))
+    rows = raw_logits[:3]
+    gradient = mx.grad(lambda rows: logps(rows).astype(mx.float32).sum())(rows)
+    return tuple(np.array(a.astype(mx.float32), np.float64) for a in (logps(rows), gradient))
 
 
 def largest(values: np.ndarray) -> float:
-    """The largest magnitude."""
+    """Return the largest magnitude."""
     return float(np.abs(values).max())
 
 
@@ -134,82 +155,88 @@ def largest(values: np.ndarray) -> float:
 
 
 def timings(implementation: Implementation) -> list[dict[str, Any]]:
-    """Value and gradient of one chunk of logits, three ways, with the bytes that each must move at
-    least (once read for the value, once for the gradient, once written) by its seconds."""
-    on_gpu = mx.default_device().type == mx.gpu
-    dtype, shape = (mx.bfloat16, (512, 128_256)) if on_gpu else (mx.float32, (128, 49_152))
-    products = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
+    """Time value and gradient of one chunk of logits by three methods.
+
+    "gb_per_second" divides the bytes that each method must move at least by its time: the logits
+    are read for the value and again for the gradient, and the gradient is written.
+    """
+
+    dtype, shape = TIMED_ON_GPU if is_gpu() else TIMED_ON_CPU
+    raw_logits = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
     targets = mx.arange(shape[0], dtype=mx.int32)
-    mx.eval(products, targets)
+    mx.eval(raw_logits, targets)
 
     def ours() -> tuple[mx.array, mx.array | None]:
         return implementation.response_logps(
-            products, targets, scale=1.0, softcap=0.0, gradient=True
+            raw_logits, targets, scale=1.0, softcap=0.0, gradient=True
         )
 
-    def fused(products: mx.array) -> mx.array:
-        return mx.fast.cross_entropy(products, targets).sum()
+    def fused(raw_logits: mx.array) -> mx.array:
+        return mx.fast.cross_entropy(raw_logits, targets).sum()
 
-    def plain(products: mx.array) -> mx.array:
-        logits = products.astype(mx.float32)
-        picked = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
-        return (mx.logsumexp(logits, axis=-1) - picked).sum()
+    def plain(raw_logits: mx.array) -> mx.array:
+        logits = raw_logits.astype(mx.float32)
+        target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
+        return (mx.logsumexp(logits, axis=-1) - target_logits).sum()
 
-    ways: dict[str, Callable[[], Any]] = {
+    methods: dict[str, Callable[[], Any]] = {
         f"mlx_simpo ({implementation.name})": ours,
-        "mx.fast.cross_entropy": lambda: mx.value_and_grad(fused)(products),
-        "plain operations": lambda: mx.value_and_grad(plain)(products),
+        "mx.fast.cross_entropy": lambda: mx.value_and_grad(fused)(raw_logits),
+        "plain operations": lambda: mx.value_and_grad(plain)(raw_logits),
     }
-    moved = 3 * products.nbytes
+    bytes_moved = 3 * raw_logits.nbytes
     return [
         {
-            "way": name,
+            "method": name,
             "rows": shape[0],
             "vocabulary": shape[1],
             "dtype": str(dtype).removeprefix("mlx.core."),
             "milliseconds": 1000 * (seconds := median_seconds(run)),
-            "gb_per_second": moved / seconds / 1e9,
+            "gb_per_second": bytes_moved / seconds / 1e9,
         }
-        for name, run in ways.items()
+        for name, run in methods.items()
     ]
 
 
 def median_seconds(run: Callable[[], Any]) -> float:
-    """Of REPEATS runs after one that is not counted."""
-    taken = []
+    """Return the median time of REPEATS runs, after one run that compiles and is not counted."""
+    seconds = []
     for _ in range(REPEATS + 1):
-        started = time.perf_counter()
+        start = time.perf_counter()
         mx.eval(run())
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
-# --- in words --------------------------------------------------------------------------------
+# --- as text ---------------------------------------------------------------------------------
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """A block to read, and to paste into an issue."""
-    lines = [f"{name}: {value}" for name, value in found["machine"].items()]
-    if "problem" in found:
-        return "\n".join([*lines, found["problem"]]) + "\n"
-    lines.append(f"log-probabilities: {found['why']}")
-    wrong = [c for c in found["checks"] if not c["right"]]
-    worst = max(c["error"] for c in found["checks"] if c["dtype"] == "float32")
-    count = len(found["checks"])
+def as_text(report: dict[str, Any]) -> str:
+    """Return what `examine` found as lines to read and to paste into an issue."""
+    lines = [f"{name}: {value}" for name, value in report["machine"].items()]
+    if "problem" in report:
+        return "\n".join([*lines, f"problem: {report['problem']}"]) + "\n"
+    lines.append(f"log-probabilities: {report['reason']}")
+    failed = [c for c in report["checks"] if not c["passed"]]
+    worst = max(c["error"] for c in report["checks"] if c["dtype"] == "float32")
+    count = len(report["checks"])
     lines.append(
-        f"checks: {count - len(wrong)} of {count} right; float32 within {worst:.1e} nats of float64"
+        f"checks: {count - len(failed)} of {count} passed; the largest float32 error is "
+        f"{worst:.1e} nats, compared with float64"
     )
     lines += [
-        f"  WRONG: {c['dtype']}, vocabulary {c['vocabulary']}, softcap {c['softcap']}: off by "
-        f"{c['error']:.2e} (plain {c['plain_error']:.2e}), gradient {c['gradient_error']:.2e} "
-        f"(plain {c['plain_gradient_error']:.2e})"
-        for c in wrong
+        f"  FAILED: {c['dtype']}, vocabulary {c['vocabulary']}, softcap {c['softcap']}: error "
+        f"{c['error']:.2e} (plain operations: {c['plain_error']:.2e}), gradient error "
+        f"{c['gradient_error']:.2e} (plain operations: {c['plain_gradient_error']:.2e})"
+        for c in failed
     ]
-    first = found["timings"][0]
-    shape = f"{first['rows']} rows × {first['vocabulary']}, {first['dtype']}"
-    lines.append(f"value and gradient of {shape}:")
+    first = report["timings"][0]
+    lines.append(
+        f"time for value and gradient of {first['rows']} rows of {first['vocabulary']} logits "
+        f"({first['dtype']}):"
+    )
     lines += [
-        f"  {t['milliseconds']:8.2f} ms {t['gb_per_second']:7.1f} GB/s  {t['way']}"
-        for t in found["timings"]
+        f"  {t['milliseconds']:8.2f} ms {t['gb_per_second']:7.1f} GB/s  {t['method']}"
+        for t in report["timings"]
     ]
     return "\n".join(lines) + "\n"

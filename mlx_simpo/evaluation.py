@@ -1,4 +1,4 @@
-"""How well a model tells preferred from rejected answers, pair by pair and with an error bar."""
+"""How well a model tells chosen from rejected responses: per pair, and with an error bar."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +18,12 @@ from .objectives import simpo_loss
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results on N pairs.
+    """The result on N pairs.
 
-    metrics: the means, under the names of `objectives.simpo_loss`, and chosen_tokens and
+    metrics: the means over the pairs, named as in `objectives.simpo_loss`, and chosen_tokens and
     rejected_tokens, the mean numbers of scored tokens. accuracy_interval: 95 % bootstrap interval
-    of rewards/accuracies. chosen_logps, rejected_logps, margins: [N] float32, in input order;
-    a margin is the difference of the rewards, beta · (chosen − rejected average log-probability).
+    of rewards/accuracies. chosen_logps, rejected_logps: [N] float32, average log-probabilities in
+    nats per token, in input order. margins: [N] float32, beta · (chosen_logps − rejected_logps).
     """
 
     pairs: Sequence[EncodedPair]
@@ -34,7 +34,7 @@ class Evaluation:
     margins: np.ndarray
 
     def as_dict(self) -> dict[str, Any]:
-        """pairs, the metrics and rewards/accuracies_interval, ready for JSON."""
+        """Return pairs, the metrics and rewards/accuracies_interval, for JSON."""
         interval = [round(bound, 4) for bound in self.accuracy_interval]
         return {
             "pairs": len(self.pairs),
@@ -43,7 +43,7 @@ class Evaluation:
         }
 
     def per_pair(self) -> list[dict[str, Any]]:
-        """One record a pair, in input order; ``index`` is the row's number in the data, from 0."""
+        """Return one dict per pair, in input order; "index" counts the dataset's records from 0."""
         columns = (self.chosen_logps, self.rejected_logps, self.margins)
         values = zip(self.pairs, *(column.tolist() for column in columns), strict=True)
         return [
@@ -68,60 +68,62 @@ def evaluate_pairs(
     engine: Engine | None = None,
     max_tokens: int | None = None,
 ) -> Evaluation:
-    """Loss, rewards and log-probabilities of ``pairs``, dropout off.
+    """Compute loss, rewards and log-probabilities of ``pairs``, without dropout.
 
     Args:
-        batch_size, max_tokens: pairs and positions in memory at once; the result does not depend on
-            them. advance: called with the number of pairs done after each batch. engine: None for
-            shared_prefix where the model can.
+        batch_size, max_tokens: maximum numbers of pairs and of positions per batch; the result does
+            not depend on them. advance: called after each batch with the number of its pairs.
+            engine: default: shared_prefix, if the model supports it.
 
     Raises:
-        SimPOError: no pairs, or the log-probabilities of some pairs are not finite; they are named.
+        SimPOError: no pairs, or log-probabilities that are not finite numbers.
     """
     if not pairs:
         raise SimPOError("there are no pairs to evaluate on")
     was_training = model.training
-    model.eval()
+    model.eval()  # without dropout, also between two steps of a training
     chosen, rejected = np.zeros(len(pairs), np.float32), np.zeros(len(pairs), np.float32)
     engine = engine or choose_engine("shared_prefix", model)
-    for rows in engine.plan(pairs, batch_size, max_tokens):
-        part = [pairs[row] for row in rows]
+    for indices in engine.plan(pairs, batch_size, max_tokens):
+        part = [pairs[index] for index in indices]
         logps = np.array(engine.logps(model, engine.collate(part).arrays, training=False))
-        mx.clear_cache()  # the next batch has other shapes
-        chosen[rows], rejected[rows] = logps[: len(part)], logps[len(part) :]
+        mx.clear_cache()  # the next batch has other shapes, for which no freed buffer fits
+        chosen[indices], rejected[indices] = logps[: len(part)], logps[len(part) :]
         advance(len(part))
     model.train(was_training)
     bad = [p.source for p, ok in zip(pairs, np.isfinite(chosen + rejected), strict=True) if not ok]
     if bad:
         raise SimPOError(
-            f"the log-probabilities of {len(bad)} of {len(pairs)} pairs are not finite numbers, at "
-            f"{', '.join(bad[:5])}; the model is broken, or overflows: try dtype=float32"
+            f"the log-probabilities of {len(bad)} of {len(pairs)} pairs are not finite numbers "
+            f"({', '.join(bad[:5])}); if the model's weights are intact, try dtype=float32"
         )
-    counts = {
-        side: column(pairs, side) - column(pairs, f"{side}_score_start")
-        for side in ("chosen", "rejected")
+    token_counts = {
+        name: column(pairs, name) - column(pairs, f"{name}_score_start")
+        for name in ("chosen", "rejected")
     }
-    _, found = simpo_loss(
-        mx.array(chosen), mx.array(rejected), mx.array(counts["chosen"]), **asdict(objective)
+    _, values = simpo_loss(
+        mx.array(chosen), mx.array(rejected), mx.array(token_counts["chosen"]), **asdict(objective)
     )
-    metrics = {name: float(np.array(v).mean(dtype=np.float64)) for name, v in found.items()}
-    metrics |= {f"{side}_tokens": float(np.mean(n)) for side, n in counts.items()}
+    # In float64: a float32 sum over many thousand pairs loses digits that are reported.
+    metrics = {name: float(np.array(v).mean(dtype=np.float64)) for name, v in values.items()}
+    metrics |= {f"{name}_tokens": float(np.mean(n)) for name, n in token_counts.items()}
     return Evaluation(
         pairs=pairs,
         metrics=metrics,
-        accuracy_interval=bootstrap_interval(np.array(found["rewards/accuracies"])),
+        accuracy_interval=bootstrap_interval(np.array(values["rewards/accuracies"])),
         chosen_logps=chosen,
         rejected_logps=rejected,
-        margins=np.array(found["rewards/margins"]),
+        margins=np.array(values["rewards/margins"]),
     )
 
 
 def bootstrap_interval(
     values: np.ndarray, samples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of ``values`` [N], resampled with replacement.
+    """Compute the percentile bootstrap interval of the mean of ``values`` [N].
 
-    Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979; the seed makes it repeatable.
+    Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979: the means of ``samples``
+    resamples of N values with replacement, and of those the quantiles (1 ± level) / 2.
     """
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(samples)]

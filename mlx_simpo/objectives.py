@@ -1,4 +1,4 @@
-"""SimPO's objective: arrays in, arrays out.
+"""SimPO's objective: pure functions of average log-probabilities.
 
 With c̄ and r̄ the *average* log-probabilities of the chosen and the rejected response,
 
@@ -27,19 +27,20 @@ def simpo_loss(
     total_pairs: mx.array | float | None = None,
     total_chosen_tokens: mx.array | float | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """SimPO's loss over B pairs, and its metrics pair by pair.
+    """Compute SimPO's loss over B pairs, and its metrics per pair.
 
     Args:
-        chosen_logps, rejected_logps: [B] average log-probability of each response, in nats a token.
+        chosen_logps, rejected_logps: [B] average log-probability of each response, in nats per
+            token.
         chosen_tokens: [B] number of scored tokens of each chosen response; needed for the SFT term.
         beta: scale of the reward (> 0).
         gamma_beta_ratio: target margin over beta: the absolute margin is beta · gamma_beta_ratio.
         loss_type: "sigmoid" or "hinge".
-        label_smoothing: probability ε that a preference is the wrong way round (sigmoid only).
+        label_smoothing: probability ε that a pair's labels are swapped (sigmoid only).
         sft_weight: weight of the chosen responses' token-mean cross-entropy.
-        total_pairs, total_chosen_tokens: what to divide by when these B pairs are part of a larger
-            batch (gradient accumulation): the parts' losses and gradients then add up to those of
-            the large batch, exactly. Default: this batch's own numbers.
+        total_pairs, total_chosen_tokens: the denominators, when these B pairs are a micro-batch of
+            a larger batch (gradient accumulation): the micro-batches' losses and gradients then
+            add up to those of the whole batch. Default: this batch's own numbers.
 
     Returns:
         The scalar loss, and per pair [B]: loss, sft_loss (if sft_weight), rewards/chosen and
@@ -76,11 +77,16 @@ def simpo_loss(
 
 
 def preference_losses(z: mx.array, loss_type: str, label_smoothing: float) -> mx.array:
-    """Loss per pair [B] of the margins ``z`` [B], in logits; see `simpo_loss`."""
+    """Compute the loss per pair [B] from the margins ``z`` [B], in logits; see `simpo_loss`.
+
+    Raises:
+        ValueError: an unknown loss_type, or label smoothing with the hinge.
+    """
     if loss_type not in ("sigmoid", "hinge"):
         raise ValueError(f"loss_type is {loss_type!r}; it must be 'sigmoid' or 'hinge'")
     if loss_type == "sigmoid":
-        # −log σ(z) = log(1 + e^−z) and −log σ(−z) = −log σ(z) + z.
+        # −log σ(z) = log(1 + e^−z), which logaddexp computes without overflow, and
+        # −log σ(−z) = −log σ(z) + z, so that the smoothed loss is one term plus ε · z.
         return mx.logaddexp(0.0, -z) + label_smoothing * z
     if label_smoothing:
         raise ValueError("label_smoothing has no meaning for the hinge loss; set it to 0")

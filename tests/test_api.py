@@ -1,4 +1,4 @@
-"""Whole runs: what they leave behind, repeat, survive, and what evaluate and inspect then say."""
+"""Whole runs: their files, their repeatability, errors and Ctrl-C; evaluate, generate, inspect."""
 
 import json
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ import pytest
 from helpers.commands import (
     arrays,
     assert_same_arrays,
+    captured_display,
     changed_copy,
     json_lines,
     small_run,
-    written_report,
 )
 from helpers.tiny import (
     CHATML,
@@ -54,7 +54,7 @@ WEIGHTS = "adapters.safetensors"
 
 
 class Finished(NamedTuple):
-    """A run that is over, with what it told."""
+    """A finished run, with what it wrote to stderr."""
 
     config: SimPOConfig
     result: TrainResult
@@ -66,26 +66,26 @@ class Finished(NamedTuple):
 
 
 def ran(*settings: str) -> Finished:
-    display, text = written_report()
+    display, text = captured_display()
     config = load_config(None, settings)
     return Finished(config, train(config, display), text.getvalue())
 
 
 @pytest.fixture(scope="module")
 def finished(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A run with a bad row, evaluated after each step on the training pairs turned round: the
-    better it learns, the worse that gets, so that the best step is the first."""
+    """A run with an invalid record, evaluated after each step on the swapped training pairs: the
+    better it learns, the higher that loss, so that the best step is the first."""
     folder = tmp_path_factory.mktemp("run")
     rows = some_pairs()
-    turned = [r | {"chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
-    valid = write_jsonl(folder / "valid.jsonl", turned)
-    pairs = write_jsonl(folder / "pairs.jsonl", [*rows[:5], {"prompt": "no answer"}, *rows[5:]])
+    swapped = [r | {"chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
+    valid = write_jsonl(folder / "valid.jsonl", swapped)
+    pairs = write_jsonl(folder / "pairs.jsonl", [*rows[:5], {"prompt": "no response"}, *rows[5:]])
     more = [f"data.valid={valid}", "train.eval_every=1", f"train.steps={STEPS}"]
     more += ["data.max_quarantined=0.1", "lora.dropout=0.1"]
     return ran(*small_run(model_folder, pairs, folder / "out", *more))
 
 
-def test_the_folder_holds_what_is_documented(finished: Finished) -> None:
+def test_the_folder_has_the_documented_files(finished: Finished) -> None:
     adapter = {WEIGHTS, "adapter_config.json", "chat_template.jinja", "config.yaml"}
     record = {"metrics.jsonl", "quarantined.jsonl", "summary.json", "best"}
     assert {path.name for path in finished.folder.iterdir()} == adapter | record
@@ -98,7 +98,7 @@ def test_the_configuration_loads_back(finished: Finished, folder: str) -> None:
     assert load_config(finished.folder / folder / "config.yaml") == finished.config
 
 
-def test_the_record_has_a_line_a_step_and_evaluation(finished: Finished) -> None:
+def test_metrics_has_one_line_per_step_and_evaluation(finished: Finished) -> None:
     lines = json_lines(finished.folder / "metrics.jsonl")
     kinds = [(line["step"], "eval_loss" in line) for line in lines]
     expected = [(step, later) for step in range(STEPS + 1) for later in (False, True)][1:]
@@ -123,11 +123,11 @@ def test_the_summary_is_the_result(finished: Finished) -> None:
     assert (summary["steps"], summary["interrupted"], summary["pairs"]) == (STEPS, False, 12)
 
 
-def test_what_was_left_out_is_on_record(finished: Finished) -> None:
+def test_quarantined_records_are_written(finished: Finished) -> None:
     (record,) = json_lines(finished.folder / "quarantined.jsonl")
     assert record["source"] == f"{finished.config.data.train}:6"
-    assert record["reason"] == "missing answer"
-    assert "1 records left out" in finished.text
+    assert record["reason"] == "missing response"
+    assert "1 records quarantined" in finished.text
 
 
 def test_the_best_adapter_is_that_of_the_lowest_evaluation_loss(finished: Finished) -> None:
@@ -135,24 +135,24 @@ def test_the_best_adapter_is_that_of_the_lowest_evaluation_loss(finished: Finish
     losses = {x["step"]: x["eval_loss"] for x in lines if "eval_loss" in x and x["step"]}
     lowest = min(losses, key=losses.__getitem__)
     assert finished.result.best == lowest != STEPS
-    found = evaluate(finished.config, finished.folder / "best", written_report()[0])["adapter"]
-    assert found.metrics["loss"] == pytest.approx(losses[lowest], rel=1e-5)
+    result = evaluate(finished.config, finished.folder / "best", captured_display()[0])["adapter"]
+    assert result.metrics["loss"] == pytest.approx(losses[lowest], rel=1e-5)
 
 
 def test_evaluate_agrees_with_the_evaluations_of_the_run(finished: Finished) -> None:
-    found = evaluate(finished.config, finished.folder, written_report()[0])
-    assert found["base"].metrics == pytest.approx(finished.result.before.metrics, rel=1e-5)
-    assert found["adapter"].metrics == pytest.approx(finished.result.after.metrics, rel=1e-5)
-    assert found["base"].metrics["loss"] < found["adapter"].metrics["loss"] - 0.1
+    results = evaluate(finished.config, finished.folder, captured_display()[0])
+    assert results["base"].metrics == pytest.approx(finished.result.before.metrics, rel=1e-5)
+    assert results["adapter"].metrics == pytest.approx(finished.result.after.metrics, rel=1e-5)
+    assert results["base"].metrics["loss"] < results["adapter"].metrics["loss"] - 0.1
 
 
-def test_mlx_lm_takes_the_folder_as_it_is(finished: Finished) -> None:
-    """Evaluated through mlx_lm's own loader: the figures of the run."""
+def test_mlx_lm_loads_the_folder_as_it_is(finished: Finished) -> None:
+    """With mlx_lm's own loader, the metrics are those of the run."""
     model, tokenizer = mlx_lm.load(finished.config.model, adapter_path=str(finished.folder))
     pairs = load_pairs(finished.config.data.valid).pairs
     encoded, _ = encode_pairs(Encoder(tokenizer, DataConfig()), pairs)
-    found = evaluate_pairs(model, encoded, ObjectiveConfig())
-    assert found.metrics == pytest.approx(finished.result.after.metrics, rel=1e-5)
+    result = evaluate_pairs(model, encoded, ObjectiveConfig())
+    assert result.metrics == pytest.approx(finished.result.after.metrics, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +173,10 @@ def test_every_variant_is_evaluated_as_it_was_trained(
 ) -> None:
     more = ["train.steps=2", "train.learning_rate=5e-2", f"data.valid={pairs_file}", *settings]
     run = ran(*small_run(model_folder, pairs_file, tmp_path / "run", *more))
-    found = evaluate(run.config, run.folder, written_report()[0])
-    assert found["adapter"].metrics == pytest.approx(run.result.after.metrics, rel=1e-4, abs=1e-4)
-    assert found["adapter"].metrics["loss"] != pytest.approx(
-        found["base"].metrics["loss"], abs=0.01
-    )
+    results = evaluate(run.config, run.folder, captured_display()[0])
+    metrics = results["adapter"].metrics
+    assert metrics == pytest.approx(run.result.after.metrics, rel=1e-4, abs=1e-4)
+    assert metrics["loss"] != pytest.approx(results["base"].metrics["loss"], abs=0.01)
     assert {a.dtype.name for a in arrays(run.folder / WEIGHTS).values()} == {"float32"}
 
 
@@ -192,11 +191,11 @@ def test_a_quantized_model(model_folder: Path, pairs_file: Path, tmp_path: Path)
     )
     more = ("train.steps=2", f"data.valid={pairs_file}")
     run = ran(*small_run(folder, pairs_file, tmp_path / "run", *more))
-    found = evaluate(run.config, run.folder, written_report()[0])
-    assert found["adapter"].metrics == pytest.approx(run.result.after.metrics, rel=1e-4)
+    results = evaluate(run.config, run.folder, captured_display()[0])
+    assert results["adapter"].metrics == pytest.approx(run.result.after.metrics, rel=1e-4)
 
 
-# --- the same again --------------------------------------------------------------------------
+# --- repeatability ---------------------------------------------------------------------------
 
 
 def adapter_of(*settings: str) -> dict:
@@ -219,21 +218,21 @@ def test_one_seed_gives_one_adapter_another_seed_another(
         assert_same_arrays(runs[2], runs[0])
 
 
-def test_evaluating_on_the_way_changes_nothing(
+def test_evaluating_between_steps_does_not_change_the_adapter(
     model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    """Neither weights nor dropout masks; nor does the record's folder."""
+    """Neither through the weights nor through the dropout masks."""
     common = ("lora.dropout=0.3", f"data.valid={pairs_file}")
     often = small_run(model_folder, pairs_file, tmp_path / "a", *common, "train.eval_every=1")
     never = small_run(model_folder, pairs_file, tmp_path / "b", *common)
     assert_same_arrays(adapter_of(*often), adapter_of(*never))
 
 
-def test_a_run_can_go_on_from_another(finished: Finished, tmp_path: Path) -> None:
+def test_a_run_can_start_from_the_adapter_of_another(finished: Finished, tmp_path: Path) -> None:
     text = (finished.folder / "config.yaml").read_text("utf-8")
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     more = [f"output={tmp_path / 'run'}", f"lora.init_from={finished.folder}", "train.steps=1"]
-    result = train(load_config(tmp_path / "config.yaml", more), written_report()[0])
+    result = train(load_config(tmp_path / "config.yaml", more), captured_display()[0])
     assert result.before.metrics == pytest.approx(finished.result.after.metrics, rel=1e-5)
 
 
@@ -266,28 +265,30 @@ def test_one_pair_is_enough(model_folder: Path, tmp_path: Path) -> None:
     assert run.result.last.step == 3
 
 
-def test_what_looks_odd_is_explained(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+def test_surprising_numbers_are_explained(
+    model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
     more = ("data.max_length=44", "data.max_prompt_length=40", "train.steps=1")
     run = ran(*small_run(model_folder, pairs_file, tmp_path / "run", *more))
-    for words in (
+    for message in (
         "chat template: the tokenizer's own",
         "10 pairs to train on, 2 to evaluate on; 1 steps of 4 pairs",
         "has a loss of 1.31 here, not 0.69",
         "longer than data.max_length=44",
     ):
-        assert words in run.text
+        assert message in run.text
 
 
 # --- interrupted -----------------------------------------------------------------------------
 
 
 def interrupted_after(step: int) -> Any:
-    """train_steps, with Ctrl-C while the step after ``step`` is computed."""
+    """train_steps, with Ctrl-C while the step after ``step`` is being computed."""
 
     def steps(*arguments: Any) -> Iterator:
-        for found in train_steps(*arguments):
-            yield found
-            if found.step == step:
+        for metrics in train_steps(*arguments):
+            yield metrics
+            if metrics.step == step:
                 raise KeyboardInterrupt
 
     return steps
@@ -304,7 +305,7 @@ def test_ctrl_c_saves_the_last_finished_step(
     assert (run.result.interrupted, run.result.last.step, run.result.after) == (True, 2, None)
     summary = json.loads((run.folder / "summary.json").read_text("utf-8"))
     assert (summary["interrupted"], summary["steps"], summary["after"]) == (True, 2, None)
-    session = prepare(run.config, written_report()[0])
+    session = prepare(run.config, captured_display()[0])
     for step in session.steps():
         if step.step == 2:
             break
@@ -325,7 +326,7 @@ def nth_evaluation_is_interrupted(number: int) -> Any:
     return pairs
 
 
-def test_ctrl_c_in_an_evaluation_on_the_way_saves_too(
+def test_ctrl_c_in_an_evaluation_between_steps_saves_too(
     model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session_module, "evaluate_pairs", nth_evaluation_is_interrupted(2))
@@ -334,7 +335,7 @@ def test_ctrl_c_in_an_evaluation_on_the_way_saves_too(
     assert (run.folder / WEIGHTS).is_file()
 
 
-def test_ctrl_c_in_the_last_evaluation_keeps_the_adapter(
+def test_ctrl_c_in_the_last_evaluation_does_not_lose_the_adapter(
     model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session_module, "evaluate_pairs", nth_evaluation_is_interrupted(2))
@@ -344,7 +345,7 @@ def test_ctrl_c_in_the_last_evaluation_keeps_the_adapter(
     assert "interrupted" in run.text
 
 
-def test_evaluating_on_the_way_needs_validation_pairs(
+def test_evaluating_between_steps_needs_validation_pairs(
     model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     more = ("data.valid_fraction=0", "train.eval_every=1")
@@ -364,7 +365,7 @@ def test_evaluating_on_the_way_needs_validation_pairs(
 )
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_an_error_within_a_step_keeps_the_step_before(
+def test_an_error_within_a_step_saves_the_step_before(
     error: type[BaseException],
     checkpointing: str,
     engine: tuple[str, ...],
@@ -381,13 +382,13 @@ def test_an_error_within_a_step_keeps_the_step_before(
         "train.schedule=constant",
     )
     whole = ran(*small_run(model_folder, pairs_file, tmp_path / "whole", *more, "train.steps=2"))
-    honest = MLP.__call__
+    original = MLP.__call__
 
     def failing(self: MLP, x: mx.array) -> mx.array:
         record = tmp_path / "run" / "metrics.jsonl"
         if record.exists() and len(json_lines(record)) == 2:
             raise error
-        return honest(self, x)
+        return original(self, x)
 
     monkeypatch.setattr(MLP, "__call__", failing)
     # Other shapes in the third step, so that it is traced anew.
@@ -398,9 +399,9 @@ def test_an_error_within_a_step_keeps_the_step_before(
     else:
         with pytest.raises(error):
             ran(*run)
-    found, expected = arrays(tmp_path / "run" / WEIGHTS), arrays(whole.folder / WEIGHTS)
+    saved, expected = arrays(tmp_path / "run" / WEIGHTS), arrays(whole.folder / WEIGHTS)
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(saved[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
     assert np.isfinite(np.array(mx.random.normal((3,)))).all()
 
 
@@ -414,7 +415,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(
 
 
 @pytest.mark.parametrize("eval_every", ["null", "1"])
-def test_a_run_that_fails_keeps_the_adapter_of_its_last_good_step(
+def test_a_run_that_fails_saves_the_adapter_of_its_last_finished_step(
     eval_every: str,
     model_folder: Path,
     pairs_file: Path,
@@ -434,11 +435,13 @@ def test_a_run_that_fails_keeps_the_adapter_of_its_last_good_step(
     assert (output / "best" / WEIGHTS).exists() == (eval_every == "1")
 
 
-# --- the share of unusable rows --------------------------------------------------------------
+# --- invalid records -------------------------------------------------------------------------
 
 
-def test_exactly_the_share_that_is_allowed(model_folder: Path, tmp_path: Path) -> None:
-    pairs = write_jsonl(tmp_path / "p.jsonl", [*some_pairs(19), {"prompt": "no answer"}])
+def test_exactly_the_allowed_fraction_may_be_quarantined(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    pairs = write_jsonl(tmp_path / "p.jsonl", [*some_pairs(19), {"prompt": "no response"}])
     more = ("data.valid_fraction=0.05", "data.max_quarantined=0.05", "train.steps=1")
     assert ran(*small_run(model_folder, pairs, tmp_path / "run", *more)).result.pairs == 18
 
@@ -447,14 +450,14 @@ def test_a_bad_pair_may_be_held_out(model_folder: Path, tmp_path: Path) -> None:
     same = "the same words again and again " * 12
     bad = {"prompt": "P?", "chosen": f"{same}x", "rejected": f"{same}y"}
     pairs = write_jsonl(tmp_path / "p.jsonl", [*some_pairs(23), bad])
-    found = load_pairs(str(pairs)).pairs
+    loaded = load_pairs(str(pairs)).pairs
 
     def held_out(seed: int) -> bool:
-        return [p.index for p in split_pairs(found, 0.05, seed)[1]] == [23]
+        return [p.index for p in split_pairs(loaded, 0.05, seed)[1]] == [23]
 
     seed = next(seed for seed in range(1000) if held_out(seed))
     more = ("data.valid_fraction=0.05", "data.max_length=100", "data.max_prompt_length=60")
-    for number in (seed + 1, seed):  # the same file: with the bad pair trained on, and held out
+    for number in (seed + 1, seed):  # the bad pair is trained on, and held out
         run = small_run(model_folder, pairs, tmp_path / f"run-{number}", *more, "train.steps=1")
         assert ran(*run, f"seed={number}").result.last.step == 1
 
@@ -468,7 +471,7 @@ def test_evaluate_needs_data(model_folder: Path) -> None:
 
 
 def test_generate_compares_the_adapter_with_the_base(finished: Finished) -> None:
-    display, text = written_report()
+    display, text = captured_display()
     base = generate(finished.config, "Why?", max_tokens=8, display=display)
     both = generate(finished.config, "Why?", finished.folder, max_tokens=8, display=display)
     assert base.keys() == {"base"}
@@ -477,23 +480,27 @@ def test_generate_compares_the_adapter_with_the_base(finished: Finished) -> None
     assert "chat template" in text.getvalue()
 
 
-def test_inspect_tolerates_any_share_of_bad_rows(model_folder: Path, tmp_path: Path) -> None:
+def test_inspect_accepts_any_number_of_invalid_records(model_folder: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "x"}, *some_pairs(2), {"chosen": "a", "rejected": "b"}, [1], {"prompt": "y"}]
     data = write_jsonl(tmp_path / "p.jsonl", rows)
     config = SimPOConfig(model=str(model_folder), data=DataConfig(max_quarantined=0.0))
-    found = inspect(config, str(data), display=written_report()[0])
-    assert [pair.index for pair in found.pairs] == [1, 2]
-    assert (found.summary["records"], found.summary["pairs"]) == (6, 2)
-    assert found.summary["left_out"] == {"missing answer": 2, "no prompt": 1, "not a record": 1}
-    assert [q["source"].rpartition(":")[2] for q in found.summary["left_out_records"]] == list(
+    result = inspect(config, str(data), display=captured_display()[0])
+    assert [pair.index for pair in result.pairs] == [1, 2]
+    assert (result.summary["records"], result.summary["pairs"]) == (6, 2)
+    assert result.summary["quarantined"] == {
+        "missing response": 2,
+        "missing prompt": 1,
+        "not a JSON object": 1,
+    }
+    assert [q["source"].rpartition(":")[2] for q in result.summary["quarantined_records"]] == list(
         "1456"
     )
-    json.dumps(found.summary, allow_nan=False)
+    json.dumps(result.summary, allow_nan=False)
 
 
-def test_inspect_needs_one_usable_pair(model_folder: Path, tmp_path: Path) -> None:
+def test_inspect_needs_one_valid_pair(model_folder: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x"}] * 3)
-    with pytest.raises(SimPOError, match="3 of 3 records are unusable, all of them"):
+    with pytest.raises(SimPOError, match="3 of 3 records are quarantined, all of them"):
         inspect(SimPOConfig(model=str(model_folder)), str(data))
 
 
@@ -501,7 +508,7 @@ def test_inspect_does_not_read_the_weights(
     model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     folder = changed_copy(model_folder, tmp_path / "model", model__safetensors=None)
-    found = inspect(SimPOConfig(model=str(folder)), str(pairs_file), display=written_report()[0])
+    result = inspect(SimPOConfig(model=str(folder)), str(pairs_file), display=captured_display()[0])
     expected = Encoder(tiny_tokenizer(), DataConfig())
-    for pair, source in zip(found.pairs, load_pairs(str(pairs_file)).pairs, strict=True):
+    for pair, source in zip(result.pairs, load_pairs(str(pairs_file)).pairs, strict=True):
         assert pair.chosen.tokens.tolist() == expected.encode(source).chosen.tokens.tolist()

@@ -1,4 +1,6 @@
-"""Evaluation: per-pair results in input order, independent of batches, with an honest interval."""
+"""Evaluation: per-pair results in input order, whatever the batches; the bootstrap interval."""
+
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -21,8 +23,8 @@ PAIRS, _ = encode_pairs(
 
 
 def test_per_pair_results_are_in_input_order_whatever_the_batches() -> None:
-    found = evaluate_pairs(MODEL, PAIRS, ObjectiveConfig(beta=10.0), batch_size=2)
-    for record, pair in zip(found.per_pair(), PAIRS, strict=True):
+    result = evaluate_pairs(MODEL, PAIRS, ObjectiveConfig(beta=10.0), batch_size=2)
+    for record, pair in zip(result.per_pair(), PAIRS, strict=True):
         batch = collate_stacked([pair])
         alone = np.array(average_logps(MODEL, batch.tokens, batch.score_start, batch.score_end))
         assert record["index"] == pair.index
@@ -31,21 +33,21 @@ def test_per_pair_results_are_in_input_order_whatever_the_batches() -> None:
         assert record["chosen_tokens"] == len(pair.chosen.tokens) - pair.chosen.score_start
         assert record["rejected_tokens"] == len(pair.rejected.tokens) - pair.rejected.score_start
     other = evaluate_pairs(MODEL, PAIRS, ObjectiveConfig(beta=10.0), batch_size=9)
-    np.testing.assert_allclose(other.margins, found.margins, atol=5e-4)
+    np.testing.assert_allclose(other.margins, result.margins, atol=5e-4)
 
 
 def test_metrics_are_means_over_pairs() -> None:
-    found = evaluate_pairs(MODEL, PAIRS, ObjectiveConfig(sft_weight=0.3))
-    metrics = found.metrics
-    assert metrics["rewards/accuracies"] == np.mean(found.margins > 0)
-    assert metrics["logps/chosen"] == pytest.approx(found.chosen_logps.mean())
-    assert metrics["rewards/rejected"] == pytest.approx(2 * found.rejected_logps.mean())
+    result = evaluate_pairs(MODEL, PAIRS, ObjectiveConfig(sft_weight=0.3))
+    metrics = result.metrics
+    assert metrics["rewards/accuracies"] == np.mean(result.margins > 0)
+    assert metrics["logps/chosen"] == pytest.approx(result.chosen_logps.mean())
+    assert metrics["rewards/rejected"] == pytest.approx(2 * result.rejected_logps.mean())
     tokens = np.array([p.chosen.num_scored for p in PAIRS])
-    nll = -(found.chosen_logps * tokens).sum() / tokens.sum()
-    simpo = np.log1p(np.exp(-(found.margins - 1.0))).mean()
+    nll = -(result.chosen_logps * tokens).sum() / tokens.sum()
+    simpo = np.log1p(np.exp(-(result.margins - 1.0))).mean()
     assert metrics["loss"] == pytest.approx(simpo + 0.3 * nll, rel=1e-5)
     assert metrics["chosen_tokens"] == pytest.approx(tokens.mean())
-    record = found.as_dict()
+    record = result.as_dict()
     assert record["pairs"] == 9
     low, high = record["rewards/accuracies_interval"]
     assert low <= metrics["rewards/accuracies"] <= high
@@ -69,28 +71,26 @@ def test_progress_counts_pairs() -> None:
 
 
 def test_swapped_pairs_have_opposite_margins() -> None:
-    from dataclasses import replace
-
     swapped = [replace(p, chosen=p.rejected, rejected=p.chosen) for p in PAIRS]
-    found = evaluate_pairs(MODEL, PAIRS, ObjectiveConfig())
+    result = evaluate_pairs(MODEL, PAIRS, ObjectiveConfig())
     other = evaluate_pairs(MODEL, swapped, ObjectiveConfig())
-    np.testing.assert_allclose(other.margins, -found.margins, atol=5e-4)
+    np.testing.assert_allclose(other.margins, -result.margins, atol=5e-4)
 
 
 @pytest.mark.parametrize(("right", "total"), [(50, 100), (180, 200), (3, 40)])
-def test_bootstrap_interval_is_close_to_the_binomial_one(right: int, total: int) -> None:
-    """For a share of successes the bootstrap is a binomial: normal quantiles give it closely."""
+def test_the_bootstrap_interval_is_close_to_the_binomial_one(right: int, total: int) -> None:
+    """The bootstrap of zeros and ones is binomial, and close to its normal approximation."""
     values = np.array([1.0] * right + [0.0] * (total - right))
     low, high = bootstrap_interval(values)
-    share = right / total
-    spread = 1.96 * np.sqrt(share * (1 - share) / total)
-    assert low == pytest.approx(max(0, share - spread), abs=0.015 + 1 / total)
-    assert high == pytest.approx(min(1, share + spread), abs=0.015 + 1 / total)
+    mean = right / total
+    spread = 1.96 * np.sqrt(mean * (1 - mean) / total)
+    assert low == pytest.approx(max(0, mean - spread), abs=0.015 + 1 / total)
+    assert high == pytest.approx(min(1, mean + spread), abs=0.015 + 1 / total)
     assert bootstrap_interval(values) == (low, high)  # repeatable
 
 
-def test_bootstrap_interval_covers_the_truth() -> None:
-    """Of 200 samples of 60 from a 0.6 chance, about 95 % of the intervals hold 0.6."""
+def test_the_bootstrap_interval_covers_the_true_mean() -> None:
+    """About 95 % of the intervals of 200 samples (of 60, with probability 0.6) contain 0.6."""
     rng = np.random.default_rng(5)
     samples = (rng.random((200, 60)) < 0.6).astype(np.float32)
     intervals = [bootstrap_interval(values, samples=400) for values in samples]
@@ -98,7 +98,7 @@ def test_bootstrap_interval_covers_the_truth() -> None:
     assert 0.89 <= covered <= 0.99
 
 
-def test_one_pair_only() -> None:
-    found = evaluate_pairs(MODEL, PAIRS[:1], ObjectiveConfig())
-    assert found.accuracy_interval in ((0.0, 0.0), (1.0, 1.0))
-    assert mx.isfinite(mx.array(found.metrics["loss"]))
+def test_one_pair_is_enough() -> None:
+    result = evaluate_pairs(MODEL, PAIRS[:1], ObjectiveConfig())
+    assert result.accuracy_interval in ((0.0, 0.0), (1.0, 1.0))
+    assert mx.isfinite(mx.array(result.metrics["loss"]))

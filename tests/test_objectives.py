@@ -41,26 +41,26 @@ def test_equals_trl_and_liger(case: Case, library: str) -> None:
     if expected is None:
         assert (library, case.loss_type) == ("liger", "hinge")  # Liger has none
         return
-    found = loss_and_gradients(case)
+    actual = loss_and_gradients(case)
     for name in ("loss", "d_chosen", "d_rejected"):
-        np.testing.assert_allclose(np.array(found[name]), expected[name], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(np.array(actual[name]), expected[name], rtol=1e-6, atol=1e-6)
 
 
-def test_gradient_is_the_published_one() -> None:
-    """∂loss/∂c̄ = −beta · σ(−z) / B and the opposite for r̄."""
+def test_the_gradient_is_the_published_one() -> None:
+    """∂loss/∂c̄ = −beta · σ(−z) / B, and the opposite for r̄."""
     case = CASES[0]
-    found = loss_and_gradients(case)
+    actual = loss_and_gradients(case)
     chosen, rejected = (x.astype(np.float64) for x in case.inputs())
     z = case.beta * (chosen - rejected - case.gamma_beta_ratio)
     expected = -case.beta / (1 + np.exp(z)) / case.pairs
-    np.testing.assert_allclose(np.array(found["d_chosen"]), expected, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(np.array(found["d_rejected"]), -expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(np.array(actual["d_chosen"]), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(np.array(actual["d_rejected"]), -expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
     ("beta", "ratio", "expected"), [(2.5, 0.55, 1.60), (10.0, 0.5, 5.01), (2.0, 0.0, math.log(2))]
 )
-def test_loss_without_a_preference(beta: float, ratio: float, expected: float) -> None:
+def test_the_loss_without_a_preference(beta: float, ratio: float, expected: float) -> None:
     """−log σ(−gamma), as in the authors' recipes."""
     loss, _ = simpo_loss(mx.array([-1.5]), mx.array([-1.5]), beta=beta, gamma_beta_ratio=ratio)
     assert loss.item() == pytest.approx(expected, abs=5e-3)
@@ -69,7 +69,7 @@ def test_loss_without_a_preference(beta: float, ratio: float, expected: float) -
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
 @given(chosen=LOGPS, rejected=LOGPS)
 @settings(deadline=None, max_examples=40)
-def test_swapping_the_sides_flips_the_margins(
+def test_swapping_the_responses_flips_the_margins(
     chosen: list[float], rejected: list[float], loss_type: str
 ) -> None:
     n = min(len(chosen), len(rejected))
@@ -110,7 +110,7 @@ def test_parts_add_up_to_the_whole_batch(values: list[float], parts: int, weight
     np.testing.assert_allclose(np.array(split_gradient), np.array(whole_gradient), atol=1e-6)
 
 
-def test_sft_term_is_the_token_mean_cross_entropy() -> None:
+def test_the_sft_term_is_the_token_mean_cross_entropy() -> None:
     chosen, rejected = mx.array([-1.0, -3.0]), mx.array([-2.0, -2.0])
     tokens = mx.array([1, 3])
     plain, _ = simpo_loss(chosen, rejected)
@@ -122,7 +122,7 @@ def test_sft_term_is_the_token_mean_cross_entropy() -> None:
 
 
 def test_accuracy_is_per_pair_and_strict() -> None:
-    """Three of four pairs right although the batch means say otherwise; a tie is not right."""
+    """Three of four pairs are right although the batch means are not; a tie is not right."""
     chosen, rejected = mx.array([-1.0, -1.0, -1.0, -9.0]), mx.array([-2.0, -2.0, -2.0, -1.0])
     _, metrics = simpo_loss(chosen, rejected)
     assert metrics["rewards/accuracies"].mean().item() == 0.75
@@ -138,7 +138,7 @@ def test_rewards_are_beta_times_logps_without_gamma() -> None:
 
 
 @pytest.mark.parametrize("margin", [-1e4, 1e4])
-def test_far_out_margins_stay_finite(margin: float) -> None:
+def test_extreme_margins_stay_finite(margin: float) -> None:
     loss, gradient = mx.value_and_grad(lambda c: simpo_loss(c, mx.array([0.0]), beta=10.0)[0])(
         mx.array([margin])
     )
@@ -149,11 +149,17 @@ def test_far_out_margins_stay_finite(margin: float) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "ipo"}, "'ipo'"),
-        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
-        ({"sft_weight": 1.0}, "chosen_tokens"),
+        ({"loss_type": "ipo"}, "loss_type is 'ipo'; it must be 'sigmoid' or 'hinge'"),
+        (
+            {"loss_type": "hinge", "label_smoothing": 0.1},
+            "label_smoothing has no meaning for the hinge loss; set it to 0",
+        ),
+        (
+            {"sft_weight": 1.0},
+            "sft_weight needs chosen_tokens, the lengths of the chosen responses",
+        ),
     ],
 )
-def test_impossible_options_are_refused(options: dict, message: str) -> None:
+def test_options_that_exclude_each_other_are_errors(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         simpo_loss(mx.array([-1.0]), mx.array([-2.0]), **options)

@@ -21,7 +21,7 @@ FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 # room; modules and rooms that share a floor do not know each other.
 FLOORS = [
     ["errors", "version"],
-    ["objectives", "paths", "blas"],
+    ["objectives", "paths", "blas", "device"],
     ["files"],
     ["kernels"],
     ["config", "doctor"],

@@ -33,7 +33,7 @@ REQUIRES = ("mlx-lm-lora==5.10.2",)
 
 
 class NoData:
-    """The loop measures its data set just before it makes its first batch."""
+    """The loop measures its dataset just before it makes its first batch."""
 
     def __len__(self) -> int:
         raise Reached

@@ -12,8 +12,8 @@ without bias correction, as mlx's default. gradient_accumulation_steps of its co
 by nothing, so a batch is one step. A batch of another size builds a new step and optimizer.
 
 At two pairs or more it sums over the whole sequence, prompt included, and divides by its length. At
-one pair the sum starts where chosen and rejected first differ and the divisor is prompt + answer;
-with gradient checkpointing its gradient is then wrong as well (the recomputed blocks meet a cache
+one pair the sum starts where chosen and rejected first differ and the divisor is prompt + response;
+with gradient checkpointing its gradient is then wrong as well (the recomputed layers meet a cache
 that has moved on).
 Its margin is the ratio γ/β: beta · (difference − gamma).
 """
@@ -36,10 +36,10 @@ REQUIRES = ("mlx-tune==0.6.0",)
 def import_trainers() -> ModuleType:
     """mlx_tune.rl_trainers without mlx_tune/__init__.py."""
     if "mlx_tune" not in sys.modules:
-        found = importlib.util.find_spec("mlx_tune")
-        assert found is not None
+        spec_of_package = importlib.util.find_spec("mlx_tune")
+        assert spec_of_package is not None
         package = ModuleType("mlx_tune")
-        package.__path__ = list(found.submodule_search_locations or [])
+        package.__path__ = list(spec_of_package.submodule_search_locations or [])
         sys.modules["mlx_tune"] = package
     return importlib.import_module("mlx_tune.rl_trainers")
 
@@ -101,12 +101,12 @@ def prepare(spec: Spec) -> Step:
         positions = logit_rows = 2 * len(batch) * (length - 1)
         if loop["use_shared_prefix"]:
             prompt = samples[0]["prompt_length"]
-            answers = [samples[0][k] for k in LENGTHS]
-            if 2 <= prompt < min(answers):
+            lengths = [samples[0][k] for k in LENGTHS]
+            if 2 <= prompt < min(lengths):
                 # The logits of the prompt's own pass are never asked for, so MLX skips them.
-                logit_rows = sum(answers) - 2 * prompt
+                logit_rows = sum(lengths) - 2 * prompt
                 positions = prompt - 1 + logit_rows
-            loss = loop["step_fn"](arrays, prompt, *answers)
+            loss = loop["step_fn"](arrays, prompt, *lengths)
         else:
             loss = loop["step_fn"](arrays)
         mx.eval(loop["state"], loss)

@@ -17,7 +17,7 @@ from mlx_simpo.config.simpo_config import ObjectiveConfig, TrainConfig
 from mlx_simpo.data.encode import EncodedPair, TokenizedSequence
 from mlx_simpo.engine.choice import choose_engine
 from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
-from mlx_simpo.training.step import GradientFunction, make_step, step_gradients
+from mlx_simpo.training.step import GradientFunction, collate_step, step_gradients
 
 REQUIRES = ()
 
@@ -40,21 +40,21 @@ def prepare(spec: Spec) -> Step:
             batch_size=len(pairs),
             max_tokens_per_step=spec.get("max_tokens_per_step"),
         )
-        made = make_step(pairs, engine, options)
-        parts, gradients = step_gradients(gradients_of, made)
+        batches = collate_step(pairs, engine, options)
+        parts, gradients = step_gradients(gradients_of, batches)
         optimizer.update(model, gradients)
         mx.eval(parts, model.trainable_parameters(), optimizer.state)
         loss = np.concatenate([np.array(part["loss"]) for part in parts]).mean()
-        found = {
+        result = {
             "loss": float(loss),
-            "positions": made.positions,
-            "logit_rows": sum(batch.rows for batch in made.micro),
-            "micro_batches": len(made.micro),
+            "positions": batches.positions,
+            "logit_rows": sum(batch.head_positions for batch in batches.micro_batches),
+            "micro_batches": len(batches.micro_batches),
             "traces": gradients_of.traces,
         }
         if "gradient" in spec:  # for a comparison of two engines, outside of any timing
             np.savez(spec["gradient"], **{k: np.array(g) for k, g in tree_flatten(gradients)})
-        return found
+        return result
 
     return step
 

@@ -29,8 +29,8 @@ def prepare(spec: Spec) -> Step:
         logps = mx.take_along_axis(logits, tokens[:, 1:, None], axis=-1).squeeze(-1)
         logps = logps - mx.logsumexp(logits, axis=-1)
         position = mx.arange(1, tokens.shape[1])
-        scored = (position >= start[:, None]) & (position < end[:, None])
-        chosen, rejected = mx.split(mx.where(scored, logps, 0).sum(axis=-1) / (end - start), 2)
+        loss_mask = (position >= start[:, None]) & (position < end[:, None])
+        chosen, rejected = mx.split(mx.where(loss_mask, logps, 0).sum(axis=-1) / (end - start), 2)
         return -nn.log_sigmoid(beta * (chosen - rejected) - gamma).mean()
 
     optimizer = optim.AdamW(spec["learning_rate"], weight_decay=0.0, bias_correction=True)

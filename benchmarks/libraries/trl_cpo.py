@@ -3,10 +3,10 @@
 On the timed path, all TRL's own: the trainer's data collator, CPOTrainer.training_step (forward of
 the chosen and rejected rows together, logits of every position, its loss, the metrics it logs at
 every step, backward) and the AdamW that the trainer creates. LoRA by PEFT, attention by torch's
-scaled_dot_product_attention. Left out: the data loader, callbacks, the schedule, clipping.
+scaled_dot_product_attention. Not timed: the data loader, callbacks, the schedule, clipping.
 
-No stand-ins; the trainer's constructor is given one short text pair, because it insists on a data
-set that it tokenizes itself. TRL pads to the longest sequence of the batch, so `pad_to` is unused.
+No stand-ins; the trainer's constructor is given one short text pair, because it insists on a
+dataset to tokenize itself. TRL pads to the longest sequence of the batch, so `pad_to` is unused.
 
 Runs in a process of its own, without OpenBLAS in LD_PRELOAD: that would take the place of the MKL
 inside torch and make it about ten times slower.
@@ -52,14 +52,14 @@ def prepare(spec: dict[str, Any]) -> Callable[[list[Pair]], dict[str, Any]]:
         disable_tqdm=True,
     )
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
-    if tokenizer.pad_token is None:  # its collator refuses to pad, which a user would mend so
+    if tokenizer.pad_token is None:  # its collator refuses to pad, which a user would fix like this
         tokenizer.pad_token = tokenizer.eos_token
     trainer = CPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32),
         args=arguments,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
-        # "all-linear" leaves the output layer out.
+        # "all-linear" does not include the output layer.
         peft_config=LoraConfig(
             r=spec["rank"],
             lora_alpha=spec["rank"] * spec["scale"],
@@ -76,13 +76,13 @@ def prepare(spec: dict[str, Any]) -> Callable[[list[Pair]], dict[str, Any]]:
     optimizer = trainer.create_optimizer()
 
     def row(pair: Pair) -> dict[str, list[int]]:
-        made = {}
+        features = {}
         for name in ("chosen", "rejected"):
             ids = pair[name]
-            made[f"{name}_input_ids"] = ids
-            made[f"{name}_attention_mask"] = [1] * len(ids)
-            made[f"{name}_labels"] = [-100] * pair["start"] + ids[pair["start"] :]
-        return made
+            features[f"{name}_input_ids"] = ids
+            features[f"{name}_attention_mask"] = [1] * len(ids)
+            features[f"{name}_labels"] = [-100] * pair["start"] + ids[pair["start"] :]
+        return features
 
     def step(batch: list[Pair]) -> dict[str, Any]:
         inputs = trainer.data_collator([row(pair) for pair in batch])

@@ -5,7 +5,7 @@ rejected, response rows compacted for the head), the CPO loss on its chunked cro
 gradient checkpointing and training patches, its per-layer asynchronous evaluation, mx.compile over
 the whole step. The step itself is a closure inside MLXTrainer.train(); `step` below is what that
 closure does with one micro-batch per update and no clipping, its fast path (check_unsloth.py
-compares it with the real train()). Left out: logging, callbacks, the learning-rate schedule.
+compares it with the real train()). Not timed: logging, callbacks, the learning-rate schedule.
 
 No stand-ins. UNSLOTH_ZOO_DISABLE_GPU_INIT is the package's own switch; without it the package asks
 for `unsloth` and a GPU. Without Metal its cross-entropy takes its own fallback in plain MLX.

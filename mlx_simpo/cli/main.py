@@ -250,7 +250,7 @@ def run_doctor(options: argparse.Namespace) -> None:
         print_json(found)
     else:
         sys.stdout.write(as_text(found))
-    if "problem" in found or not all(check["right"] for check in found["checks"]):
+    if "problem" in found or not all(check["passed"] for check in found["checks"]):
         raise SimPOError(
             "log-probabilities are not right on this machine; please report the lines above"
         )

@@ -12,27 +12,28 @@ from ..errors import SimPOError
 
 
 def counts_table(summary: dict[str, Any]) -> Table:
-    """How many pairs are used, cut and left out."""
+    """How many records are used, cut and quarantined."""
     table = Table(show_header=False, title="what will be trained on", title_justify="left")
     table.add_column(justify="right")
     table.add_column()
     table.add_row(str(summary["records"]), "records")
-    table.add_row(str(summary["pairs"]), "pairs that can be used")
-    for reason, count in summary["left_out"].items():
-        first = next(q for q in summary["left_out_records"] if q["reason"] == reason)
-        table.add_row(str(count), f"left out: {reason}, e.g. {first['source']}")
+    table.add_row(str(summary["pairs"]), "pairs")
+    for reason, count in summary["quarantined"].items():
+        first = next(q for q in summary["quarantined_records"] if q["reason"] == reason)
+        table.add_row(str(count), f"quarantined: {reason}, e.g. {first['source']}")
     table.add_row(str(summary["prompts_cut"]), "prompts cut on the left")
-    table.add_row(str(summary["answers_cut"]), "pairs with an answer cut on the right")
+    table.add_row(str(summary["responses_cut"]), "pairs with a response cut on the right")
     table.add_row(str(summary["tokens_cut"]), "tokens cut in all")
     table.add_row(
-        str(summary["boundary_moved"]), "pairs in which a token crosses prompt and answer"
+        str(summary["boundary_merges"]),
+        "pairs in which a token spans prompt and response",
     )
     table.add_row(f"{summary['scored_tokens']:,}", f"scored tokens of {summary['tokens']:,}")
     return table
 
 
 def lengths_table(summary: dict[str, Any]) -> Table:
-    """Quantiles of prompt and answer lengths, in tokens."""
+    """Quantiles of prompt and response lengths, in tokens."""
     table = Table(title="tokens", title_justify="left")
     table.add_column("")
     rows = summary["lengths"]

@@ -1,1 +1,1 @@
-"""Settings: declared once, read strictly, written back."""
+"""Settings: each declared once, read strictly, and written back as YAML."""

@@ -1,9 +1,10 @@
-"""Names of settings that users know from other libraries, and hints at the nearest right name."""
+"""Hints for misspelt settings: names from other libraries, and the nearest name of ours."""
 
 import difflib
 from collections.abc import Sequence
 
-# Names that other libraries use for the same thing, or for something users take for it.
+# Names that TRL, PEFT, mlx-lm and the authors' code use for the same thing, or for something that
+# is easily taken for it. SimPO's gamma is the trap: here it is divided by beta.
 ALIASES = {
     "gamma": "objective.gamma_beta_ratio (the target margin divided by beta)",
     "simpo_gamma": "objective.gamma_beta_ratio (TRL's simpo_gamma divided by beta)",
@@ -24,29 +25,36 @@ ALIASES = {
 
 
 def hint_at_name(path: str, names: Sequence[str]) -> str:
-    """A hint such as ``; did you mean 'lora.rank'?`` at one of ``names`` (dotted)."""
+    """Return a hint such as ``; did you mean 'lora.rank'?``.
+
+    Args:
+        path: the unknown setting as the user wrote it, with or without its section.
+        names: all settings, with their sections (``lora.rank``).
+    """
     leaf = path.rpartition(".")[2]
     if leaf in ALIASES:
         return f"; did you mean {ALIASES[leaf]}?"
-    same_words = [name for name in names if words(name) == words(path)]  # lora_rank
+    same_words = [name for name in names if _words(name) == _words(path)]  # lora_rank
     same_leaf = [name for name in names if name.rpartition(".")[2] == leaf]
     by_leaf = {name.rpartition(".")[2]: name for name in names}
     close = difflib.get_close_matches(leaf, by_leaf, n=1)
-    found = (
+    candidates = (
         same_words
         or same_leaf
         or [by_leaf[c] for c in close]
         or difflib.get_close_matches(path, names, n=1)
     )
-    return f"; did you mean {found[0]!r}?" if found else "; `mlx-simpo train --help` lists them all"
+    if not candidates:
+        return "; `mlx-simpo train --help` lists them all"
+    return f"; did you mean {candidates[0]!r}?"
 
 
 def hint_at_section(name: str, sections: Sequence[str]) -> str:
-    """A hint at a misspelt group of settings, or an empty string."""
+    """Return a hint at the section that ``name`` misspells, or an empty string."""
     close = difflib.get_close_matches(name.lower(), sections, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def words(name: str) -> list[str]:
-    """A name's words in lower case, whatever separates them."""
+def _words(name: str) -> list[str]:
+    """Split a name into lower-case words at dots, hyphens and underscores."""
     return name.lower().replace("-", "_").replace(".", "_").split("_")

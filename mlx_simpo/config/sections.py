@@ -1,10 +1,13 @@
-"""The sections of a run's settings: each name, default, meaning and rule, declared once."""
+"""The sections of the configuration: every setting with its default, help text and rule.
+
+The help texts are what `mlx-simpo train --help` prints, after the setting's name and default.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..errors import SimPOError
-from .schema import FRACTION, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, SHARE, Rule, Section, setting
+from .schema import FRACTION, NON_EMPTY, NON_NEGATIVE, POSITIVE, SHARE, Rule, Section, setting
 
 _AT_LEAST_TWO = Rule("2 or greater", lambda v: v >= 2)
 _BELOW_HALF = Rule("at least 0 and less than 0.5", lambda v: 0 <= v < 0.5)
@@ -12,84 +15,110 @@ _BELOW_HALF = Rule("at least 0 and less than 0.5", lambda v: 0 <= v < 0.5)
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """Which pairs, and how they become tokens."""
+    """Which pairs are read, and how they become tokens."""
 
     NAME: ClassVar[str] = "data"
 
     train: str | None = setting(
-        None, "file (.jsonl, .jsonl.gz, .parquet), folder or Hub data set", NOT_EMPTY
+        None,
+        "preference pairs to train on: a file (.jsonl, .jsonl.gz, .parquet), a folder or a Hub "
+        "dataset",
+        NON_EMPTY,
     )
-    train_split: str | None = setting(None, "split of a folder or Hub data set to train on")
+    train_split: str | None = setting(None, "split to train on, of a folder or Hub dataset")
     valid: str | None = setting(
-        None, "pairs to evaluate on; without it, a share of train is held", NOT_EMPTY
+        None, "preference pairs to evaluate on; null: hold out data.valid_fraction", NON_EMPTY
     )
-    valid_split: str | None = setting(None, "split of a folder or Hub data set to evaluate on")
-    subset: str | None = setting(None, "configuration name of a Hub data set that has several")
+    valid_split: str | None = setting(None, "split to evaluate on, of a folder or Hub dataset")
+    subset: str | None = setting(
+        None, "configuration of a Hub dataset that has several of them (load_dataset's name)"
+    )
     valid_fraction: float = setting(
-        0.05, "share of the training prompts held out when data.valid is not given", FRACTION
+        0.05, "fraction of the training prompts to hold out if data.valid is null", FRACTION
     )
-    max_length: int = setting(1024, "tokens of prompt and answer together, at most", _AT_LEAST_TWO)
+    max_length: int = setting(
+        1024, "maximum number of tokens of prompt and response together", _AT_LEAST_TWO
+    )
     max_prompt_length: int = setting(
-        512, "tokens a prompt is cut down to (from the left) before answers are cut", POSITIVE
+        512,
+        "minimum number of tokens that a prompt keeps if a pair is too long: first the prompt is "
+        "cut, on the left, then the responses, on the right",
+        POSITIVE,
     )
     chat_template: str = setting(
         "auto",
-        "auto (the tokenizer's own, plain text if it has none), none (plain text), or another "
-        "template: a file or the Jinja text itself",
-        NOT_EMPTY,
+        "auto: the tokenizer's own, or plain text if it has none; none: plain text; anything else: "
+        "a template file, or the Jinja text itself",
+        NON_EMPTY,
     )
     compat: Literal["official"] | None = setting(
-        None, "official: tokens as in princeton-nlp/SimPO, the scored assistant header included"
+        None,
+        "official: tokenize as princeton-nlp/SimPO does, which scores the assistant header too",
     )
     implicit_string_prompts: bool = setting(
-        False, "take the words that chosen and rejected strings begin with as their prompt"
+        False,
+        "use the common beginning of chosen and rejected strings as their prompt if they have none",
     )
     max_quarantined: float = setting(
-        0.05, "share of unusable records above which nothing is trained", SHARE
+        0.05, "stop if more than this fraction of the records has to be quarantined", SHARE
     )
 
     def __post_init__(self) -> None:
+        """Check these settings one by one and against each other.
+
+        Raises:
+            SimPOError: a wrong type, a broken rule, lengths that leave no room for a response, a
+                split without its dataset, or compat=official without a chat template.
+        """
         super().__post_init__()
         if self.max_prompt_length >= self.max_length:
             raise SimPOError(
                 f"data.max_prompt_length is {self.max_prompt_length}; it must be less than "
-                f"data.max_length ({self.max_length}), so that answers have room"
+                f"data.max_length ({self.max_length}), so that there is room for the responses"
             )
         if self.valid_split is not None and self.valid is None:
             raise SimPOError(
-                "data.valid_split is set without data.valid; set data.valid to the folder or data "
-                "set that has this split (it may be the same as data.train)"
+                "data.valid_split is set without data.valid; set data.valid to the folder or "
+                "dataset that has this split (it may be the same as data.train)"
             )
         if self.compat == "official" and self.chat_template == "none":
             raise SimPOError(
-                "data.compat=official needs a chat template; leave data.chat_template at auto"
+                "data.compat=official needs a chat template; set data.chat_template=auto"
             )
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig(Section):
-    """SimPO's loss; see `objectives`."""
+    """The parameters of SimPO's loss; see `objectives`."""
 
     NAME: ClassVar[str] = "objective"
 
-    beta: float = setting(2.0, "scale of the reward: 2.0 to 2.5, or 10", POSITIVE)
-    gamma_beta_ratio: float = setting(
-        0.5, "target margin divided by beta (0 to 1; the margin is beta × this)", NOT_NEGATIVE
+    # Where the authors' README says to start: beta 2.0 to 2.5, gamma_beta_ratio 0.5.
+    beta: float = setting(
+        2.0, "scale of the reward; the published recipes use 2.0 to 2.5, or 10", POSITIVE
     )
-    loss_type: Literal["sigmoid", "hinge"] = setting("sigmoid", "sigmoid or hinge")
+    gamma_beta_ratio: float = setting(
+        0.5, "target reward margin divided by beta, usually 0 to 1", NON_NEGATIVE
+    )
+    loss_type: Literal["sigmoid", "hinge"] = setting("sigmoid", "sigmoid or hinge loss")
     label_smoothing: float = setting(
-        0.0, "probability that a preference is the wrong way round (sigmoid only)", _BELOW_HALF
+        0.0, "probability that a pair's labels are swapped (sigmoid only)", _BELOW_HALF
     )
     sft_weight: float = setting(
-        0.0, "weight of the chosen answers' cross-entropy (helps maths, hurts chat)", NOT_NEGATIVE
+        0.0, "weight of the chosen responses' cross-entropy (helps maths, hurts chat)", NON_NEGATIVE
     )
 
     def __post_init__(self) -> None:
+        """Check these settings one by one and against each other.
+
+        Raises:
+            SimPOError: a wrong type, a broken rule, or label smoothing with the hinge loss.
+        """
         super().__post_init__()
         if self.loss_type == "hinge" and self.label_smoothing:
             raise SimPOError(
-                f"objective.label_smoothing is {self.label_smoothing}; it must be 0 with the "
-                "hinge loss, which has no such term"
+                f"objective.label_smoothing is {self.label_smoothing}; it must be 0 with "
+                "objective.loss_type=hinge, which has no label smoothing"
             )
 
 
@@ -99,42 +128,52 @@ class LoRAConfig(Section):
 
     NAME: ClassVar[str] = "lora"
 
-    rank: int = setting(16, "rank of the update", POSITIVE)
+    rank: int = setting(16, "rank of the LoRA delta", POSITIVE)
     lora_alpha: float | None = setting(
-        None, "the update is scaled by lora_alpha / rank; default 2 × rank", POSITIVE
+        None, "the LoRA delta is scaled by lora_alpha / rank; null: 2 × rank", POSITIVE
     )
     scale: float | None = setting(
-        None, "the update's scale itself, mlx-lm's way, instead of lora_alpha", POSITIVE
+        None, "scale of the LoRA delta itself, as in mlx-lm; excludes lora.lora_alpha", POSITIVE
     )
-    dropout: float = setting(0.0, "dropout on the input of the update", FRACTION)
+    dropout: float = setting(0.0, "dropout on the input of the LoRA delta", FRACTION)
     rslora: bool = setting(False, "scale by lora_alpha / sqrt(rank) (rank-stabilized LoRA)")
     dora: bool = setting(False, "train magnitudes as well (weight-decomposed LoRA)")
     target_modules: str | tuple[str, ...] = setting(
-        "all-linear", "all-linear (every linear layer of a block), or names such as [q_proj]"
+        "all-linear",
+        "modules to adapt: all-linear (every linear module of a layer), or names such as [q_proj]",
     )
     num_layers: int = setting(
         -1,
-        "adapt this many blocks, counted from the last; -1: all",
+        "number of layers to adapt, counted from the last; -1: all",
         Rule("-1 (all) or 1 and greater", lambda v: v == -1 or v >= 1),
     )
-    init_from: str | None = setting(None, "folder of an mlx-lm adapter to start from", NOT_EMPTY)
+    init_from: str | None = setting(None, "folder of an mlx-lm adapter to start from", NON_EMPTY)
 
     def __post_init__(self) -> None:
+        """Check these settings one by one and against each other.
+
+        Raises:
+            SimPOError: a wrong type, a broken rule, two settings of the scale, or no valid
+                target modules.
+        """
         super().__post_init__()
         if self.scale is not None and (self.lora_alpha is not None or self.rslora):
             other = "lora.rslora" if self.rslora else "lora.lora_alpha"
-            raise SimPOError(f"lora.scale and {other} both set the scale; give one of them")
+            raise SimPOError(f"lora.scale and {other} both set the scale; remove one of them")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             raise SimPOError(
                 f"lora.target_modules is {self.target_modules!r}; it must be all-linear or a list, "
                 f"[{self.target_modules}]"
             )
         if not self.target_modules:
-            raise SimPOError("lora.target_modules is empty; name at least one layer")
+            raise SimPOError("lora.target_modules is empty; name at least one module")
 
     @property
     def resolved_scale(self) -> float:
-        """What the update B·A is multiplied by."""
+        """The factor of the LoRA delta B·A: alpha / rank, with rsLoRA alpha / sqrt(rank).
+
+        Hu et al., arXiv:2106.09685, section 4.1; Kalajdzievski, arXiv:2312.03732.
+        """
         if self.scale is not None:
             return self.scale
         alpha = 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
@@ -143,73 +182,91 @@ class LoRAConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """The optimizer's side; defaults as in the official recipes, the learning rate for LoRA."""
+    """Engine, batches, optimizer and schedule.
+
+    The defaults are those of the authors' recipes, except the learning rate, which is for LoRA.
+    """
 
     NAME: ClassVar[str] = "train"
 
     engine: Literal["reference", "shared_prefix"] = setting(
         "shared_prefix",
-        "shared_prefix: each prompt runs once and only scored rows reach the head; reference: the "
-        "same numbers the plain way, one stacked forward pass of 2 × batch_size rows",
+        "shared_prefix: compute each prompt once, and logits of scored tokens only; reference: one "
+        "stacked forward pass over 2 × batch_size sequences (same results, slower)",
     )
-    batch_size: int = setting(4, "pairs in memory at once, at most", POSITIVE)
+    batch_size: int = setting(4, "maximum number of pairs per micro-batch", POSITIVE)
     max_tokens_per_step: int | None = setting(
         None,
-        "tokens (with padding) in memory at once, at most: a smaller number needs less memory, and "
-        "changes nothing else; a pair that is longer runs alone",
+        "maximum number of tokens per micro-batch, padding included; a lower limit saves memory "
+        "and does not change the result; a pair that is longer runs alone",
         POSITIVE,
     )
     gradient_accumulation_steps: int = setting(
-        4, "micro-batches that make one optimizer step, exactly as one large batch", POSITIVE
+        4, "micro-batches per optimizer step, which equals one step on all their pairs", POSITIVE
     )
-    epochs: float | None = setting(None, "passes over the pairs; default 1", POSITIVE)
-    steps: int | None = setting(None, "optimizer steps, instead of epochs", POSITIVE)
-    learning_rate: float = setting(5e-5, "peak rate (full fine-tuning: 3e-7 to 1e-6)", POSITIVE)
+    epochs: float | None = setting(None, "passes over the training pairs; null: 1", POSITIVE)
+    steps: int | None = setting(None, "number of optimizer steps, instead of epochs", POSITIVE)
+    learning_rate: float = setting(
+        5e-5, "peak learning rate (full fine-tuning: 3e-7 to 1e-6)", POSITIVE
+    )
     schedule: Literal["cosine", "linear", "constant"] = setting(
-        "cosine", "after the warm-up: cosine or linear to 0, or constant"
+        "cosine", "learning rate after the warm-up: cosine or linear decay to 0, or constant"
     )
-    warmup_ratio: float = setting(0.1, "share of the steps that warm up from 0", FRACTION)
-    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", NOT_NEGATIVE)
-    adam_beta1: float = setting(0.9, "AdamW's decay of the first moment", FRACTION)
-    adam_beta2: float = setting(0.999, "AdamW's decay of the second moment", FRACTION)
+    warmup_ratio: float = setting(
+        0.1, "fraction of the steps in which the learning rate rises from 0", FRACTION
+    )
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", NON_NEGATIVE)
+    # torch.optim.AdamW's defaults, as in the authors' recipes.
+    adam_beta1: float = setting(0.9, "AdamW's decay rate of the first moment", FRACTION)
+    adam_beta2: float = setting(0.999, "AdamW's decay rate of the second moment", FRACTION)
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon", POSITIVE)
-    max_grad_norm: float | None = setting(1.0, "clip the gradients' global norm", POSITIVE)
+    max_grad_norm: float | None = setting(
+        1.0, "clip the gradient to this global norm; null: do not clip", POSITIVE
+    )
     gradient_checkpointing: bool = setting(
-        False, "recompute each block in the backward pass: less memory, a third more time"
+        False,
+        "recompute each layer's activations in the backward pass: less memory, about a third more "
+        "time",
     )
     compile: bool | None = setting(
         None,
-        "compile the step (mx.compile), engine reference only, where null means yes: the shapes of "
-        "shared_prefix are the data's own, and each would be traced",
+        "compile the step with mx.compile; engine reference only, where null means true (the "
+        "shapes of shared_prefix differ from batch to batch, and each would be traced)",
     )
     eval_every: int | None = setting(
-        None, "evaluate every so many steps as well as before and after training", POSITIVE
+        None, "evaluate every this many steps, besides before and after training", POSITIVE
     )
 
     def __post_init__(self) -> None:
+        """Check these settings one by one and against each other.
+
+        Raises:
+            SimPOError: a wrong type, a broken rule, both epochs and steps, or an engine that
+                cannot be compiled.
+        """
         super().__post_init__()
         if self.epochs is not None and self.steps is not None:
-            raise SimPOError("train.epochs and train.steps both set the length; give one of them")
+            raise SimPOError("train.epochs and train.steps both set the length; remove one of them")
         if self.compile and self.engine == "shared_prefix":
             raise SimPOError(
-                "train.compile is true, but only the reference engine is ever compiled; leave it "
-                "out, or set train.engine=reference"
+                "train.compile is true, but only the reference engine can be compiled; remove it, "
+                "or set train.engine=reference"
             )
 
     @property
     def step_pairs(self) -> int:
-        """Pairs of one optimizer step."""
+        """Pairs per optimizer step."""
         return self.batch_size * self.gradient_accumulation_steps
 
 
 @dataclass(frozen=True)
 class LogpsConfig(Section):
-    """How logits become log-probabilities."""
+    """How log-probabilities are computed from logits."""
 
     NAME: ClassVar[str] = "logps"
 
     impl: Literal["auto", "kernel", "mlx"] = setting(
         "auto",
-        "kernel: one fused kernel on the GPU; mlx: MLX's own operations; auto: the kernel where "
-        "MLX runs on a GPU (engine shared_prefix only)",
+        "kernel: one fused GPU kernel; mlx: MLX's own operations; auto: the kernel if MLX runs on "
+        "a GPU (engine shared_prefix only)",
     )

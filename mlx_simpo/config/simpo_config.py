@@ -1,7 +1,7 @@
-"""A run's settings, whole: read, checked and written (see `sections` for each of them).
+"""The whole configuration of a run: read, checked and written (`sections` has the single settings).
 
-A configuration comes from a YAML file, ``key=value`` overrides or Python, and is checked the same
-way each time (see `strict`). ``configs/`` has one file per published recipe.
+A configuration comes from a YAML file, ``name=value`` overrides or Python, and is checked the same
+way each time (see `schema`). ``configs/`` has one file per published recipe.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..errors import SimPOError
 from ..paths import local_path
-from .schema import NOT_EMPTY, RawText, Rule, Section, from_mapping, nearest_name, setting
+from .schema import NON_EMPTY, RawText, Rule, Section, from_mapping, nearest_name, setting
 from .sections import DataConfig, LogpsConfig, LoRAConfig, ObjectiveConfig, TrainConfig
 from .yaml import dump_yaml, parse_yaml
 
@@ -20,18 +20,22 @@ _SEED = Rule("0 or greater and less than 2**32", lambda v: 0 <= v < 2**32)
 
 @dataclass(frozen=True)
 class SimPOConfig(Section):
-    """Everything a run depends on."""
+    """All settings of a run."""
 
-    model: str = setting(help="Hugging Face id or local folder of the model", rule=NOT_EMPTY)
+    model: str = setting(help="Hugging Face id or local folder of the model", rule=NON_EMPTY)
     revision: str | None = setting(None, "branch, tag or commit of a Hub model")
     trust_remote_code: bool = setting(False, "run code that comes with the model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "of the frozen weights; auto: as stored (LoRA weights are always float32)"
+        "auto",
+        "dtype of the frozen weights: float32, bfloat16, float16, or auto (as stored); LoRA "
+        "weights are always float32",
     )
     output: str = setting(
-        "runs/simpo", "new folder for the adapter and the run's record", NOT_EMPTY
+        "runs/simpo", "new folder for the adapter, the metrics and the configuration", NON_EMPTY
     )
-    seed: int = setting(42, "of initial weights, data order, dropout and split", _SEED)
+    seed: int = setting(
+        42, "seed of the initial LoRA weights, data order, dropout and validation split", _SEED
+    )
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     lora: LoRAConfig = LoRAConfig()
@@ -39,15 +43,20 @@ class SimPOConfig(Section):
     logps: LogpsConfig = LogpsConfig()
 
     def __post_init__(self) -> None:
+        """Check the settings one by one and against each other.
+
+        Raises:
+            SimPOError: a wrong type, a broken rule, or settings that exclude each other.
+        """
         super().__post_init__()
         if self.logps.impl != "auto" and self.train.engine == "reference":
             raise SimPOError(
-                f"logps.impl is {self.logps.impl}, but train.engine=reference has one way to make "
-                "log-probabilities; leave one of the two out"
+                f"logps.impl is {self.logps.impl}, but train.engine=reference has only one "
+                "implementation; remove one of the two settings"
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """The whole configuration as plain values, for YAML and JSON."""
+        """Return the configuration as nested dicts of plain values, for YAML and JSON."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
@@ -57,47 +66,54 @@ class SimPOConfig(Section):
         return plain(asdict(self))
 
     def to_yaml(self) -> str:
-        """The whole configuration as YAML that `load_config` reads back to an equal one."""
+        """Return the configuration as YAML that `load_config` reads back as an equal one."""
         return dump_yaml(self.as_dict())
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> SimPOConfig:
-    """A configuration from a YAML file and ``key=value`` overrides such as ``lora.rank=16``.
+    """Load a configuration from a YAML file and ``name=value`` overrides such as ``lora.rank=16``.
+
+    Overrides win over the file, later ones over earlier ones.
 
     Raises:
-        SimPOError: an unreadable file, an unknown setting, a wrong type, an impossible value.
+        SimPOError: an unreadable file, an unknown or missing setting, a wrong type, or a value that
+            breaks its rule.
     """
-    given: Any = {}
+    values: Any = {}
     if path is not None:
         try:
             text = local_path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError, SimPOError) as error:
             raise SimPOError(f"cannot read the configuration {str(path)!r}: {error}") from None
-        given = parse_yaml(text, str(path))
-        given = {} if given is None else given
-        if not isinstance(given, dict):
-            raise SimPOError(f"{path} must hold settings (name: value), not {given!r}")
+        values = parse_yaml(text, str(path))
+        values = {} if values is None else values  # an empty file
+        if not isinstance(values, dict):
+            raise SimPOError(f"{path} must contain settings (name: value), not {values!r}")
     for override in overrides:
-        apply_override(given, override)
-    return from_mapping(SimPOConfig, given, SimPOConfig)
+        _apply_override(values, override)
+    return from_mapping(SimPOConfig, values, SimPOConfig)
 
 
-def apply_override(given: dict, override: str) -> None:
-    """Put one ``section.name=value`` into the nested mapping ``given``."""
+def _apply_override(values: dict, override: str) -> None:
+    """Write one ``section.name=value`` into the nested dicts ``values``, in place.
+
+    Raises:
+        SimPOError: it has no ``=``, its section does not exist, or it would replace a section.
+    """
     key, equals, value = override.partition("=")
     if not equals:
         hint = nearest_name(key, SimPOConfig)
         raise SimPOError(f"{override!r} is not a setting of the form name=value{hint}")
     *sections, name = key.split(".")
     for section in sections:
-        if given.get(section) is None:
-            given[section] = {}
-        given = given[section]
-        if not isinstance(given, dict):
+        if values.get(section) is None:  # absent, or all its lines are commented out
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
             raise SimPOError(f"unknown setting {key!r}{nearest_name(key, SimPOConfig)}")
-    group = given.get(name)
-    if group and isinstance(group, dict):
+    section = values.get(name)
+    if section and isinstance(section, dict):
         raise SimPOError(
-            f"{key} is {value!r}, but {key}.{next(iter(group))} is given as well; leave one out"
+            f"{key} is {value!r}, but {key}.{next(iter(section))} is set, too; remove one of them"
         )
-    given[name] = RawText(value)
+    values[name] = RawText(value)

@@ -1,7 +1,7 @@
-"""YAML without surprises: what looks like a number to a person is one, everything else is text.
+"""YAML without surprises: decimal numbers, true, false and null; everything else is text.
 
-PyYAML keeps to YAML 1.1, in which ``1e-6`` is text, ``no`` is false, ``010`` is 8, ``1:30`` is 90
-and the last of two equal keys wins.
+PyYAML implements YAML 1.1, in which ``1e-6`` is text, ``no`` is false, ``010`` is 8, ``1:30`` is 90
+and the last of two equal keys wins silently.
 """
 
 import re
@@ -16,14 +16,19 @@ _BOOL, _INT, _FLOAT, _NULL, _MERGE = (
     f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "null", "merge")
 )
 _NUMBER = list("-+.0123456789")
+# A number with a point, an exponent or both; YAML 1.1 requires a point and a signed exponent.
 _FLOAT_TEXT = re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$")
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Decimal numbers, true, false and null; a repeated key is an error."""
+    """Reads decimal numbers, true, false and null; a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """A mapping whose keys must all differ."""
+        """Build a mapping, all of whose keys must be different.
+
+        Raises:
+            yaml.YAMLError: a key appears twice, or cannot be a key.
+        """
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -31,11 +36,12 @@ class StrictLoader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 raise yaml.YAMLError(f"a name must be text, not {key!r} (line {line})")
             if key in seen:
-                raise yaml.YAMLError(f"{key!r} stands twice (line {line})")
+                raise yaml.YAMLError(f"{key!r} appears twice (line {line})")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
+# Keep PyYAML's null and merge keys; the patterns for bool, int, float and dates are replaced.
 StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _MERGE)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -46,10 +52,11 @@ StrictLoader.add_implicit_resolver(_FLOAT, _FLOAT_TEXT, _NUMBER)
 
 
 class StrictDumper(yaml.SafeDumper):
-    """Quotes every text that this loader, or anybody's, would take for something else."""
+    """Quotes every text that this loader, or any YAML 1.1 loader, would read as something else."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Line breaks other than "\\n" survive only as escapes."""
+        """Represent text so that it reads back unchanged."""
+        # YAML normalizes every line break to \n unless it is an escape in double quotes.
         style = '"' if re.search("[\r\x85\u2028\u2029]", text) else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -62,10 +69,13 @@ StrictDumper.add_representer(str, StrictDumper.represent_text)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What YAML text says; ``where`` names the file or setting in an error.
+    """Parse YAML text.
+
+    Args:
+        where: the file or setting, to be named in the message.
 
     Raises:
-        SimPOError: it is no valid YAML.
+        SimPOError: the text is not valid YAML.
     """
     try:
         return yaml.load(text, StrictLoader)
@@ -75,5 +85,5 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def dump_yaml(values: dict) -> str:
-    """YAML text that `parse_yaml` reads back to ``values``, in their order."""
+    """Return YAML text that `parse_yaml` reads back as ``values``, in the same order."""
     return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)

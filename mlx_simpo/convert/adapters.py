@@ -10,9 +10,10 @@ import mlx.core as mx
 from ..errors import SimPOError
 from ..files import load_safetensors, read_header, read_json, save_safetensors, write_text
 from ..model.adapters import PEFT_WEIGHTS, WEIGHTS, read_adapter_config
-from ..model.loading import DTYPES, LoadedModel
-from ..model.record import RECORD, RECORD_FILE, base_record, mismatches, table
+from ..model.loading import DTYPES
+from ..model.record import RECORD, RECORD_FILE, base_record, table
 from ..paths import local_path
+from ..reporting.advice import adapter_mismatch
 from ..reporting.display import Display
 from ..runs.folder import check_output_free
 from ..version import __version__
@@ -73,7 +74,8 @@ def to_peft(
     config = read_adapter_config(adapter)
     record = table(config, RECORD)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
-    adapted = load_base(base, record, display)
+    adapted = base.load()
+    display.warn(adapter_mismatch(record, adapted))
     rule = architecture_of(adapted)
     deltas = read_mlx(adapter, adapted.model)  # attaches the adapter: the base is loaded again
     base_model = base.load().model
@@ -144,18 +146,6 @@ def from_peft(
         verify = should_verify(verify, loaded.model, display.note)
         comparisons = verify_and_cast(proof, written / WEIGHTS, dtype, verify)
     return Conversion(local_path(output), comparisons)
-
-
-def load_base(base: Base, record: dict[str, Any], display: Display) -> LoadedModel:
-    """Load the base model of an mlx-lm adapter; warn if the adapter was trained on another one.
-
-    Args:
-        record: of the adapter's training, {} if there is none.
-    """
-    loaded = base.load()
-    for difference in mismatches(record, loaded):
-        display.warn(f"{difference}: the adapter may not fit")
-    return loaded
 
 
 def verify_and_cast(

@@ -12,8 +12,9 @@ from ..model.adapters import flat_arrays, read_adapter_config
 from ..model.loading import DTYPES
 from ..model.record import RECORD, base_record, table
 from ..paths import local_path
+from ..reporting.advice import adapter_mismatch
 from ..reporting.display import Display
-from .adapters import Conversion, base_name, check_arguments, load_base, write_record
+from .adapters import Conversion, base_name, check_arguments, write_record
 from .base import (
     Base,
     architecture_of,
@@ -69,7 +70,8 @@ def fuse(
     config = {} if adapter is None else read_adapter_config(adapter)
     record = table(config, RECORD)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
-    loaded = load_base(base, record, display)
+    loaded = base.load()
+    display.warn(adapter_mismatch(record, loaded))
     quantization = loaded.config.get("quantization")
     check_quantization(quantization, format, dequantize, dtype, display)
     layout = checkpoint_layout(loaded, architecture_of(loaded)) if format == "hf" else None

@@ -1,1 +1,1 @@
-"""From files and data sets to batches of tokens: sources → pairs → encode → batching."""
+"""From datasets to tokens: reading, validating, encoding, caching and ordering preference pairs."""

@@ -1,8 +1,9 @@
-"""Tokens that are kept: a folder a key under the user's cache, complete or not there at all.
+"""The token cache: one folder per key under the user's cache, complete or not there at all.
 
-A folder is written under another name and renamed when it is whole, so that neither an interrupted
-run nor a second one at the same time leaves anything that is taken for complete. manifest.json
-tells the hash of each file and what was left out; a folder that disagrees with it is made anew.
+A folder is written under a temporary name and renamed when it is complete. So neither an
+interrupted run nor two runs at once leave anything that could be mistaken for complete.
+manifest.json holds the hash of each file and the quarantined records; a folder that does not match
+its manifest is rebuilt.
 """
 
 import json
@@ -18,24 +19,24 @@ from pathlib import Path
 
 from ..errors import SimPOError
 from .encode import Encoder
-from .keys import NoKeyError, digest, file_sha256, token_key
+from .keys import NotCacheableError, file_sha256, short_sha256, token_key
 from .pairs import Quarantined
 from .sources import Source
 from .tokenize import write_tokens
 from .tokens import FILES, TokenizedPairs
 
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished-"
-DAY = 24 * 60 * 60
-# Folders that no run has used for so long are deleted by the next run that makes one.
-KEPT_DAYS = 30
-# A context whose value is told the rows done, for so many in all.
+UNFINISHED_PREFIX = "unfinished-"
+SECONDS_PER_DAY = 24 * 60 * 60
+# A run that adds a folder to the cache deletes those that no run has used for this long.
+MAX_UNUSED_DAYS = 30
+# Called with the number of rows; the context's value is called with the rows done since last time.
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass
-class Tokenized:
-    """A source as tokens, what is left out of it, and what to tell the user."""
+class TokenizedSource:
+    """The pairs of a source as tokens, its quarantined records, and messages for the user."""
 
     pairs: TokenizedPairs
     quarantined: list[Quarantined]
@@ -43,78 +44,82 @@ class Tokenized:
     warnings: list[str] = field(default_factory=list)
 
 
-class DamagedError(Exception):
-    """What is wrong with a folder of the cache."""
+class DamagedCacheError(Exception):
+    """A folder of the cache is not as it was written: what is wrong with it."""
 
 
-def tokens_folder() -> Path:
-    """Where tokens are kept: in $MLX_SIMPO_CACHE, or mlx_simpo under the user's cache."""
+def token_cache_folder() -> Path:
+    """Return the folder of the token cache: $MLX_SIMPO_CACHE/tokens, or in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_simpo"
     return Path(os.environ.get("MLX_SIMPO_CACHE") or default) / "tokens"
 
 
-def tokenized(encoder: Encoder, source: Source, progress: Progress) -> Tokenized:
-    """The source's pairs as tokens: those that were kept, or made now and kept.
+def load_or_tokenize(encoder: Encoder, source: Source, progress: Progress) -> TokenizedSource:
+    """Load the source's tokens from the cache, or tokenize it and cache the result.
 
     Raises:
-        SimPOError: the source cannot be read or encoded, it changes meanwhile, or there is no room.
+        SimPOError: the source cannot be read or encoded, or changes meanwhile; or the cache cannot
+            be written.
     """
-    root, key, note = tokens_folder(), None, ""
-    before, warnings = stamps(source), []
+    root, key, note = token_cache_folder(), None, ""
+    sizes_and_times, warnings = _sizes_and_times(source), []
     try:
         key = token_key(encoder, source)
-    except NoKeyError as reason:
-        note = f"tokens are not kept for the next run: {reason}"
+    except NotCacheableError as reason:
+        note = f"tokens are not cached for the next run: {reason}"
     except OSError as error:
         raise SimPOError(f"cannot read {source.name}: {error}") from None
     try:
         root.mkdir(parents=True, exist_ok=True)
         if key is not None and (root / key).exists():
             try:
-                return read_folder(root / key)
-            except DamagedError as problem:
-                warnings.append(f"the tokens kept in {root / key} are made anew: {problem}")
-                remove(root / key)
-        sweep(root)
-        made = make(encoder, source, root, key, progress)
+                return load_folder(root / key)
+            except DamagedCacheError as error:
+                warnings.append(
+                    f"the cached tokens in {root / key} are damaged ({error}); tokenizing again"
+                )
+                delete_folder(root / key)
+        delete_unused(root)
+        result = _tokenize(encoder, source, root, key, progress)
     except OSError as error:
         raise SimPOError(
-            f"cannot keep tokens in {root}: {error}; make room there, or name another folder in "
-            "the environment variable MLX_SIMPO_CACHE"
+            f"cannot write tokens to {root}: {error}; free some space there, or set the "
+            "environment variable MLX_SIMPO_CACHE to another folder"
         ) from None
-    if stamps(source) != before:
+    # The key was computed before the rows were read: it must not name the tokens of other content.
+    if _sizes_and_times(source) != sizes_and_times:
         if key is not None:
-            remove(root / key)
-        raise SimPOError(f"{source.name} was changed while it was read; start again")
-    return replace(made, note=made.note or note, warnings=warnings)
+            delete_folder(root / key)
+        raise SimPOError(f"{source.name} changed while it was being read; start again")
+    return replace(result, note=result.note or note, warnings=warnings)
 
 
-def make(
+def _tokenize(
     encoder: Encoder, source: Source, root: Path, key: str | None, progress: Progress
-) -> Tokenized:
-    """Tokenize into a new folder, which stays as ``root/key`` if there is a key."""
-    scratch = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=root))
+) -> TokenizedSource:
+    """Tokenize into a temporary folder, which becomes ``root/key`` if there is a key."""
+    scratch = Path(tempfile.mkdtemp(prefix=UNFINISHED_PREFIX, dir=root))
     try:
         with progress(source.count()) as advance:
             count, quarantined = write_tokens(scratch, encoder, source.rows(), advance)
         write_manifest(scratch, source.name, quarantined)
-        # What is mapped stays readable whatever becomes of the files' names.
-        made = Tokenized(TokenizedPairs(scratch), quarantined, "")
+        # Mapped files stay readable after they are renamed, and even after they are deleted.
+        result = TokenizedSource(TokenizedPairs(scratch), quarantined, "")
         if key is None or not count:
-            return made
-        size = megabytes([scratch])
-        publish(scratch, root / key)
+            return result
+        size = _format_size([scratch])
+        _publish(scratch, root / key)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    made.note = (
-        f"tokens are kept for the next run in {root / key} ({size}; {megabytes(root.iterdir())} in "
-        f"all, of which goes what no run uses for {KEPT_DAYS} days)"
+    result.note = (
+        f"tokens are cached for the next run in {root / key} ({size}; the whole cache: "
+        f"{_format_size(root.iterdir())}; what no run uses for {MAX_UNUSED_DAYS} days is deleted)"
     )
-    return made
+    return result
 
 
-def publish(scratch: Path, folder: Path) -> None:
-    """Give a finished folder its name, unless another run was faster."""
+def _publish(scratch: Path, folder: Path) -> None:
+    """Rename a complete folder, unless another run has published the same tokens first."""
     try:
         scratch.rename(folder)
     except OSError:
@@ -123,57 +128,57 @@ def publish(scratch: Path, folder: Path) -> None:
 
 
 def write_manifest(folder: Path, name: str, quarantined: Iterable[Quarantined]) -> None:
-    """Size and hash of every file, so that a damaged folder is known as one."""
-    body = {
+    """Record the quarantined records, and size and hash of every file, to notice damage."""
+    content = {
         "data": name,
         "files": {f: [(folder / f).stat().st_size, file_sha256(folder / f)] for f in FILES},
         "quarantined": list(quarantined),
     }
-    text = json.dumps(body)  # in ASCII: a detail may quote what is no text
-    (folder / MANIFEST).write_text(f"{digest(text.encode())}\n{text}\n", encoding="ascii")
+    text = json.dumps(content)  # ASCII: details may quote text that cannot be encoded
+    (folder / MANIFEST).write_text(f"{short_sha256(text.encode())}\n{text}\n", encoding="ascii")
 
 
-def read_folder(folder: Path) -> Tokenized:
-    """What is kept in a folder, looked through from the first byte to the last.
+def load_folder(folder: Path) -> TokenizedSource:
+    """Load a folder of the cache, comparing every file with its hash.
 
     Raises:
-        DamagedError: it is not as it was written.
+        DamagedCacheError: it is not as it was written.
     """
     try:
         checksum, text = (folder / MANIFEST).read_text("ascii").splitlines()
-        if digest(text.encode()) != checksum:
-            raise DamagedError(f"{MANIFEST} is not as it was written")
-        body = json.loads(text)
-        for name, (size, sha256) in body["files"].items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                raise DamagedError(f"{name} has {found} bytes instead of {size}")
+        if short_sha256(text.encode()) != checksum:
+            raise DamagedCacheError(f"{MANIFEST} does not match its hash")
+        content = json.loads(text)
+        for name, (size, sha256) in content["files"].items():
+            actual_size = (folder / name).stat().st_size
+            if actual_size != size:
+                raise DamagedCacheError(f"{name} has {actual_size} bytes instead of {size}")
             if file_sha256(folder / name) != sha256:
-                raise DamagedError(f"{name} is not as it was written")
+                raise DamagedCacheError(f"{name} does not match its hash")
         pairs = TokenizedPairs(folder)
-        os.utime(folder / MANIFEST)  # used now, says `sweep`
+        os.utime(folder / MANIFEST)  # the time of last use, for `delete_unused`
     except (OSError, ValueError) as error:
-        raise DamagedError(" ".join(str(error).split())) from None
-    quarantined = [Quarantined(*entry) for entry in body["quarantined"]]
-    return Tokenized(pairs, quarantined, f"tokens are those kept in {folder}")
+        raise DamagedCacheError(" ".join(str(error).split())) from None
+    quarantined = [Quarantined(*entry) for entry in content["quarantined"]]
+    return TokenizedSource(pairs, quarantined, f"tokens are loaded from the cache in {folder}")
 
 
-def sweep(root: Path) -> None:
-    """Delete what no run has used for long, and what runs that were killed have left."""
+def delete_unused(root: Path) -> None:
+    """Delete folders of the cache that no run has used for long, and remains of killed runs."""
     for folder in root.iterdir():
         if re.fullmatch("[0-9a-f]{32}", folder.name):
-            kept = KEPT_DAYS * DAY
-        elif folder.name.startswith(UNFINISHED):
-            kept = DAY
-        else:
+            max_days = MAX_UNUSED_DAYS
+        elif folder.name.startswith(UNFINISHED_PREFIX):
+            max_days = 1
+        else:  # not ours
             continue
-        newest = max((found.st_mtime for found in contents(folder)), default=time.time())
-        if time.time() - newest > kept:
-            remove(folder)
+        last_use = max((stat.st_mtime for stat in _stat_folder(folder)), default=time.time())
+        if time.time() - last_use > max_days * SECONDS_PER_DAY:
+            delete_folder(folder)
 
 
-def contents(folder: Path) -> list[os.stat_result]:
-    """Of a folder and its files: what there is, while other runs rename and delete theirs."""
+def _stat_folder(folder: Path) -> list[os.stat_result]:
+    """Return stat of a folder and its files; [] if another run has just deleted or renamed it."""
     try:
         with os.scandir(folder) as entries:
             return [folder.stat(), *(entry.stat() for entry in entries)]
@@ -181,30 +186,26 @@ def contents(folder: Path) -> list[os.stat_result]:
         return []
 
 
-def remove(folder: Path) -> None:
-    """Delete a folder, out of sight first: no run finds half of it."""
-    gone = folder.with_name(f"{UNFINISHED}{folder.name[-32:]}-{os.getpid()}")
+def delete_folder(folder: Path) -> None:
+    """Delete a folder of the cache so that no other run ever sees half of it."""
+    renamed = folder.with_name(f"{UNFINISHED_PREFIX}{folder.name[-32:]}-{os.getpid()}")
     try:
-        folder.rename(gone)
+        folder.rename(renamed)
     except FileNotFoundError:  # another run was faster
         return
-    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
-def stamps(source: Source) -> list[tuple[int, int]]:
-    """Size and time of change of the source's files.
-
-    Raises:
-        SimPOError: one is gone.
-    """
+def _sizes_and_times(source: Source) -> list[tuple[int, int]]:
+    """Return size and modification time of the source's files; SimPOError if one is gone."""
     try:
-        found = [path.stat() for path in source.files]
+        stats = [path.stat() for path in source.files]
     except OSError as error:
         raise SimPOError(f"cannot read {source.name}: {error}") from None
-    return [(stat.st_size, stat.st_mtime_ns) for stat in found]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
-def megabytes(folders: Iterable[Path]) -> str:
-    """What the files in these folders take, in MB."""
-    total = sum(found.st_size for folder in folders for found in contents(folder)[1:])
+def _format_size(folders: Iterable[Path]) -> str:
+    """Return the total size of the files in these folders, in MB."""
+    total = sum(stat.st_size for folder in folders for stat in _stat_folder(folder)[1:])
     return f"{total / 1e6:.1f} MB"

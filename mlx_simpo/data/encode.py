@@ -1,15 +1,15 @@
-"""Pairs → tokens: what the model reads, and from which token on it is scored.
+"""Encode pairs as tokens: what the model reads, and which of it is scored.
 
 The rules (compat: official has its own, see `official`):
-- The conversation is templated whole, the prompt alone with the generation prompt. Scoring begins
-  at the end of the longest token prefix that the prompt, the whole chosen and the whole rejected
-  conversation share: never inside the prompt, the assistant's header not scored, and right where a
-  merge of the tokenizer crosses from prompt to answer.
-- One BOS where the tokenizer wants one, never two.
-- The end-of-turn token is scored, what a template writes after it is not even read. EOS is put
-  where a template leaves no end-of-turn token, and after plain text.
-- Too long: the prompt loses tokens on the left, keeping BOS, as many as are needed but not below
-  max_prompt_length; then the answers lose tokens on the right.
+- The chat template writes each whole conversation, and the prompt alone with its generation prompt.
+  Scoring starts at the end of the longest token prefix that the prompt, the chosen and the rejected
+  conversation share. So the prompt and the assistant's header are not scored; and where the
+  tokenizer merges the end of the prompt with the start of a response, the merged token is.
+- There is exactly one BOS if the tokenizer adds one, and none otherwise.
+- The end-of-turn token is scored; what a template writes after it is dropped. EOS is appended where
+  a template writes no end-of-turn token, and to plain text.
+- A pair that is too long loses prompt tokens from the left, keeping BOS: as many as necessary, but
+  not below max_prompt_length. Then the responses lose tokens from the right.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,14 +27,14 @@ from .render import Renderer, token_ids
 
 
 class TokenizedSequence(NamedTuple):
-    """One sequence: int32 token ids [T], of which those from ``score_start`` (≥ 1) on are scored."""
+    """A prompt with one response: int32 token ids [T], scored from index ``score_start`` (≥ 1)."""
 
     tokens: np.ndarray
     score_start: int
 
     @property
     def num_scored(self) -> int:
-        """|y|, the number of scored tokens."""
+        """|y| in the paper's loss, the number of scored tokens."""
         return len(self.tokens) - self.score_start
 
 
@@ -42,8 +42,14 @@ class TokenizedSequence(NamedTuple):
 class EncodedPair:
     """A pair as tokens.
 
-    boundary_tokens: tokens of the prompt that are scored because the tokenizer merges across the boundary.
-    cut_prompt, cut_response: tokens that max_length took away (the answers' together).
+    Attributes:
+        chosen, rejected: the two sequences.
+        index: row number in the source, from 0.
+        source: "file:line".
+        boundary_tokens: tokens at the end of the prompt that are scored, because the tokenizer
+            merges them with the start of a response.
+        cut_prompt: prompt tokens that were cut to fit max_length.
+        cut_response: response tokens that were cut, of both responses together.
     """
 
     chosen: TokenizedSequence
@@ -61,74 +67,90 @@ class EncodedPair:
 
 
 class Encoder:
-    """Encodes pairs by the rules above, or by the official implementation's.
+    """Encodes pairs by this module's rules, or by those of the official implementation.
 
     Args:
         tokenizer: mlx-lm's or transformers' tokenizer.
         config: chat_template, compat, max_length and max_prompt_length are read.
 
+    Attributes:
+        renderer: writes conversations with the chat template.
+        end_tokens: ids of all tokens that end a turn.
+        bos: [id] of the BOS token if the tokenizer adds one, else [].
+        eos: id of the EOS token, or None.
+
     Raises:
-        SimPOError: an unreadable template, or compat: official with a tokenizer that the official
-            code cannot use.
+        SimPOError: the template cannot be read, or compat is "official" and the tokenizer lacks
+            something that the official code needs.
     """
 
     def __init__(self, tokenizer: Any, config: DataConfig) -> None:
+        """See the class; raises SimPOError."""
         self.tokenizer = tokenizer
         self.config = config
         self.renderer = Renderer(tokenizer, config.chat_template)
-        self.stops = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "eos_token_ids", ()))
-        self.stops |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        # Special tokens have three sources: transformers' named ones, mlx-lm's from the generation
+        # config, and added tokens that are marked as special in tokenizer.json alone.
+        self.end_tokens = set(tokenizer.all_special_ids)
+        self.end_tokens |= set(getattr(tokenizer, "eos_token_ids", ()))
+        self.end_tokens |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.eos = tokenizer.eos_token_id
+        # Whether it adds BOS cannot be read off a tokenizer's settings: they differ by class.
         with_special = tokenizer.encode("a", add_special_tokens=True)
         adds_bos = with_special[:1] == [tokenizer.bos_token_id] != self._ids("a")[:1]
-        # The BOS to put in front where the text has none: only if the tokenizer does so by itself.
         self.bos = [tokenizer.bos_token_id] if adds_bos else []
-        needed = {
-            "chat template": not self.renderer.plain,
+        has_required = {
+            "chat template": not self.renderer.is_plain_text,
             "BOS token": tokenizer.bos_token_id is not None,
             "EOS token": self.eos is not None,
         }
-        lacking = [name for name, is_there in needed.items() if not is_there]
-        if config.compat == "official" and lacking:
+        missing = [name for name, has_it in has_required.items() if not has_it]
+        if config.compat == "official" and missing:
             raise SimPOError(
-                f"data.compat is 'official', but this tokenizer has no {lacking[0]}, which the "
-                "official code needs; leave data.compat out"
+                f"data.compat is 'official', but this tokenizer has no {missing[0]}, which the "
+                "official code needs; remove data.compat"
             )
 
     def encode(self, pair: Pair) -> EncodedPair:
-        """The tokens of one pair.
+        """Encode one pair.
 
         Raises:
-            Refused: the template or the rules leave nothing to train on.
+            InvalidRecordError: the template rejects it, no response token is left to score, or both
+                sequences are the same.
             SimPOError: the pair is a conversation but there is no chat template.
         """
         if self.config.compat == "official":
-            encoded = official_tokens(
+            sequences, cuts, boundary_tokens = official_tokens(
                 self.tokenizer,
                 self.renderer,
                 pair,
                 max_length=self.config.max_length,
                 max_prompt_length=self.config.max_prompt_length,
             )
-            sides, cuts, moved = encoded.sides, encoded.cuts, encoded.boundary_tokens
         else:
-            prompt, chosen, rejected = self._texts(pair)
+            prompt, chosen, rejected = self._pair_tokens(pair)
+            # At least 1: the first token has no predecessor that would predict it.
             start = max(1, common_prefix(prompt, chosen, rejected))
-            sides = ((chosen, start), (rejected, start))
-            moved = len(prompt) - start
-            sides, cuts = self._truncate(sides)
-        if any(start >= len(tokens) for tokens, start in sides):
-            raise InvalidRecordError("no scored token left", "the prompt fills data.max_length")
-        if sides[0] == sides[1]:
-            raise InvalidRecordError("identical answers", "after tokenization and truncation")
+            boundary_tokens = max(0, len(prompt) - start)
+            sequences, cuts = self._truncate(((chosen, start), (rejected, start)))
+        if any(start >= len(tokens) for tokens, start in sequences):
+            raise InvalidRecordError(
+                "no scored tokens left", "data.max_length or the chat template leaves none"
+            )
+        if sequences[0] == sequences[1]:
+            raise InvalidRecordError("identical responses", "after tokenization and truncation")
         chosen, rejected = (
-            TokenizedSequence(np.array(tokens, np.int32), start) for tokens, start in sides
+            TokenizedSequence(np.array(tokens, np.int32), start) for tokens, start in sequences
         )
-        return EncodedPair(chosen, rejected, pair.index, pair.source, max(0, moved), *cuts)
+        return EncodedPair(chosen, rejected, pair.index, pair.source, boundary_tokens, *cuts)
 
     def prompt_tokens(self, prompt: str | list[Message], tools: list | None = None) -> list[int]:
-        """What the model reads before it answers ``prompt`` (one user turn, or messages)."""
-        if self.renderer.plain and isinstance(prompt, str):
+        """Return what the model reads before it responds to ``prompt`` (user text, or messages).
+
+        Raises:
+            InvalidRecordError: the template rejects it, or it is not valid Unicode.
+        """
+        if self.renderer.is_plain_text and isinstance(prompt, str):
             return self._with_bos(self._ids(prompt))
         text = self.renderer.render(as_messages(prompt, "user"), tools, generation=True)
         return self._with_bos(self._ids(text))
@@ -136,18 +158,19 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return token_ids(self.tokenizer, text)
 
-    def _texts(self, pair: Pair) -> tuple[list[int], list[int], list[int]]:
-        """Tokens of (prompt with generation prompt, whole chosen, whole rejected)."""
-        if self.renderer.plain and isinstance(pair.prompt, str):
-            texts = (f"{pair.prompt}{answer}" for answer in (pair.chosen, pair.rejected))
+    def _pair_tokens(self, pair: Pair) -> tuple[list[int], list[int], list[int]]:
+        """Return tokens of (prompt with generation prompt, whole chosen, whole rejected)."""
+        if self.renderer.is_plain_text and isinstance(pair.prompt, str):
+            texts = (f"{pair.prompt}{response}" for response in (pair.chosen, pair.rejected))
             chosen, rejected = (self._with_eos(self._with_bos(self._ids(t))) for t in texts)
             return self.prompt_tokens(pair.prompt), chosen, rejected
-        before, *answers = self.renderer.conversation(pair)
-        texts = (self.renderer.render(before + answer, pair.tools) for answer in answers)
+        prompt, *responses = self.renderer.conversation(pair)
+        texts = (self.renderer.render(prompt + response, pair.tools) for response in responses)
         chosen, rejected = (self._end_turn(self._with_bos(self._ids(text))) for text in texts)
-        return self.prompt_tokens(before, pair.tools), chosen, rejected
+        return self.prompt_tokens(prompt, pair.tools), chosen, rejected
 
     def _with_bos(self, tokens: list[int]) -> list[int]:
+        # A template may write white space before its BOS, as some files begin with a newline.
         first = next((i for i, t in enumerate(tokens) if not self._is_space(t)), 0)
         return tokens if tokens[first : first + 1] == self.bos else self.bos + tokens
 
@@ -155,35 +178,36 @@ class Encoder:
         return tokens if self.eos is None or tokens[-1:] == [self.eos] else [*tokens, self.eos]
 
     def _end_turn(self, tokens: list[int]) -> list[int]:
-        """``tokens`` up to the end-of-turn token; with EOS if the template wrote none."""
+        """Return ``tokens`` up to the end-of-turn token, or with EOS if the template wrote none."""
         end = len(tokens)
-        while end and tokens[end - 1] not in self.stops and self._is_space(tokens[end - 1]):
+        while end and tokens[end - 1] not in self.end_tokens and self._is_space(tokens[end - 1]):
             end -= 1
-        if end and tokens[end - 1] in self.stops:
+        if end and tokens[end - 1] in self.end_tokens:
             return tokens[:end]
         return self._with_eos(tokens)
 
     def _is_space(self, token: int) -> bool:
         return not self.tokenizer.decode([token]).strip()
 
-    def _truncate(self, sides: tuple) -> tuple[tuple, tuple[int, int]]:
-        """``sides`` cut to max_length, and (prompt tokens, answer tokens) that were cut."""
-        tokens, start = sides[0]
-        longest = max(len(side) - start for side, _ in sides)
-        excess = start + longest - self.config.max_length
+    def _truncate(self, sequences: tuple) -> tuple[tuple, tuple[int, int]]:
+        """Return the two (tokens, start) cut to max_length, and how many tokens of (prompt,
+        responses) were cut."""
+        tokens, start = sequences[0]
+        longest_response = max(len(tokens) - start for tokens, _ in sequences)
+        excess = start + longest_response - self.config.max_length
         if excess <= 0:
-            return sides, (0, 0)
+            return sequences, (0, 0)
         cut = min(excess, max(0, start - self.config.max_prompt_length))
-        keep = 1 if cut and tokens[0] == self.tokenizer.bos_token_id else 0
+        bos = 1 if cut and tokens[0] == self.tokenizer.bos_token_id else 0
         start -= cut
-        whole = [side[:keep] + side[keep + cut :] for side, _ in sides]
-        short = [side[: self.config.max_length] for side in whole]
-        lost = sum(len(w) for w in whole) - sum(len(s) for s in short)
-        return tuple((side, start) for side in short), (cut, lost)
+        uncut = [tokens[:bos] + tokens[bos + cut :] for tokens, _ in sequences]
+        short = [tokens[: self.config.max_length] for tokens in uncut]
+        cut_response = sum(map(len, uncut)) - sum(map(len, short))
+        return tuple((tokens, start) for tokens in short), (cut, cut_response)
 
 
 def common_prefix(*sequences: Sequence[int]) -> int:
-    """How many items all sequences begin with alike."""
+    """Return the length of the longest prefix that all sequences share."""
     shared = 0
     for items in zip(*sequences, strict=False):
         if any(item != items[0] for item in items):
@@ -195,13 +219,16 @@ def common_prefix(*sequences: Sequence[int]) -> int:
 def encode_pairs(
     encoder: Encoder, pairs: Iterable[Pair], advance: Callable[[], None] = lambda: None
 ) -> tuple[list[EncodedPair], list[Quarantined]]:
-    """(pairs as tokens, pairs that the template or the rules refuse); ``advance`` is called after
-    each."""
-    encoded, refused = [], []
+    """Return (encoded pairs, quarantined pairs); ``advance`` is called after each pair.
+
+    Raises:
+        SimPOError: a pair is a conversation but there is no chat template.
+    """
+    encoded, quarantined = [], []
     for pair in pairs:
         try:
             encoded.append(encoder.encode(pair))
-        except InvalidRecordError as refusal:
-            refused.append(Quarantined(pair.source, *refusal.args))
+        except InvalidRecordError as error:
+            quarantined.append(Quarantined(pair.source, *error.args))
         advance()
-    return encoded, refused
+    return encoded, quarantined

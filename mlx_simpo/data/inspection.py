@@ -1,4 +1,4 @@
-"""What is in a data set and what will be trained: counts, lengths, losses, one pair in tokens."""
+"""What a dataset holds and what will be trained on: counts, lengths, cuts, one pair as tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,43 +16,44 @@ QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, 
 def summarize(
     pairs: Sequence[EncodedPair], quarantined: Sequence[Quarantined], encoder: Encoder
 ) -> dict[str, Any]:
-    """Counts and length quantiles of an encoded data set, ready for JSON."""
+    """Return counts and length quantiles of an encoded dataset, ready for JSON."""
     chosen, rejected = column(pairs, "chosen"), column(pairs, "rejected")
     prompts = column(pairs, "chosen_score_start")
-    scored = {
+    responses = {
         "chosen": chosen - prompts,
         "rejected": rejected - column(pairs, "rejected_score_start"),
     }
-    sizes = {"prompt": prompts, **scored, "longer sequence": lengths(pairs)}
-    of_prompts, of_answers = column(pairs, "cut_prompt"), column(pairs, "cut_response")
+    token_counts = {"prompt": prompts, **responses, "longer sequence": lengths(pairs)}
+    cut_prompt, cut_response = column(pairs, "cut_prompt"), column(pairs, "cut_response")
     return {
         "records": len(pairs) + len(quarantined),
         "pairs": len(pairs),
         "chat_template": encoder.renderer.origin,
-        "left_out": count_reasons(quarantined),
-        "left_out_records": [q._asdict() for q in quarantined],
-        "prompts_cut": int(np.count_nonzero(of_prompts)),
-        "answers_cut": int(np.count_nonzero(of_answers)),
-        "tokens_cut": total(of_prompts) + total(of_answers),
-        "boundary_moved": int(np.count_nonzero(column(pairs, "boundary_tokens"))),
-        "tokens": total(chosen) + total(rejected),
-        "scored_tokens": total(scored["chosen"]) + total(scored["rejected"]),
+        "quarantined": count_reasons(quarantined),
+        "quarantined_records": [q._asdict() for q in quarantined],
+        "prompts_cut": int(np.count_nonzero(cut_prompt)),
+        "responses_cut": int(np.count_nonzero(cut_response)),
+        "tokens_cut": _total(cut_prompt) + _total(cut_response),
+        "boundary_merges": int(np.count_nonzero(column(pairs, "boundary_tokens"))),
+        "tokens": _total(chosen) + _total(rejected),
+        "scored_tokens": _total(responses["chosen"]) + _total(responses["rejected"]),
         "lengths": {
             name: {label: int(np.quantile(values, q)) for label, q in QUANTILES.items()}
-            for name, values in sizes.items()
+            for name, values in token_counts.items()
         },
     }
 
 
-def total(values: np.ndarray) -> int:
-    """The sum, as a number that JSON can hold."""
+def _total(values: np.ndarray) -> int:
+    # int32 columns of a large dataset would overflow, and JSON takes no numpy integers.
     return int(values.sum(dtype=np.int64))
 
 
 def marked(sequence: TokenizedSequence, tokenizer: Any, style: str) -> Text:
-    """A sequence with its scored tokens told apart, with and without colour.
+    """Return a sequence as text that shows its scored tokens, with and without colour.
 
-    What is only read is dim; each scored token is underlined in turns and ends in a bar.
+    Unscored tokens are dim. Scored ones are in ⟦ ⟧, in ``style``, every second one underlined, with
+    a bar after each.
     """
     text = Text()
     text.append(show(tokenizer, sequence.tokens[: sequence.score_start].tolist()), style="dim")
@@ -65,5 +66,5 @@ def marked(sequence: TokenizedSequence, tokenizer: Any, style: str) -> Text:
 
 
 def show(tokenizer: Any, tokens: list[int]) -> str:
-    """Tokens as text, with line breaks made visible."""
+    """Return tokens as text in which line breaks are visible."""
     return tokenizer.decode(tokens).replace("\n", "↵\n")

@@ -1,17 +1,18 @@
-"""``compat: official``: tokens as the authors' code makes them, token for token.
+"""``compat: official``: the tokens of the authors' code, reproduced token by token.
 
 Source: princeton-nlp/SimPO, scripts/run_simpo.py (apply_chat_template) and
 scripts/simpo_trainer.py (build_tokenized_answer, tokenize_row), and alignment-handbook's
-maybe_insert_system_message. How it differs from this package's own rules:
-- prompt and answers are templated separately and without a generation prompt: the assistant's
-  header is scored, and so is a system turn that the template puts before it by default;
-- an empty system message is put first where the template mentions "system" or "<|im_start|>";
-- a BOS text at the start of an answer is taken off, a BOS token put before each prompt, an EOS
-  token after each answer, also behind an end-of-turn token and a newline;
-- when prompt and answer are too long together, the prompt keeps its last max_prompt_length tokens,
-  then each answer its first max_length − max_prompt_length, however short the prompt is.
-The authors' exchange of the template for models called "mistral" is not repeated here: their
-recipe's file in configs/ gives that template as ``chat_template``.
+maybe_insert_system_message. It differs from this package's own rules (see `encode`):
+- Prompt and responses are templated separately and without a generation prompt. So the assistant's
+  header is scored, and with it a default system turn that the template writes before it.
+- Where the template mentions "system" or "<|im_start|>", an empty system message is put first.
+- A BOS text at the start of a response is removed. A BOS token is put before each prompt and an EOS
+  token after each response, even after an end-of-turn token and a newline.
+- When prompt and longer response are too long together, the prompt keeps its last
+  max_prompt_length tokens; if that is not enough, each response keeps its first
+  max_length − max_prompt_length tokens, however short the prompt is.
+The authors also replace the template of models called "mistral". That is not repeated here: their
+recipe in configs/ gives that template as ``chat_template``.
 """
 
 from typing import Any, NamedTuple
@@ -21,9 +22,14 @@ from .render import Renderer, token_ids
 
 
 class OfficialTokens(NamedTuple):
-    """sides: (tokens, start) of chosen and rejected; cuts: (prompt, answer) tokens cut away."""
+    """The tokens of a pair.
 
-    sides: tuple[tuple[list[int], int], tuple[list[int], int]]
+    sequences: (tokens, score_start) of chosen and rejected.
+    cuts: (prompt tokens, response tokens) that were cut.
+    boundary_tokens: prompt tokens that became part of a response.
+    """
+
+    sequences: tuple[tuple[list[int], int], tuple[list[int], int]]
     cuts: tuple[int, int]
     boundary_tokens: int
 
@@ -31,62 +37,76 @@ class OfficialTokens(NamedTuple):
 def official_tokens(
     tokenizer: Any, renderer: Renderer, pair: Pair, *, max_length: int, max_prompt_length: int
 ) -> OfficialTokens:
-    """The official tokens of one pair.
+    """Encode one pair as tokenize_row does.
 
     Raises:
-        Refused: the template or the official checks refuse the pair.
+        InvalidRecordError: the template rejects it, or the official code's checks fail.
     """
-    prompt, *texts = official_texts(renderer, tokenizer, pair)
-    sides = [split_answer(tokenizer, prompt, text) for text in texts]
-    (first, _), (second, _) = sides
-    differing = sum(a != b for a, b in zip(first, second, strict=False))
-    if differing > 1 or abs(len(first) - len(second)) > 1:
+    prompt_text, *texts = official_texts(renderer, tokenizer, pair)
+    parts = [split_response(tokenizer, prompt_text, text) for text in texts]
+    (chosen_prompt, _), (rejected_prompt, _) = parts
+    differing = sum(a != b for a, b in zip(chosen_prompt, rejected_prompt, strict=False))
+    if differing > 1 or abs(len(chosen_prompt) - len(rejected_prompt)) > 1:
         raise InvalidRecordError(
-            "official check fails", "prompts differ by more than their last token"
+            "fails the official code's check", "the prompts differ by more than their last token"
         )
-    moved = len(token_ids(tokenizer, prompt)) - min(len(first), len(second))
+    num_prompt_tokens = len(token_ids(tokenizer, prompt_text))
+    boundary_tokens = num_prompt_tokens - min(len(chosen_prompt), len(rejected_prompt))
 
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    sides = [(p if p[:1] == bos else bos + p, a if a[-1:] == eos else a + eos) for p, a in sides]
-    longest = max(len(answer) for _, answer in sides)
+    parts = [(p if p[:1] == bos else bos + p, r if r[-1:] == eos else r + eos) for p, r in parts]
+    longest_response = max(len(response) for _, response in parts)
     cut_prompt = cut_response = 0
-    kept = []
-    for before, answer in sides:
-        if len(before) + longest > max_length:
-            cut_prompt = max(cut_prompt, len(before) - max_prompt_length)
-            before = before[-max_prompt_length:]
-        if len(before) + longest > max_length:
-            cut_response += max(0, len(answer) - (max_length - max_prompt_length))
-            answer = answer[: max_length - max_prompt_length]
-        kept.append((before + answer, len(before)))
-    return OfficialTokens((kept[0], kept[1]), (max(0, cut_prompt), cut_response), moved)
+    sequences = []
+    for prompt, response in parts:
+        if len(prompt) + longest_response > max_length:
+            cut_prompt = max(cut_prompt, len(prompt) - max_prompt_length)
+            prompt = prompt[-max_prompt_length:]
+        if len(prompt) + longest_response > max_length:
+            cut_response += max(0, len(response) - (max_length - max_prompt_length))
+            response = response[: max_length - max_prompt_length]
+        sequences.append((prompt + response, len(prompt)))
+    cuts = (max(0, cut_prompt), cut_response)
+    return OfficialTokens((sequences[0], sequences[1]), cuts, max(0, boundary_tokens))
 
 
 def official_texts(renderer: Renderer, tokenizer: Any, pair: Pair) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected, each templated by itself."""
+    """Return the texts of prompt, chosen and rejected, each templated by itself.
+
+    Raises:
+        InvalidRecordError: the template rejects one of them.
+    """
     prompt, chosen, rejected = renderer.conversation(pair)
-    if pair.whole:  # all but the last turn of the chosen conversation is the prompt
+    if pair.has_full_conversations:
+        # The official prompt is all but the last turn of the chosen conversation.
         prompt, chosen, rejected = prompt + chosen[:-1], chosen[-1:], rejected[-1:]
     template = renderer.text or ""
     mentions_system = "system" in template or "<|im_start|>" in template
     if prompt and prompt[0]["role"] != "system" and mentions_system:
         empty: Message = {"role": "system", "content": ""}
         prompt = [empty, *prompt]
-    first, second = (
-        renderer.render(answer).removeprefix(tokenizer.bos_token) for answer in (chosen, rejected)
+    chosen_text, rejected_text = (
+        renderer.render(response).removeprefix(tokenizer.bos_token)
+        for response in (chosen, rejected)
     )
-    return renderer.render(prompt), first, second
+    return renderer.render(prompt), chosen_text, rejected_text
 
 
-def split_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """(prompt tokens, answer tokens) of prompt + answer tokenized in one piece.
+def split_response(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """Tokenize prompt + response in one piece and return (prompt tokens, response tokens).
 
-    Where the prompt's own tokens are no prefix of the whole, the boundary goes one token back.
+    Where the tokens of the prompt alone are not a prefix of the whole, the boundary moves back by
+    one token (build_tokenized_answer).
+
+    Raises:
+        InvalidRecordError: the whole has fewer tokens than the prompt alone.
     """
-    before, whole = token_ids(tokenizer, prompt), token_ids(tokenizer, prompt + answer)
-    if len(whole) < len(before):
+    prompt_ids, whole = token_ids(tokenizer, prompt), token_ids(tokenizer, prompt + response)
+    if len(whole) < len(prompt_ids):
         raise InvalidRecordError(
-            "official check fails", "prompt and answer have fewer tokens than the prompt"
+            "fails the official code's check",
+            "prompt and response together have fewer tokens than the prompt alone",
         )
-    start = len(before) if whole[: len(before)] == before else len(before) - 1
+    is_prefix = whole[: len(prompt_ids)] == prompt_ids
+    start = len(prompt_ids) if is_prefix else len(prompt_ids) - 1
     return whole[:start], whole[start:]

@@ -1,4 +1,4 @@
-"""The order of an epoch: which pairs each optimizer step takes."""
+"""The order of training: which pairs each optimizer step of an epoch takes."""
 
 from collections.abc import Iterator
 
@@ -6,17 +6,24 @@ import numpy as np
 
 
 def epoch_steps(count: int, step_pairs: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
-    """One epoch of ``count`` pairs: the indices of each optimizer step's pairs, int [n].
+    """Yield the pair indices of each optimizer step in one epoch, int [n] per step.
 
-    A permutation drawn from (seed, epoch), cut into steps of ``step_pairs``; the last step takes
-    what is left. No step depends on the pairs' lengths: only within a step, whose gradient is a
-    mean over its pairs in whatever order, are like ones put together (see `Engine.plan`).
+    The order is a permutation drawn from (seed, epoch), cut into steps of ``step_pairs``; the last
+    step takes the remainder.
+
+    Args:
+        count: pairs in the dataset.
+        step_pairs: pairs per optimizer step.
+        seed: of the whole run.
+        epoch: number of the epoch, from 0.
     """
+    # Sorting by length across steps would bias the gradients of each step. Within a step, whose
+    # gradient is a mean over its pairs, the order does not matter: `engine.plan` sorts there.
     order = np.random.default_rng([seed, epoch]).permutation(count)
-    for first in range(0, count, step_pairs):
-        yield order[first : first + step_pairs]
+    for start in range(0, count, step_pairs):
+        yield order[start : start + step_pairs]
 
 
 def steps_per_epoch(pairs: int, step_pairs: int) -> int:
-    """Optimizer steps in which every pair is taken once."""
+    """Return the number of optimizer steps that take each pair once: ⌈pairs / step_pairs⌉."""
     return -(-pairs // step_pairs)

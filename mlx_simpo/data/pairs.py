@@ -1,7 +1,7 @@
-"""The pairs of a source, what is left out of it and why, and the split into two parts.
+"""The pairs of a source, its quarantined records, and the split into training and validation.
 
-A row that breaks a rule is quarantined with its place and the reason: never trained on, never
-silently dropped.
+A record that breaks a rule is quarantined, with where it is and the reason: it is never trained on
+and never dropped silently.
 """
 
 import json
@@ -19,52 +19,61 @@ from .sources import read_rows
 
 
 class Quarantined(NamedTuple):
-    """A row that is not used, where it is, and why. ``reason`` is one of few, to be counted."""
+    """A record that is not trained on.
+
+    source: "file:line". reason: one of a few, so that they can be counted. detail: what exactly.
+    """
 
     source: str
     reason: str
     detail: str = ""
 
     @property
-    def place(self) -> str:
-        """Where the record stands, with the detail of what is wrong."""
+    def location(self) -> str:
+        """Where the record is, with the detail of what is wrong."""
         return self.source + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass
 class PairSet:
-    """The usable pairs of a source, and the rows that are not."""
+    """The valid pairs of a source, and its quarantined records."""
 
     pairs: list[Pair]
     quarantined: list[Quarantined] = field(default_factory=list)
 
 
 def check_share(
-    usable: int, quarantined: Sequence[Quarantined], max_quarantined: float, name: str
+    num_pairs: int, quarantined: Sequence[Quarantined], max_quarantined: float, name: str
 ) -> None:
-    """Refuse a source without a usable record, or with too many unusable ones.
+    """Check that a source has valid pairs, and not too large a share of quarantined records.
+
+    Args:
+        num_pairs: valid pairs.
+        max_quarantined: the largest share of quarantined records that is allowed, from 0 to 1.
+        name: of the source, for messages.
 
     Raises:
         SimPOError: with the reasons, counted, and the first example of each.
     """
-    total = usable + len(quarantined)
+    total = num_pairs + len(quarantined)
     if total == 0:
         raise SimPOError(f"{name} is empty; it must hold at least one preference pair")
-    if usable and len(quarantined) / total <= max_quarantined:
+    if num_pairs and len(quarantined) / total <= max_quarantined:
         return
     first = {q.reason: q for q in reversed(quarantined)}
     summary = "; ".join(
-        f"{count} × {reason}, e.g. {first[reason].place}"
+        f"{count} × {reason}, e.g. {first[reason].location}"
         for reason, count in count_reasons(quarantined).items()
     )
-    rule = f"more than data.max_quarantined={max_quarantined:g} allows" if usable else "all of them"
+    limit = f"more than data.max_quarantined={max_quarantined:g} allows"
+    rule = limit if num_pairs else "all of them"
     raise SimPOError(
-        f"{name}: {len(quarantined)} of {total} records are unusable, {rule}: {summary}"
+        f"{name}: {len(quarantined)} of {total} records are quarantined, {rule}: {summary}"
     )
 
 
 def count_reasons(quarantined: Iterable[Quarantined]) -> dict[str, int]:
-    """How often each reason stands, the most frequent first."""
+    """Return how often each reason occurs, the most frequent first."""
     return dict(Counter(q.reason for q in quarantined).most_common())
 
 
@@ -75,41 +84,47 @@ def load_pairs(
     *,
     implicit_string_prompts: bool = False,
 ) -> PairSet:
-    """All preference pairs of a file, folder or Hugging Face data set.
+    """Load all preference pairs of a file, folder or Hugging Face dataset.
 
     Args:
-        name, split, subset: see `sources.read_rows`.
-        implicit_string_prompts: accept {chosen, rejected} strings without a prompt; what they begin
-            with, up to the last white space, becomes the prompt.
+        name, split, subset: see `sources.open_source`.
+        implicit_string_prompts: accept {chosen, rejected} strings without a prompt; the whole words
+            that both start with become the prompt.
 
     Raises:
-        SimPOError: the source cannot be read. Rows that cannot be used raise nothing: they are in
-            the result's ``quarantined``.
+        SimPOError: the source cannot be read. Invalid records do not raise: they are in the
+            result's ``quarantined``.
     """
-    found = PairSet([])
+    result = PairSet([])
     for row in read_rows(name, split, subset):
         try:
-            found.pairs.append(parse_pair(row, implicit_string_prompts))
-        except InvalidRecordError as refusal:
-            found.quarantined.append(Quarantined(row.source, *refusal.args))
-    return found
+            result.pairs.append(parse_pair(row, implicit_string_prompts))
+        except InvalidRecordError as error:
+            result.quarantined.append(Quarantined(row.source, *error.args))
+    return result
 
 
 def prompt_text(pair: Pair) -> str:
-    """The prompt as JSON in ASCII, the same for text and for one user turn with that text."""
-    asked = as_messages(pair.prompt, "user")
-    return json.dumps(asked, sort_keys=True, ensure_ascii=True, default=str)
+    """Return the prompt as ASCII JSON, the same for a string and for one user turn with it."""
+    messages = as_messages(pair.prompt, "user")
+    return json.dumps(messages, sort_keys=True, ensure_ascii=True, default=str)
 
 
 def held_out(prompts: Iterable[bytes], fraction: float, seed: int) -> np.ndarray:
-    """Which pairs with these prompts (of `prompt_text`) are held out: bool [N].
+    """Return which pairs are held out for validation: bool [N].
 
-    Pairs with the same prompt stay on one side, and which prompts are held out depends on the
-    prompts and the seed, not on their order. At least one prompt is held out if there are two.
+    Pairs with the same prompt stay together. Which prompts are held out depends on the prompts and
+    the seed, not on their order. At least one is held out if there are two or more.
+
+    Args:
+        prompts: `prompt_text` of each pair, encoded.
+        fraction: of the distinct prompts, from 0 (none) to below 1.
+        seed: of the run.
     """
-    digests = bytearray()
-    for text in prompts:  # 16 bytes: short in memory, and no two prompts collide
-        digests += sha256(b"[%d, %b]" % (seed, text)).digest()[:16]
-    found, group = np.unique(np.frombuffer(digests, "S16"), return_inverse=True)
-    held = min(max(1, round(fraction * len(found))), len(found) - 1) if fraction > 0 else 0
-    return group < held
+    hashes = bytearray()
+    for text in prompts:  # 16 bytes of a hash: little memory, and no collisions
+        hashes += sha256(b"[%d, %b]" % (seed, text)).digest()[:16]
+    # Hashes are random numbers: the first ones in sorted order are a random sample of prompts.
+    distinct, rank = np.unique(np.frombuffer(hashes, "S16"), return_inverse=True)
+    count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1) if fraction > 0 else 0
+    return rank < count

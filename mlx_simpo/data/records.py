@@ -1,8 +1,8 @@
-"""One record → one pair: every accepted form, strict checks, a reason for each refusal.
+"""Parse one record into one pair: all accepted forms, strict checks, a reason for every rejection.
 
 Accepted are the preference forms of TRL's documentation ("Dataset formats and types"): explicit
-prompts as strings or message lists, implicit prompts (two conversations that share a beginning),
-and ultrafeedback_binarized's hybrid (a string prompt beside whole conversations).
+prompts as strings or lists of messages, implicit prompts (two conversations that start the same
+way), and ultrafeedback_binarized's hybrid (a string prompt beside whole conversations).
 """
 
 import json
@@ -17,14 +17,18 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt with a preferred and a rejected answer.
+    """One prompt with a preferred and a rejected response.
 
-    Either all three are strings, or all three are lists of messages: prompt the turns before, and
-    chosen and rejected the turns after it (the last one the assistant's).
+    Prompt, chosen and rejected are either all strings or all lists of messages. As messages, the
+    prompt is the turns before the responses; chosen and rejected are the turns after it, and the
+    last of them is the assistant's.
 
-    index: row number in the source, from 0. source: "file:line". tools: the functions a template
-    may offer to the model. whole: the answers came as whole conversations, of which ``prompt`` is
-    the shared beginning.
+    Attributes:
+        index: row number in the source, from 0.
+        source: "file:line".
+        tools: functions that a template may offer to the model.
+        has_full_conversations: the record gave whole conversations, and ``prompt`` is what they
+            share.
     """
 
     prompt: str | list[Message]
@@ -33,150 +37,173 @@ class Pair:
     index: int = 0
     source: str = ""
     tools: list | None = None
-    whole: bool = False
+    has_full_conversations: bool = False
 
 
 class InvalidRecordError(Exception):
-    """Why a record is no pair: (reason, detail)."""
+    """A record that cannot be trained on. Its arguments are a reason, and optionally a detail."""
 
 
 def parse_pair(row: Row, implicit_string_prompts: bool = False) -> Pair:
-    """The pair in one row; raises `InvalidRecordError` when there is none."""
+    """Return the pair in one row.
+
+    Raises:
+        InvalidRecordError: there is none.
+    """
     record = row.value
     if row.problem:
         raise InvalidRecordError("unreadable row", row.problem)
     if not isinstance(record, dict):
-        raise InvalidRecordError("not a record", f"a JSON {type(record).__name__}, not an object")
+        raise InvalidRecordError("not a JSON object", f"it is {describe(record)}")
     missing = [key for key in ("chosen", "rejected") if record.get(key) is None]
     if len(missing) == 2 and "completion" in record and "label" in record:
-        raise InvalidRecordError("unpaired record", "prompt, completion, label: for KTO only")
+        raise InvalidRecordError("unpaired record", "completion and label are for KTO only")
     if missing:
-        raise InvalidRecordError("missing answer", f"no {' and no '.join(missing)}")
+        raise InvalidRecordError("missing response", f"no {' and no '.join(missing)}")
     prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is not None and not isinstance(prompt, str):
             raise InvalidRecordError(
-                "strings and messages mixed", "prompt is no string, the answers are"
+                "mixes strings and messages", "prompt is not a string, but the responses are"
             )
         parts = string_parts(prompt, chosen, rejected, implicit_string_prompts)
         return Pair(*parts, row.number, row.source, parse_tools(record))
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        kinds = f"chosen is {kind(chosen)}, rejected is {kind(rejected)}"
-        raise InvalidRecordError("strings and messages mixed", kinds)
+        kinds = f"chosen is {describe(chosen)}, rejected is {describe(rejected)}"
+        raise InvalidRecordError("mixes strings and messages", kinds)
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         check_messages(name, messages)
-        if not messages or messages[-1]["role"] != "assistant":
-            last = messages[-1]["role"] if messages else "nothing"
-            raise InvalidRecordError("last turn not the assistant's", f"{name} ends with {last}")
+        if not messages:
+            raise InvalidRecordError("does not end with an assistant turn", f"{name} is empty")
+        if (last := messages[-1]["role"]) != "assistant":
+            raise InvalidRecordError(
+                "does not end with an assistant turn", f"{name} ends with a {last} turn"
+            )
     if chosen == rejected:
-        raise InvalidRecordError("identical answers")
-    before, chosen, rejected, whole = message_parts(prompt, chosen, rejected)
+        raise InvalidRecordError("identical responses")
+    before, chosen, rejected, is_full = message_parts(prompt, chosen, rejected)
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if is_empty_answer(messages):
-            raise InvalidRecordError("empty answer", name)
+        if is_empty_response(messages):
+            raise InvalidRecordError("empty response", name)
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        # A response that goes on with a user turn would score a question, not a response.
         if (first := messages[0]["role"]) != "assistant":
             raise InvalidRecordError(
-                "conversations differ before the answer", f"{name} goes on with {first}"
+                "conversations differ before the response", f"{name} continues with a {first} turn"
             )
-    return Pair(before, chosen, rejected, row.number, row.source, parse_tools(record), whole)
+    return Pair(before, chosen, rejected, row.number, row.source, parse_tools(record), is_full)
 
 
 def string_parts(
     prompt: str | None, chosen: str, rejected: str, implicit: bool
 ) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of a record of strings."""
+    """Return (prompt, chosen, rejected) of a record of strings.
+
+    Raises:
+        InvalidRecordError: no prompt, or a response that is empty or equal to the other one.
+    """
     if prompt is None:
         if not implicit:
             raise InvalidRecordError(
-                "no prompt", "strings without a prompt; see data.implicit_string_prompts"
+                "missing prompt", "strings without a prompt; see data.implicit_string_prompts"
             )
         shared = shared_words(chosen, rejected)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
-            raise InvalidRecordError("empty answer", name)
+            raise InvalidRecordError("empty response", name)
     if chosen == rejected:
-        raise InvalidRecordError("identical answers")
+        raise InvalidRecordError("identical responses")
     return prompt, chosen, rejected
 
 
 def shared_words(a: str, b: str) -> int:
-    """How many characters of whole words ``a`` and ``b`` begin with alike.
+    """Return the length in characters of the whole words that ``a`` and ``b`` both start with.
 
-    A word is never split ("The sky is bl|ue"): the cut falls before the white space in front of
+    A word is never split ("The sky is bl|ue"): the prompt ends before the white space in front of
     the first word that differs.
     """
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    cut = min(len(a), len(b)) if same is None else same
-    while cut > 0 and not a[cut - 1].isspace():
-        cut -= 1
-    while cut > 0 and a[cut - 1].isspace():
-        cut -= 1
-    return cut
+    end = min(len(a), len(b)) if same is None else same
+    while end > 0 and not a[end - 1].isspace():
+        end -= 1
+    while end > 0 and a[end - 1].isspace():
+        end -= 1
+    return end
 
 
 def message_parts(
     prompt: Any, chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message], bool]:
-    """(prompt, chosen, rejected, whole) of a record of message lists."""
+    """Return (prompt, chosen, rejected, has_full_conversations) of a record of messages.
+
+    Raises:
+        InvalidRecordError: the prompt is invalid, or does not match the conversations; or they do
+            not start the same way.
+    """
     if isinstance(prompt, list) and prompt:
         check_messages("prompt", prompt)
         n = len(prompt)
         if not (chosen[:n] == prompt and rejected[:n] == prompt):
             return prompt, chosen, rejected, False
-        # The answers repeat the prompt: they are whole conversations.
+        # The responses repeat the prompt: they are whole conversations.
         return prompt, chosen[n:], rejected[n:], True
     prompt = None if prompt == [] else prompt
     if prompt is not None and not isinstance(prompt, str):
-        raise InvalidRecordError("strings and messages mixed", f"prompt is {kind(prompt)}")
+        raise InvalidRecordError("mixes strings and messages", f"prompt is {describe(prompt)}")
     pairs = zip(chosen, rejected, strict=False)
     shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
     if shared == 0:
         if prompt is not None and chosen[0]["role"] == "assistant":
             raise InvalidRecordError(
-                "strings and messages mixed", "prompt is a string, the answers are not"
+                "mixes strings and messages", "prompt is a string, the responses are not"
             )
-        raise InvalidRecordError("conversations do not share a beginning")
+        raise InvalidRecordError("conversations do not start the same way")
     before = chosen[:shared]
     if prompt is not None:
-        asked = next((m["content"] for m in before if m["role"] == "user"), None)
-        if asked is None or text_of(asked).strip() != prompt.strip():
+        first_user = next((m["content"] for m in before if m["role"] == "user"), None)
+        if first_user is None or text_of(first_user).strip() != prompt.strip():
             raise InvalidRecordError(
-                "prompt and conversation disagree", "the first user turn is another"
+                "prompt does not match the conversation", "the first user turn is different"
             )
     return before, chosen[shared:], rejected[shared:], True
 
 
 def as_messages(part: str | list[Message], role: str) -> list[Message]:
-    """Text as one message of ``role``; messages as they are."""
+    """Return a string as one message of ``role``, and messages as they are."""
     return [{"role": role, "content": part}] if isinstance(part, str) else part
 
 
 def check_messages(name: str, messages: list) -> None:
-    """Refused unless all are messages with a known role and some content."""
+    """Check that all items are messages with a known role and some content.
+
+    Raises:
+        InvalidRecordError: one is not.
+    """
     for number, message in enumerate(messages):
         where = f"{name}[{number}]"
         if not isinstance(message, dict) or "role" not in message:
-            raise InvalidRecordError("strings and messages mixed", f"{where} is no message")
+            raise InvalidRecordError("mixes strings and messages", f"{where} is not a message")
         if message["role"] not in ROLES:
             raise InvalidRecordError("unknown role", f"{where} has role {message['role']!r}")
+        # An assistant turn that only calls tools has no content.
         if message.get("content") is None and not message.get("tool_calls"):
-            raise InvalidRecordError("null content", where)
+            raise InvalidRecordError("missing content", where)
         if not is_text(message.get("content")):
-            raise InvalidRecordError("content is no text", f"{where} is {kind(message['content'])}")
+            kind = describe(message["content"])
+            raise InvalidRecordError("content is not text", f"content of {where} is {kind}")
 
 
 def is_text(content: Any) -> bool:
-    """Whether `text_of` can tell the text of a message's content."""
+    """Return whether `text_of` can read the text of a message's content."""
     if not isinstance(content, list):
         return isinstance(content, str | None)
     texts = (part.get("text") if isinstance(part, dict) else part for part in content)
     return all(isinstance(text, str | None) for text in texts)
 
 
-def is_empty_answer(messages: list[Message]) -> bool:
-    """Whether a conversation ends in nothing that could be scored."""
+def is_empty_response(messages: list[Message]) -> bool:
+    """Return whether a conversation ends with nothing that could be scored."""
     if not messages:
         return True
     last = messages[-1]
@@ -184,27 +211,30 @@ def is_empty_answer(messages: list[Message]) -> bool:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content, which may be a list of parts ({"type": "text", …})."""
+    """Return the text of a message's content, which may be a list of {"type": "text", …} parts."""
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
     return content or ""
 
 
 def parse_tools(record: dict) -> list | None:
-    """The record's ``tools`` column: a list, or JSON text of one (as TRL has it)."""
+    """Return the record's ``tools`` column: a list, or JSON text of one (TRL allows both).
+
+    Raises:
+        InvalidRecordError: it is neither.
+    """
     tools = record.get("tools")
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
-            raise InvalidRecordError("tools are no JSON list", str(error)) from None
+            raise InvalidRecordError("tools are not a JSON list", str(error)) from None
     if tools is not None and not isinstance(tools, list):
-        raise InvalidRecordError("tools are no JSON list", kind(tools))
+        raise InvalidRecordError("tools are not a JSON list", f"tools is {describe(tools)}")
     return tools or None
 
 
-def kind(value: Any) -> str:
-    """A value as a message names it: its type, or how it begins."""
-    return {str: "a string", list: "a list", type(None): "null"}.get(type(value)) or repr(value)[
-        :40
-    ]
+def describe(value: Any) -> str:
+    """Return a value as messages name it: by its type, or by its first characters."""
+    names = {str: "a string", list: "a list", type(None): "null"}
+    return names.get(type(value)) or repr(value)[:40]

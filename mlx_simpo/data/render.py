@@ -1,4 +1,4 @@
-"""Which chat template runs, and the text it makes of a conversation."""
+"""Choose the chat template and write conversations as text with it."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from ..errors import SimPOError
 from ..paths import local_path
 from .records import InvalidRecordError, Message, Pair, as_messages
 
-# A template's expressions run on a record's content: they raise what Python's operators raise.
+# Expressions in a template run on a record's content: they raise whatever Python's operators raise.
 TEMPLATE_ERRORS = (
     TemplateError,
     TypeError,
@@ -21,17 +21,20 @@ TEMPLATE_ERRORS = (
 
 
 class Renderer:
-    """Turns conversations into text with the template that ``data.chat_template`` asks for.
+    """Writes conversations as text with the template that ``data.chat_template`` selects.
 
     Args:
         tokenizer: mlx-lm's or transformers' tokenizer.
-        chat_template: "auto", "none", a template file, or the template's text.
+        chat_template: "auto", "none", a template file, or the text of a template.
 
     Attributes:
-        text: the template's Jinja text, or None where records are plain text (or where the
-            model has several templates, or a renderer in Python in mlx-lm).
-        plain: records are scored as plain text.
-        origin: which template runs and why, for the user to read.
+        text: the template's Jinja text. None for plain text, for a model with several templates
+            (the tokenizer chooses), and for one whose template is Python code in mlx-lm.
+        is_plain_text: there is no template; records are scored as plain text.
+        origin: which template is used and why, for the user to read.
+
+    Raises:
+        SimPOError: chat_template is none of these.
     """
 
     def __init__(self, tokenizer: Any, chat_template: str = "auto") -> None:
@@ -40,31 +43,31 @@ class Renderer:
         self.tokenizer = tokenizer
         self.text: str | None = None
         self._options: dict[str, Any] = {}
-        self.plain = False
+        self.is_plain_text = False
         if chat_template == "none":
-            self.plain, self.origin = True, "none, as asked for: plain text, prompt + answer + EOS"
+            self.is_plain_text = True
+            self.origin = "none, as requested: plain text, prompt + response + EOS"
         elif chat_template != "auto":
             self.text, self.origin = read_template(chat_template)
             self._options = {"chat_template": self.text}
         elif has_own:
             self.origin = "the tokenizer's own"
-            self.text = (
-                own if isinstance(own, str) else None
-            )  # several, by name: the tokenizer picks
+            self.text = own if isinstance(own, str) else None
         else:
-            self.plain = True
-            self.origin = "none, the tokenizer has none: plain text, prompt + answer + EOS"
+            self.is_plain_text = True
+            self.origin = "none, the tokenizer has none: plain text, prompt + response + EOS"
 
     def conversation(self, pair: Pair) -> tuple[list[Message], list[Message], list[Message]]:
-        """(prompt, chosen, rejected) as messages; strings become one user and one assistant turn.
+        """Return (prompt, chosen, rejected) as messages; strings become one user turn and one
+        assistant turn.
 
         Raises:
             SimPOError: the pair is a conversation but there is no template to write it with.
         """
-        if self.plain and not isinstance(pair.prompt, str):
+        if self.is_plain_text and not isinstance(pair.prompt, str):
             raise SimPOError(
                 f"{pair.source} is a conversation, and the chat template is {self.origin}; set "
-                "data.chat_template to a template file, or give records whose prompt, chosen and "
+                "data.chat_template to a template file, or use records whose prompt, chosen and "
                 "rejected are strings"
             )
         return (
@@ -76,10 +79,10 @@ class Renderer:
     def render(
         self, messages: list[Message], tools: list | None = None, *, generation: bool = False
     ) -> str:
-        """The text of a conversation, with the header of the next answer if ``generation``.
+        """Return the text of a conversation; with the next response's header if ``generation``.
 
         Raises:
-            Refused: the template refuses this conversation.
+            InvalidRecordError: the template rejects this conversation.
         """
         options = self._options if tools is None else {**self._options, "tools": tools}
         try:
@@ -88,31 +91,35 @@ class Renderer:
             )
         except TEMPLATE_ERRORS as error:
             raise InvalidRecordError(
-                "the chat template refuses it", " ".join(str(error).split())
+                "rejected by the chat template", " ".join(str(error).split())
             ) from None
 
 
-def read_template(given: str) -> tuple[str, str]:
-    """(template text, where it came from) of a file's name or a template's own text."""
-    if "{%" in given or "{{" in given:
-        return given, "the text given in data.chat_template"
+def read_template(setting: str) -> tuple[str, str]:
+    """Return (template text, its origin) for a file name or the text of a template.
+
+    Raises:
+        SimPOError: it is neither Jinja text nor a readable UTF-8 file.
+    """
+    if "{%" in setting or "{{" in setting:
+        return setting, "the text in data.chat_template"
     try:
-        return local_path(given).read_text(encoding="utf-8"), f"the file {given}"
+        return local_path(setting).read_text(encoding="utf-8"), f"the file {setting}"
     except (OSError, ValueError, SimPOError) as error:
         raise SimPOError(
-            f"data.chat_template is {given!r}; it must be auto, none, a readable template file or "
-            f"Jinja text ({error})"
+            f"data.chat_template is {setting!r}; it must be auto, none, a readable template file "
+            f"or Jinja text ({error})"
         ) from None
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of ``text``, no special ones added.
+    """Return the tokens of ``text``, without adding special ones.
 
     Raises:
-        Refused: it is no valid text (JSON can hold half of a surrogate pair).
+        InvalidRecordError: it is not valid Unicode (JSON can hold half of a surrogate pair).
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRecordError("no valid text", error.reason) from None
+        raise InvalidRecordError("invalid Unicode text", error.reason) from None
     return tokenizer.encode(text, add_special_tokens=False)

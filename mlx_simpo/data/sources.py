@@ -1,9 +1,9 @@
-"""Rows with their place of origin, from JSON Lines, Parquet, folders of them and the Hub.
+"""Read rows with their origin from JSON Lines, Parquet, folders of these, and the Hub.
 
 JSON Lines is read here line by line rather than by `datasets`, whose reader forces one schema on
-the file, fills what is missing with nulls and forgets line numbers: a row that breaks the rules
-could then neither be told from a good one nor be found again. Parquet is read by pyarrow, on which
-`datasets` is built, and Hub data sets by `datasets` itself.
+the file, fills missing keys with nulls and loses line numbers: an invalid row could then neither be
+told from a valid one nor be located in the file. Parquet is read by pyarrow, on which `datasets` is
+built, and Hub datasets by `datasets` itself.
 """
 
 import codecs
@@ -20,18 +20,19 @@ from typing import Any, NamedTuple
 from ..errors import SimPOError
 from ..paths import local_path
 
-# Rows of a Parquet file that are Python objects at a time.
-PARQUET_ROWS = 256
+# Rows of a Parquet file that are converted to Python objects at a time, to limit memory.
+PARQUET_BATCH_ROWS = 256
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-# Names by which folders tell their splits apart (mlx-lm's and the Hub's conventions).
+# Names of splits in the names of files and folders (mlx-lm's and the Hub's conventions).
 _SPLIT_WORDS = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|test|eval)(?=[-_./]|$)")
 
 
 class Row(NamedTuple):
-    """One record as it stands in its source.
+    """One record as it is in its source.
 
-    number: its place in the source, from 0, counting unusable rows too. source: "file:line", or
-    "data set[split]:row", both counted from 1. value: what was read; problem: why nothing was.
+    number: position in the source, from 0, counting invalid rows too.
+    source: "file:line", or "dataset[split]:row"; lines and rows count from 1.
+    value: the content. problem: why the row could not be read, or None.
     """
 
     number: int
@@ -42,11 +43,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A source that is there and can be opened; its rows are read as they are asked for.
+    """An existing source whose rows are read on demand.
 
-    name: as messages call it. rows: starts reading from the first row. count: tells how many there
-    are. files: whose contents decide the rows; empty where there are none (a data set in memory).
-    labels: what else decides them, and the places that they are given: names, split, configuration.
+    name: for messages.
+    rows: returns a new iterator that starts at the first row.
+    count: returns the number of rows.
+    files: the files that determine the rows; empty for a dataset in memory.
+    labels: what else determines the rows and their ``source``: names, split, configuration.
     """
 
     name: str
@@ -57,35 +60,36 @@ class Source:
 
 
 def read_rows(name: str, split: str | None = None, subset: str | None = None) -> Iterator[Row]:
-    """The rows of a file, a folder of files, or a Hugging Face data set; see `open_source`."""
+    """Read a file, a folder of files, or a Hugging Face dataset; see `open_source`."""
     return open_source(name, split, subset).rows()
 
 
 def open_source(name: str, split: str | None = None, subset: str | None = None) -> Source:
-    """A file, a folder of files, or a Hugging Face data set, none of its rows read yet.
+    """Open a file, a folder of files, or a Hugging Face dataset, without reading rows yet.
 
     Args:
         name: a path, or a Hub id ("owner/name") if no such path exists.
-        split: of a folder, the files whose path has this word as a part ("train" takes
-            train.jsonl, train-00000-of-00002.parquet and train/a.jsonl); of a data set, its split.
-        subset: configuration name of a Hub data set.
+        split: of a folder, the files whose path contains this word ("train" selects train.jsonl,
+            train-00000-of-00002.parquet and train/a.jsonl); of a Hub dataset, its split.
+        subset: configuration name of a Hub dataset.
 
     Raises:
-        SimPOError: nothing is there, it cannot be read, or the split is not told.
+        SimPOError: there is no such source, it cannot be read, or it has several splits and none is
+            named.
     """
     path = local_path(name)
     if not path.exists():
         if not looks_like_hub_id(name):
-            raise SimPOError(f"no such file, folder or data set: {name!r}")
+            raise SimPOError(f"no such file, folder or dataset: {name!r}")
         return open_hub(name, split, subset)
     if subset is not None:
         raise SimPOError(
-            f"data.subset is {subset!r}, but {name} is local; only Hub data has subsets"
+            f"data.subset is {subset!r}, but {name} is local; only Hub datasets have subsets"
         )
     if not path.is_dir() and split is not None:
-        raise SimPOError(f"a split ({split!r}) is asked for, but {name} is a file; leave it out")
+        raise SimPOError(f"the split is {split!r}, but {name} is a file, which has none; remove it")
     files = folder_files(path, split) if path.is_dir() else [path]
-    readers = [reader_of(file) for file in files]
+    readers = [select_reader(file) for file in files]
     return Source(
         name,
         lambda: number_rows(
@@ -98,30 +102,34 @@ def open_source(name: str, split: str | None = None, subset: str | None = None) 
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Whether a name has the form of a Hub data set (owner/name, or name)."""
+    """Return whether a name has the form of a Hub dataset's id (owner/name)."""
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not name.endswith(SUFFIXES)
 
 
 def number_rows(rows: Iterator[Row]) -> Iterator[Row]:
-    """Rows numbered from 0, in their order in the whole source."""
+    """Number rows from 0, in their order in the whole source."""
     for number, row in enumerate(rows):
         yield row._replace(number=number)
 
 
 def folder_files(folder: Path, split: str | None) -> list[Path]:
-    """The data files under ``folder`` in name order, of one split."""
+    """Return the data files of one split under ``folder``, sorted by name.
+
+    Raises:
+        SimPOError: there are none, or there are several splits and none is named.
+    """
     files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name.endswith(SUFFIXES)]
     if not files:
         raise SimPOError(
-            f"{folder} holds no data; it must hold files ending in {', '.join(SUFFIXES)}"
+            f"{folder} holds no data; it must contain files ending in {', '.join(SUFFIXES)}"
         )
     if split is not None:
         pattern = re.compile(rf"(?:^|[-_./]){re.escape(split)}(?=[-_./]|$)")
-        chosen = [f for f in files if pattern.search(f.relative_to(folder).as_posix())]
-        if not chosen:
+        split_files = [f for f in files if pattern.search(f.relative_to(folder).as_posix())]
+        if not split_files:
             names = ", ".join(f.relative_to(folder).as_posix() for f in files[:5])
             raise SimPOError(f"{folder} has no files of the split {split!r}; it has {names}")
-        return chosen
+        return split_files
     words = {w for f in files for w in _SPLIT_WORDS.findall(f.relative_to(folder).as_posix())}
     if len(words) > 1:
         example = "train" if "train" in words else min(words)
@@ -132,17 +140,25 @@ def folder_files(folder: Path, split: str | None) -> list[Path]:
     return files
 
 
-def reader_of(path: Path) -> Callable[[Path], Iterator[Row]]:
-    """What reads the rows of this kind of file."""
+def select_reader(path: Path) -> Callable[[Path], Iterator[Row]]:
+    """Return the function that reads this kind of file.
+
+    Raises:
+        SimPOError: its name has an unknown ending.
+    """
     if path.name.endswith(".parquet"):
         return parquet_rows
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return jsonl_rows
-    raise SimPOError(f"{path} is of no known kind; it must end in {', '.join(SUFFIXES)}")
+    raise SimPOError(f"{path} has an unknown type; its name must end in {', '.join(SUFFIXES)}")
 
 
 def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of the lines that are not blank."""
+    """Yield (line number from 1, line) of the lines that are not blank.
+
+    Raises:
+        SimPOError: the file cannot be read or decompressed.
+    """
     open_file = gzip.open if path.name.endswith(".gz") else open
     try:
         with open_file(path, "rb") as lines:
@@ -150,24 +166,24 @@ def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
                     yield number, line
-    except (OSError, EOFError, zlib.error) as error:  # EOFError: a gzip file that was cut short
+    except (OSError, EOFError, zlib.error) as error:  # EOFError: a truncated gzip file
         raise SimPOError(f"cannot read {path}: {error}") from None
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
-    """The rows of a .jsonl or .jsonl.gz file, line by line."""
+    """Yield the rows of a .jsonl or .jsonl.gz file; an invalid line is a row with a problem."""
     for number, line in jsonl_lines(path):
         try:
             value = without_nulls(json.loads(line.decode("utf-8")))
             row = Row(0, f"{path}:{number}", value)
         except (ValueError, RecursionError) as error:
-            row = Row(0, f"{path}:{number}", None, f"no valid JSON: {error}")
+            row = Row(0, f"{path}:{number}", None, f"invalid JSON: {error}")
         yield row
 
 
 @contextmanager
 def parquet_file(path: Path) -> Iterator[Any]:
-    """The opened file; what it raises becomes a SimPOError."""
+    """Open a Parquet file; errors while it is open become a SimPOError."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -179,17 +195,17 @@ def parquet_file(path: Path) -> Iterator[Any]:
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file, in small groups."""
+    """Yield the rows of a Parquet file."""
     number = 0
     with parquet_file(path) as file:
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
             for value in batch.to_pylist():
                 number += 1
                 yield Row(0, f"{path}:{number}", without_nulls(value))
 
 
 def count_rows(path: Path) -> int:
-    """How many rows a file has."""
+    """Return the number of rows in a file."""
     if path.name.endswith(".parquet"):
         with parquet_file(path) as file:
             return file.metadata.num_rows
@@ -197,12 +213,16 @@ def count_rows(path: Path) -> int:
 
 
 def hub_rows(name: str, split: str | None, subset: str | None) -> Iterator[Row]:
-    """The rows of a data set on the Hugging Face Hub (or of a folder in the Hub's layout)."""
+    """Read a dataset on the Hugging Face Hub (or a folder in the Hub's layout)."""
     return open_hub(name, split, subset).rows()
 
 
 def open_hub(name: str, split: str | None, subset: str | None) -> Source:
-    """A data set on the Hub; `datasets` has made Arrow files of it when this returns."""
+    """Open a dataset on the Hub; `datasets` downloads it and converts it to Arrow files.
+
+    Raises:
+        SimPOError: it cannot be loaded, or has several splits and none is named.
+    """
     from datasets import get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -217,7 +237,7 @@ def open_hub(name: str, split: str | None, subset: str | None) -> Source:
             split = str(splits[0])
         data = load_dataset(name, subset, split=split)
     except (OSError, ValueError, DatasetsError) as error:
-        raise SimPOError(f"cannot load the data set {name!r}: {first_line(error)}") from None
+        raise SimPOError(f"cannot load the dataset {name!r}: {first_line(error)}") from None
 
     def rows() -> Iterator[Row]:
         for index, value in enumerate(data):
@@ -228,9 +248,9 @@ def open_hub(name: str, split: str | None, subset: str | None) -> Source:
 
 
 def without_nulls(value: Any) -> Any:
-    """``value`` without nulls, which a table puts where a row has no such key.
+    """Return ``value`` without nulls, which a table has where a row lacks a key.
 
-    Message content is kept even when null, because a null answer is a defect to report.
+    A message's content stays even if it is null: a response of null is a defect to report.
     """
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None or k == "content"}
@@ -238,6 +258,6 @@ def without_nulls(value: Any) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message on one line, of 300 characters at most."""
+    """Return an error's message on one line, shortened to 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "…"

@@ -1,9 +1,9 @@
-"""Encoded pairs in files: written one after the other, read through memory maps.
+"""Encoded pairs on disk: written one after the other, read back through memory maps.
 
-A folder holds
-records.bin   a RECORD a pair: where its tokens and texts stand, and its numbers
-tokens.bin    int32: the chosen sequence of a pair, then its rejected one
-text.bin      UTF-8: a pair's source ("file:line"), then its prompt as `pairs.prompt_text`
+A folder holds three files:
+records.bin   one RECORD_DTYPE per pair: its numbers, and where its tokens and texts begin
+tokens.bin    int32: for each pair the chosen sequence, then the rejected one
+text.bin      UTF-8: for each pair its source ("file:line"), then its prompt (`pairs.prompt_text`)
 """
 
 import mmap
@@ -18,8 +18,9 @@ import numpy as np
 from .encode import EncodedPair, TokenizedSequence
 
 FILES = ("records.bin", "tokens.bin", "text.bin")
-# The numbers of a pair that need no tokens to be read; see `column`.
-NUMBERS: dict[str, Callable[[EncodedPair], int]] = {
+# The numbers of a pair that can be read without its tokens; see `column`. "chosen" and "rejected"
+# are lengths of whole sequences, prompt included.
+COLUMNS: dict[str, Callable[[EncodedPair], int]] = {
     "chosen": lambda pair: len(pair.chosen.tokens),
     "rejected": lambda pair: len(pair.rejected.tokens),
     "chosen_score_start": lambda pair: pair.chosen.score_start,
@@ -29,31 +30,40 @@ NUMBERS: dict[str, Callable[[EncodedPair], int]] = {
     "cut_prompt": lambda pair: pair.cut_prompt,
     "cut_response": lambda pair: pair.cut_response,
 }
-# The system counts what was read of a mapped file as memory of the program. It is given back after
-# so many reads, and stays in the system's own cache while there is room.
-READS_KEPT = 256
-PLACES = ("first_token", "first_byte", "source_bytes", "prompt_bytes")
-# 68 bytes a pair; sizes and order of bytes are part of the files' format (`keys.FORMAT`).
-RECORD = np.dtype(
-    [(name, "<i8" if name in ("index", *PLACES) else "<i4") for name in (*NUMBERS, *PLACES)]
+# Offsets count from the start of tokens.bin (in tokens) and text.bin (in bytes), sizes in bytes.
+OFFSETS_AND_SIZES = ("token_offset", "text_offset", "source_size", "prompt_size")
+# 68 bytes per pair. Order, sizes and byte order of the fields are the file format
+# (`keys.FORMAT`); their names are not in the file.
+RECORD_DTYPE = np.dtype(
+    [
+        (name, "<i8" if name in ("index", *OFFSETS_AND_SIZES) else "<i4")
+        for name in (*COLUMNS, *OFFSETS_AND_SIZES)
+    ]
 )
+# Pages read through a memory map count as the process's memory until they are released. After this
+# many reads they are; the operating system keeps them in its page cache while there is room.
+READS_BEFORE_RELEASE = 256
 
 
 class TokenizedPairs(Sequence[EncodedPair]):
-    """The pairs in a folder, or some of them; an `EncodedPair` is made when it is asked for.
+    """The pairs in a folder, or a selection of them; each `EncodedPair` is created when indexed.
 
-    Nothing but the places of a part's pairs (8 bytes each) is in memory. The files may be renamed
-    and deleted while they are in use, not changed.
+    Only the row numbers of a selection (8 bytes per pair) are held in memory. The files may be
+    renamed and deleted while in use, but must not be modified.
 
     Args:
         folder: written by `TokenWriter`.
+
+    Raises:
+        OSError: a file is missing or cannot be mapped.
+        ValueError: records.bin does not consist of whole records.
     """
 
     def __init__(self, folder: Path) -> None:
-        records, tokens, text = (Mapped(folder / name) for name in FILES)
-        self._records = np.frombuffer(records.content, RECORD)
+        records, tokens, text = (_MappedFile(folder / name) for name in FILES)
+        self._records = np.frombuffer(records.content, RECORD_DTYPE)
         self._tokens, self._text = tokens, text
-        self._rows: np.ndarray | None = None  # all of them
+        self._rows: np.ndarray | None = None  # None: all rows
 
     def __len__(self) -> int:
         return len(self._records if self._rows is None else self._rows)
@@ -66,11 +76,11 @@ class TokenizedPairs(Sequence[EncodedPair]):
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
         record = self._record(index)
-        content = self._tokens.read()
-        both = record["chosen"] + record["rejected"]
-        tokens = np.frombuffer(content, "<i4", both, 4 * record["first_token"])
-        first = record["first_byte"]
-        source = self._text.read()[first : first + record["source_bytes"]]
+        num_tokens = record["chosen"] + record["rejected"]
+        offset = 4 * record["token_offset"]  # in bytes, of int32
+        tokens = np.frombuffer(self._tokens.read(), "<i4", num_tokens, offset)
+        start = record["text_offset"]
+        source = self._text.read()[start : start + record["source_size"]]
         return EncodedPair(
             TokenizedSequence(tokens[: record["chosen"]], record["chosen_score_start"]),
             TokenizedSequence(tokens[record["chosen"] :], record["rejected_score_start"]),
@@ -81,32 +91,33 @@ class TokenizedPairs(Sequence[EncodedPair]):
             record["cut_response"],
         )
 
-    def take(self, places: np.ndarray) -> "TokenizedPairs":
-        """The pairs at these places (int [n]) of this sequence, in this order."""
-        part = object.__new__(TokenizedPairs)
-        part._records, part._tokens, part._text = self._records, self._tokens, self._text
-        part._rows = places if self._rows is None else self._rows[places]
-        return part
+    def take(self, indices: np.ndarray) -> "TokenizedPairs":
+        """Return the pairs at ``indices`` (int [n]) of this sequence, in that order."""
+        selection = object.__new__(TokenizedPairs)  # shares the maps: no file is opened again
+        selection._records, selection._tokens = self._records, self._tokens
+        selection._text = self._text
+        selection._rows = indices if self._rows is None else self._rows[indices]
+        return selection
 
-    def numbers(self, name: str) -> np.ndarray:
-        """One of NUMBERS for all pairs: int32 or int64 [N]."""
+    def column(self, name: str) -> np.ndarray:
+        """Return one of COLUMNS for all pairs: int32 [N], or int64 [N] for "index"."""
         values = self._records[name]
         return values if self._rows is None else values[self._rows]
 
     def prompts(self) -> Iterable[bytes]:
-        """The prompts' texts in turn, as they were given to the writer."""
-        for place in range(len(self)):
-            record = self._record(place)
-            first = record["first_byte"] + record["source_bytes"]
-            yield self._text.read()[first : first + record["prompt_bytes"]]
+        """Yield the text of each pair's prompt, as it was passed to `TokenWriter.add`."""
+        for index in range(len(self)):
+            record = self._record(index)
+            start = record["text_offset"] + record["source_size"]
+            yield self._text.read()[start : start + record["prompt_size"]]
 
-    def _record(self, place: int) -> dict[str, int]:
-        row = place if self._rows is None else self._rows[place]
-        return dict(zip(RECORD.names or (), self._records[row].item(), strict=True))
+    def _record(self, index: int) -> dict[str, int]:
+        row = index if self._rows is None else self._rows[index]
+        return dict(zip(RECORD_DTYPE.names or (), self._records[row].item(), strict=True))
 
 
 class TokenWriter:
-    """Writes the files of a folder, pair by pair; a context that closes them."""
+    """Context manager that writes the files of a folder, pair by pair."""
 
     def __init__(self, folder: Path) -> None:
         with ExitStack() as files:
@@ -114,25 +125,30 @@ class TokenWriter:
                 files.enter_context((folder / name).open("wb")) for name in FILES
             )
             self._files = files.pop_all()
-        self.pairs = 0
-        self._first_token = self._first_byte = 0
+        self.num_pairs = 0
+        self._token_offset = self._text_offset = 0
 
     def add(self, pair: EncodedPair, prompt: bytes) -> None:
-        """Append a pair and its prompt's text; OSError if there is no room."""
-        source = pair.source.encode("utf-8", "surrogatepass")  # a file's name may be no text
-        record = np.zeros((), RECORD)
-        for name, number in NUMBERS.items():
-            record[name] = number(pair)
-        places = (self._first_token, self._first_byte, len(source), len(prompt))
-        for name, value in zip(PLACES, places, strict=True):
+        """Append a pair and the text of its prompt.
+
+        Raises:
+            OSError: the files cannot be written, e.g. because the disk is full.
+        """
+        # The name of a file may contain bytes that are not UTF-8: Python has them as surrogates.
+        source = pair.source.encode("utf-8", "surrogatepass")
+        record = np.zeros((), RECORD_DTYPE)
+        for name, value_of in COLUMNS.items():
+            record[name] = value_of(pair)
+        layout = (self._token_offset, self._text_offset, len(source), len(prompt))
+        for name, value in zip(OFFSETS_AND_SIZES, layout, strict=True):
             record[name] = value
         self._records.write(record.tobytes())
-        for side in (pair.chosen, pair.rejected):
-            self._tokens.write(side.tokens.astype("<i4").tobytes())
+        for sequence in (pair.chosen, pair.rejected):
+            self._tokens.write(sequence.tokens.astype("<i4").tobytes())
         self._text.write(source + prompt)
-        self.pairs += 1
-        self._first_token += len(pair.chosen.tokens) + len(pair.rejected.tokens)
-        self._first_byte += len(source) + len(prompt)
+        self.num_pairs += 1
+        self._token_offset += len(pair.chosen.tokens) + len(pair.rejected.tokens)
+        self._text_offset += len(source) + len(prompt)
 
     def __enter__(self) -> "TokenWriter":
         return self
@@ -146,32 +162,32 @@ class TokenWriter:
         self._files.close()
 
 
-class Mapped:
-    """A file as a memory map; an empty one, which cannot be mapped, as no bytes."""
+class _MappedFile:
+    """A file as a read-only memory map that releases the memory it has read."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            is_empty = path.stat().st_size == 0
+            is_empty = path.stat().st_size == 0  # mmap raises for an empty file
             self.content: Any = (
                 b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             )
         self._reads = 0
 
     def read(self) -> Any:
-        """The content, to take a part of it. Parts that were taken before stay what they are."""
+        """Return the whole content, to be sliced. Earlier slices stay valid."""
         self._reads += 1
-        if self._reads % READS_KEPT == 0 and self.content:
+        if self._reads % READS_BEFORE_RELEASE == 0 and self.content:
             self.content.madvise(mmap.MADV_DONTNEED)
         return self.content
 
 
 def column(pairs: Sequence[EncodedPair], name: str) -> np.ndarray:
-    """One of NUMBERS for each pair, int [N], without reading tokens where they are in files."""
+    """Return one of COLUMNS for each pair, int [N], without reading tokens of pairs on disk."""
     if isinstance(pairs, TokenizedPairs):
-        return pairs.numbers(name)
-    return np.fromiter(map(NUMBERS[name], pairs), np.int64, len(pairs))
+        return pairs.column(name)
+    return np.fromiter(map(COLUMNS[name], pairs), np.int64, len(pairs))
 
 
 def lengths(pairs: Sequence[EncodedPair]) -> np.ndarray:
-    """Each pair's `EncodedPair.length`, int [N]."""
+    """Return `EncodedPair.length` for each pair, int [N]."""
     return np.maximum(column(pairs, "chosen"), column(pairs, "rejected"))

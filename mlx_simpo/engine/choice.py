@@ -1,4 +1,4 @@
-"""The two ways to compute a batch's log-probabilities, behind one interface."""
+"""The two ways to compute a batch's log-probabilities, behind one interface, and their choice."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,34 +7,44 @@ import mlx.core as mx
 import numpy as np
 
 from ..data.encode import EncodedPair, TokenizedSequence
-from ..kernels.choice import BUILT_IN, Implementation, Name, choose
+from ..kernels.choice import BUILT_IN, Implementation, Name, choose_implementation
 from ..model.loading import dtype_of
 from .collate_shared import collate_shared
 from .collate_stacked import collate_stacked
+from .head import resolve_head
 from .plan import plan_shared_prefix, plan_stacked
-from .prefix_cache import reason_not_shareable
+from .prefix_cache import attention_modules, patched_attention, reason_not_shareable
 from .reference import average_logps
 from .shared_prefix import shared_prefix_logps
 
-PROBE = 40  # tokens of a trial's prompt
+TRIAL_PROMPT_TOKENS = 40
 
 
 class MicroBatch(NamedTuple):
-    """arrays: what an engine's ``logps`` takes. positions: tokens that the trunk processes at once,
-    padding included. rows: hidden rows that become logits."""
+    """Some pairs of a step, as an engine computes them.
+
+    arrays: what the engine's ``logps`` takes.
+    positions: tokens that the trunk processes at once, padding included.
+    head_positions: how many of them become logits.
+    """
 
     arrays: tuple
     positions: int
-    rows: int
+    head_positions: int
 
 
 class Engine(NamedTuple):
     """How pairs become log-probabilities.
 
-    plan: (pairs, batch_size, max_tokens) → places in pairs, as micro-batches of at most that many
-    pairs and positions. collate: B pairs → `MicroBatch`. logps: (model, its arrays, training=…) →
-    float32 [2B], the average log-probability of the B chosen and then of the B rejected answers, in
-    nats a token. compiled: whether the step is compiled if nobody says. note: what runs and why.
+    name: as in ``train.engine``.
+    note: what runs and why, for the user.
+    plan: (pairs, batch_size, max_tokens) → indices into pairs, as micro-batches of at most that
+        many pairs and positions.
+    collate: B pairs → `MicroBatch`.
+    logps: (model, its arrays, training=…) → float32 [2B], the average log-probability of the B
+        chosen and then of the B rejected responses, in nats per token. training: whether gradients
+        will be asked for.
+    compiled: whether the step is compiled unless the user says otherwise.
     """
 
     name: str
@@ -45,79 +55,103 @@ class Engine(NamedTuple):
     compiled: bool
 
 
-def _stacked(pairs: Sequence[EncodedPair]) -> MicroBatch:
+def _stacked_micro_batch(pairs: Sequence[EncodedPair]) -> MicroBatch:
     batch = collate_stacked(pairs)
     positions = batch.tokens.shape[0] * (batch.tokens.shape[1] - 1)
-    return MicroBatch(batch.arrays, positions, positions)
+    return MicroBatch(batch.arrays, positions, head_positions=positions)
 
 
-def _shared(pairs: Sequence[EncodedPair]) -> MicroBatch:
+def _shared_prefix_micro_batch(pairs: Sequence[EncodedPair]) -> MicroBatch:
     batch = collate_shared(pairs)
-    return MicroBatch(batch.arrays, batch.positions, batch.rows.size)
+    return MicroBatch(batch.arrays, batch.positions, head_positions=batch.hidden_indices.size)
 
 
 REFERENCE = Engine(
     "reference",
     "reference (one stacked forward pass)",
     plan_stacked,
-    _stacked,
+    _stacked_micro_batch,
     lambda model, arrays, training: average_logps(model, *arrays),
     compiled=True,
 )
 
 
-def shared_prefix_engine(implementation: Implementation) -> Engine:
-    """The shared-prefix engine with log-probabilities made so."""
+def shared_prefix_engine(model: Any, implementation: Implementation = BUILT_IN) -> Engine:
+    """Return the shared-prefix engine for ``model``, untested; see `choose_engine`.
+
+    What depends on the kind of model is found out here, once: its head, and which modules of mlx-lm
+    hold its attention.
+
+    Args:
+        implementation: what makes log-probabilities of logits.
+    """
+    head, modules = resolve_head(model), attention_modules(model)
+
+    def logps(model: Any, arrays: tuple, training: bool) -> mx.array:
+        with patched_attention(modules):
+            return shared_prefix_logps(
+                model, head, *arrays, training=training, implementation=implementation
+            )
+
     return Engine(
         "shared_prefix",
-        "shared_prefix (each prompt runs once, only scored rows reach the head); "
+        "shared_prefix (each prompt runs once, only scored tokens reach the head); "
         f"log-probabilities: {implementation.note}",
         plan_shared_prefix,
-        _shared,
-        lambda model, arrays, training: shared_prefix_logps(
-            model, *arrays, training=training, implementation=implementation
-        ),
+        _shared_prefix_micro_batch,
+        logps,
         compiled=False,  # its shapes are the data's own, and each would be traced
     )
 
 
-SHARED_PREFIX = shared_prefix_engine(BUILT_IN)
-
-
 def choose_engine(name: str, model: Any, impl: Name = "auto") -> Engine:
-    """The engine of that name, with log-probabilities made by ``impl`` (see `kernels.choice`), or
-    the reference with the reason why this model needs it."""
+    """Return the engine of that name; the reference, with the reason in its note, for a model that
+    the shared-prefix engine cannot run or computes differently.
+
+    Args:
+        name: "shared_prefix" or "reference".
+        impl: what makes log-probabilities of logits; see `kernels.choice`.
+
+    Raises:
+        SimPOError: ``impl`` cannot run here.
+    """
     if name == "reference":
         return REFERENCE
-    engine = shared_prefix_engine(choose(impl))
-    reason = reason_not_shareable(model) or disagreement_with_reference(model, engine)
+    implementation = choose_implementation(impl)
+    reason = reason_not_shareable(model)
     if reason is None:
-        return engine
+        was_training = model.training
+        model.eval()  # no dropout: it would make any two passes differ
+        try:
+            engine = shared_prefix_engine(model, implementation)
+            reason = disagreement_with_reference(model, engine)
+            if reason is None:
+                return engine
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
+            reason = f"this architecture fails in a trial ({error})"
+        finally:
+            model.train(was_training)
     return REFERENCE._replace(note=f"{REFERENCE.note}: the prefix cannot be shared, {reason}")
 
 
 def disagreement_with_reference(model: Any, engine: Engine) -> str | None:
-    """What a trial on two short sequences shows; None where ``engine`` agrees with the reference.
+    """Return how ``engine`` differs from the reference on two short sequences; None if it does not.
 
-    Of an architecture that nobody has tried, no more is known than what it computes.
+    Nothing is known of an architecture that nobody has tried but what it computes.
     """
-    tokens = np.arange(1, PROBE + 10, dtype=np.int32)
-    pair = [
-        EncodedPair(TokenizedSequence(tokens[: PROBE + 3], PROBE), TokenizedSequence(tokens, PROBE))
-    ]
-    engines = (REFERENCE, engine)
-    was_training = model.training
-    model.eval()
-    try:
-        expected, found = (
-            np.array(e.logps(model, e.collate(pair).arrays, training=False)) for e in engines
-        )
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
-        return f"this architecture refuses it ({error})"
-    finally:
-        model.train(was_training)
-    difference = float(np.abs(found - expected).max())
-    exact = dtype_of(model) == "float32"
-    if difference <= (1e-3 if exact else 0.1):
+    tokens = np.arange(1, TRIAL_PROMPT_TOKENS + 10, dtype=np.int32)
+    chosen, rejected = tokens[: TRIAL_PROMPT_TOKENS + 3], tokens
+    pair = EncodedPair(
+        TokenizedSequence(chosen, TRIAL_PROMPT_TOKENS),
+        TokenizedSequence(rejected, TRIAL_PROMPT_TOKENS),
+    )
+    expected, actual = (
+        np.array(e.logps(model, e.collate([pair]).arrays, training=False))
+        for e in (REFERENCE, engine)
+    )
+    difference = float(np.abs(actual - expected).max())
+    # Half precision rounds each way differently; a wrong mask or position is off by far more.
+    tolerance = 1e-3 if dtype_of(model) == "float32" else 0.1
+    if difference <= tolerance:
         return None
     return f"its log-probabilities differ by {difference:.3g} in a trial"

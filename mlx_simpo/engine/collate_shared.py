@@ -1,5 +1,5 @@
-"""Encoded pairs → prompts that run once, answers of like length on top of them, and the rows that
-are scored.
+"""Encoded pairs → prompts that run once, responses of similar length on top of them, and the
+indices of the hidden states that predict a scored token.
 
 Nothing is padded unless that is cheaper: a forward pass of its own costs as much as `pass_cost`
 positions, so sequences share a pass where the padding, or the prompt tokens that run twice for it,
@@ -13,77 +13,95 @@ import mlx.core as mx
 import numpy as np
 
 from ..data.encode import EncodedPair, TokenizedSequence
-from .plan import like_lengths, run_length, shared_length
+from .plan import group_by_length, input_length, shared_prefix_length
 
 
 @dataclass(frozen=True)
 class SharedPrefixBatch:
-    """B pairs as one prefix each and 2B continuations; sequence s < B is chosen, s ≥ B rejected.
+    """B pairs as B prefixes and 2B continuations; continuation s < B is chosen, s ≥ B rejected.
 
-    prefix: int32 [B, P], the first P tokens of each pair, P ≥ 0. groups: of continuations, (tokens
-    int32 [n, T], padded on the right with 0; owner int32 [n], whose prefix they follow). rows:
-    int32 [N], the hidden rows to score, counted through all groups. targets: int32 [N], the token
-    that each predicts. places: int32 [2B, S], which of them are a sequence's, padded on the right
-    with 0; lengths: int32 [2B], how many. padding: positions in ``groups`` that hold no token.
+    prefix_tokens: int32 [B, P], the first P tokens of each pair, P ≥ 0.
+    groups: of continuations that run in one pass, (tokens, prefix_index): int32 [n, T], padded on
+        the right with 0, and int32 [n], the prefix that each follows.
+    hidden_indices: int32 [N], the hidden states that predict a scored token, numbered through all
+        groups: row by row, positions of padding included.
+    targets: int32 [N], the token that each predicts.
+    logp_indices: int32 [2B, S], which of the N predictions belong to each sequence, padded on the
+        right with 0.
+    response_lengths: int32 [2B], how many do.
+    padding: positions in ``groups`` that hold no token.
     """
 
-    prefix: mx.array
+    prefix_tokens: mx.array
     groups: tuple[tuple[mx.array, mx.array], ...]
-    rows: mx.array
+    hidden_indices: mx.array
     targets: mx.array
-    places: mx.array
-    lengths: mx.array
+    logp_indices: mx.array
+    response_lengths: mx.array
     padding: int
 
     @property
     def arrays(self) -> tuple:
-        """What `logps.shared_prefix_logps` takes, in its order."""
-        return (self.prefix, self.groups, self.rows, self.targets, self.places, self.lengths)
+        """The array arguments of `shared_prefix.shared_prefix_logps`, in their order."""
+        return (
+            self.prefix_tokens,
+            self.groups,
+            self.hidden_indices,
+            self.targets,
+            self.logp_indices,
+            self.response_lengths,
+        )
 
     @property
     def positions(self) -> int:
         """Tokens that the trunk processes, padding included."""
-        return self.prefix.size + sum(tokens.size for tokens, _ in self.groups)
+        return self.prefix_tokens.size + sum(tokens.size for tokens, _ in self.groups)
 
 
 def collate_shared(pairs: Sequence[EncodedPair]) -> SharedPrefixBatch:
-    """The batch of the given pairs; what is left of a longer prompt goes in front of its answers.
+    """Divide the pairs' sequences into prefixes and continuations.
 
-    The last token of a sequence predicts nothing and is not run.
+    All prefixes have the length of the shortest one; the rest of a longer prompt goes in front of
+    its responses. The last token of a sequence predicts nothing and is not run.
     """
     sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-    length = min(shared_length(pair) for pair in pairs)
-    prefix = np.stack([p.chosen.tokens[:length] for p in pairs])
-    places = np.zeros((len(sequences), max(s.num_scored for s in sequences)), np.int32)
-    groups, rows, targets = [], [], []
-    positions = scored = padding = 0
-    for members in like_lengths([run_length(s) - length for s in sequences]):
-        block = continuations([sequences[s] for s in members], length)
-        owner = np.array([s % len(pairs) for s in members], np.int32)
-        groups.append((mx.array(block), mx.array(owner)))
-        for i, s in enumerate(members):
-            sequence, first = sequences[s], positions + i * block.shape[1] - length
-            rows.append(first + np.arange(sequence.score_start - 1, run_length(sequence)))
+    prefix_length = min(shared_prefix_length(pair) for pair in pairs)
+    prefix_tokens = np.stack([p.chosen.tokens[:prefix_length] for p in pairs])
+    logp_indices = np.zeros((len(sequences), max(s.num_scored for s in sequences)), np.int32)
+    groups, hidden_indices, targets = [], [], []
+    num_hidden = num_logps = padding = 0
+    for members in group_by_length([input_length(s) - prefix_length for s in sequences]):
+        tokens = _continuation_tokens([sequences[s] for s in members], prefix_length)
+        prefix_index = np.array([s % len(pairs) for s in members], np.int32)
+        groups.append((mx.array(tokens), mx.array(prefix_index)))
+        for row, s in enumerate(members):
+            sequence = sequences[s]
+            # Of the hidden state of the sequence's token 0, if the prefix ran with it.
+            first = num_hidden + row * tokens.shape[1] - prefix_length
+            hidden_indices.append(
+                first + np.arange(sequence.score_start - 1, input_length(sequence))
+            )
             targets.append(sequence.tokens[sequence.score_start :])
-            places[s, : sequence.num_scored] = np.arange(scored, scored + sequence.num_scored)
-            scored += sequence.num_scored
-            padding += block.shape[1] - (run_length(sequence) - length)
-        positions += block.size
+            last = num_logps + sequence.num_scored
+            logp_indices[s, : sequence.num_scored] = np.arange(num_logps, last)
+            num_logps = last
+            padding += tokens.shape[1] - (input_length(sequence) - prefix_length)
+        num_hidden += tokens.size
     return SharedPrefixBatch(
-        mx.array(prefix.astype(np.int32)),
+        mx.array(prefix_tokens.astype(np.int32)),
         tuple(groups),
-        mx.array(np.concatenate(rows).astype(np.int32)),
+        mx.array(np.concatenate(hidden_indices).astype(np.int32)),
         mx.array(np.concatenate(targets).astype(np.int32)),
-        mx.array(places),
+        mx.array(logp_indices),
         mx.array([s.num_scored for s in sequences], mx.int32),
         padding,
     )
 
 
-def continuations(sequences: Sequence[TokenizedSequence], prefix: int) -> np.ndarray:
-    """What is run behind the first ``prefix`` tokens: int32 [n, T]."""
-    width = max(run_length(s) for s in sequences) - prefix
-    block = np.zeros((len(sequences), width), np.int32)
-    for row, s in zip(block, sequences, strict=True):
-        row[: run_length(s) - prefix] = s.tokens[prefix:-1]
-    return block
+def _continuation_tokens(sequences: Sequence[TokenizedSequence], prefix_length: int) -> np.ndarray:
+    """Return what runs behind the first ``prefix_length`` tokens: int32 [n, T], padded with 0."""
+    width = max(input_length(s) for s in sequences) - prefix_length
+    tokens = np.zeros((len(sequences), width), np.int32)
+    for row, s in zip(tokens, sequences, strict=True):
+        row[: input_length(s) - prefix_length] = s.tokens[prefix_length:-1]
+    return tokens

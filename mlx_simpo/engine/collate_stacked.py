@@ -1,4 +1,4 @@
-"""Encoded pairs → batches of fixed shape, in a seeded order."""
+"""Encoded pairs → one batch of padded sequences, for the reference engine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,15 +7,17 @@ import mlx.core as mx
 import numpy as np
 
 from ..data.encode import EncodedPair
-from .plan import padded
+from .plan import padded_length
 
 
 @dataclass(frozen=True)
 class StackedBatch:
-    """B pairs as 2B stacked rows: all chosen, then all rejected, in the same order.
+    """B pairs as 2B sequences: all chosen, then all rejected, in the same order.
 
-    tokens: int32 [2B, T], padded on the right with token 0. score_start: int32 [2B], index of the first
-    scored token. score_end: int32 [2B], length of the row without padding. pairs: what the rows are.
+    tokens: int32 [2B, T], padded on the right with token 0.
+    score_start: int32 [2B], index of the first scored token.
+    score_end: int32 [2B], length of the sequence without padding.
+    pairs: the B pairs.
     """
 
     tokens: mx.array
@@ -25,21 +27,23 @@ class StackedBatch:
 
     @property
     def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
-        """What `logps.average_logps` takes, in its order."""
+        """The arguments of `reference.average_logps` after the model, in their order."""
         return self.tokens, self.score_start, self.score_end
 
 
 def collate_stacked(pairs: Sequence[EncodedPair]) -> StackedBatch:
-    """The batch of the given pairs. Padding follows the scored tokens, and causal attention never
-    looks ahead, so it changes nothing."""
-    rows = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-    longest = max(len(row.tokens) for row in rows)
-    tokens = np.zeros((len(rows), padded(longest)), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row.tokens)] = row.tokens
+    """Stack and pad the pairs' sequences.
+
+    Padding follows the scored tokens and causal attention never looks ahead, so it changes nothing.
+    """
+    sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    longest = max(len(s.tokens) for s in sequences)
+    tokens = np.zeros((len(sequences), padded_length(longest)), np.int32)
+    for i, sequence in enumerate(sequences):
+        tokens[i, : len(sequence.tokens)] = sequence.tokens
     return StackedBatch(
         mx.array(tokens),
-        mx.array([row.score_start for row in rows], mx.int32),
-        mx.array([len(row.tokens) for row in rows], mx.int32),
+        mx.array([s.score_start for s in sequences], mx.int32),
+        mx.array([len(s.tokens) for s in sequences], mx.int32),
         tuple(pairs),
     )

@@ -1,26 +1,27 @@
-"""Gradient checkpointing: a block's activations are recomputed in the backward pass.
+"""Gradient checkpointing: a layer's activations are recomputed in the backward pass.
 
 Unlike mlx-lm's, it changes the given model alone (not every instance of the class), leaves no
 traced arrays behind, and repeats the forward pass's dropout mask when it recomputes. mx.checkpoint
 runs the function a second time, which draws new random numbers: the gradient would belong to
-another mask than the loss (mlx 0.32.4; tests/model/test_checkpointing.py shows it).
+another mask than the loss (mlx 0.32.4; tests/engine/test_gradient_checkpointing.py shows it).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
-from .prefix_cache import Layer
+from .prefix_cache import PrefixKVCache, attention_modules, patched_attention
 
-_CACHE = "the cache"
+_CACHE = "the cache"  # stands for the cache among a layer's arguments, which have to be arrays
 
 
-class _Keys:
-    """Where the dropout layers of one block take their random keys from."""
+class _DropoutKeys:
+    """Where the dropout layers within one layer of the model take their random keys from."""
 
     def __init__(self) -> None:
         self.key = mx.random.key(0)
@@ -33,7 +34,7 @@ class _Keys:
 class _KeyedDropout(nn.Module):
     """nn.Dropout with the mask's key as an input, so that the same mask can be drawn again."""
 
-    def __init__(self, keep: float, keys: _Keys) -> None:
+    def __init__(self, keep: float, keys: _DropoutKeys) -> None:
         super().__init__()
         self._keep, self._keys = keep, keys
 
@@ -46,48 +47,52 @@ class _KeyedDropout(nn.Module):
 
 @contextmanager
 def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Within the context, each block of ``model.layers`` recomputes itself in the backward pass."""
+    """Within the context, each of ``model.layers`` recomputes itself in the backward pass."""
+    modules = attention_modules(model)
     originals = []
-    for block in model.layers:  # type: ignore[union-attr]
-        keys = _Keys()
-        dropouts = [(p, m) for p, m in block.named_modules() if isinstance(m, nn.Dropout)]
+    for layer in model.layers:  # type: ignore[union-attr]
+        keys = _DropoutKeys()
+        dropouts = [(p, m) for p, m in layer.named_modules() if isinstance(m, nn.Dropout)]
         active = [(p, m) for p, m in dropouts if m._p_1 < 1]
         keyed = [(p, _KeyedDropout(m._p_1, keys)) for p, m in active]
-        block.update_modules(tree_unflatten(keyed))
-        originals.append((block, type(block), active))
-        block.__class__ = _recomputing(type(block), keys)
+        layer.update_modules(tree_unflatten(keyed))
+        originals.append((layer, type(layer), active))
+        layer.__class__ = _recomputing(type(layer), keys, modules)
     try:
         yield
     finally:
-        for block, original, dropouts in originals:
-            block.__class__ = original
-            block.update_modules(tree_unflatten(dropouts))
+        for layer, original, dropouts in originals:
+            layer.__class__ = original
+            layer.update_modules(tree_unflatten(dropouts))
 
 
-def _recomputing(block_class: type, keys: _Keys) -> type:
-    """A subclass of ``block_class`` whose call goes through mx.checkpoint."""
+def _recomputing(layer_class: type, keys: _DropoutKeys, modules: Sequence[ModuleType]) -> type:
+    """Return a subclass of ``layer_class`` whose call goes through mx.checkpoint."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, Layer)), None)
+        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, PrefixKVCache)), None)
 
-        def run(parameters: dict, key: mx.array, held: tuple, args: tuple, kwargs: dict) -> Any:
+        def run(parameters: dict, key: mx.array, prefix: tuple, args: tuple, kwargs: dict) -> Any:
             self.update(parameters)
             keys.key = mx.stop_gradient(key)  # vjp is not defined for random bits
-            own = None if cache is None else type(cache)(*held)
-            args, kwargs = tree_map(lambda a: own if a is _CACHE else a, (args, kwargs))
-            out = block_class.__call__(self, *args, **kwargs)
-            return out, () if own is None else own.arrays()
+            own_cache = None if cache is None else type(cache)(*prefix)
+            args, kwargs = tree_map(lambda a: own_cache if a is _CACHE else a, (args, kwargs))
+            # The second run comes with the backward pass, when the engine's own context has ended.
+            with nullcontext() if own_cache is None else patched_attention(modules):
+                out = layer_class.__call__(self, *args, **kwargs)
+            return out, () if own_cache is None else own_cache.arrays()
 
         parameters = self.trainable_parameters()
         # An input of the checkpointed function, hence the same in both of its runs.
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-        # A cache's arrays go in and come out by name: what a block leaves in it is of one run only.
-        held = () if cache is None else cache.arrays()
-        given = tree_map(lambda a: _CACHE if isinstance(a, Layer) else a, (args, kwargs))
-        out, made = mx.checkpoint(run)(parameters, key, held, *given)
-        if cache is not None and made:
-            cache.keys, cache.values = made
+        # A cache's arrays go in and come out by name: a cache that the function changed would be
+        # changed twice, and its arrays would get no gradient.
+        prefix = () if cache is None else cache.arrays()
+        inputs = tree_map(lambda a: _CACHE if isinstance(a, PrefixKVCache) else a, (args, kwargs))
+        out, arrays = mx.checkpoint(run)(parameters, key, prefix, *inputs)
+        if cache is not None and arrays:
+            cache.keys, cache.values = arrays
         self.update(parameters)
         return out
 
-    return type(block_class.__name__, (block_class,), {"__call__": call})
+    return type(layer_class.__name__, (layer_class,), {"__call__": call})

@@ -1,7 +1,7 @@
-"""What turns hidden rows into logits: the model's own code, run on rows of our choice."""
+"""How hidden states become logits: a matrix product, a scale and a softcap where that is all that
+happens, and otherwise the model's own code, run on hidden states of our choice.
+"""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -10,115 +10,136 @@ from mlx.utils import tree_flatten
 
 
 class Head(NamedTuple):
-    """Logits are softcap · tanh(scale · product(rows) / softcap), or scale · product(rows) where
-    softcap is 0; product: hidden rows [..., D] → [..., V]. weight: [V, D] where product is
-    rows @ weight.T and nothing else (no bias, quantization or LoRA)."""
+    """How a model's logits follow from its raw logits.
 
-    product: Callable[[mx.array], mx.array]
+    logits = softcap · tanh(scale · raw_logits / softcap), or scale · raw_logits where softcap is 0.
+
+    is_projection: whether raw logits are hidden states through lm_head (or the tied embedding).
+        Otherwise they are all that the model's own code makes, and scale and softcap do nothing.
+
+    A head holds no weights: it stays right when they train, or when lm_head gets LoRA.
+    """
+
     scale: float
     softcap: float
-    weight: mx.array | None = None
+    is_projection: bool
 
-    def centred(self, rows: mx.array, targets: mx.array) -> mx.array:
-        """product(rows) [C, V], with each row's value at its target taken off where that makes it
-        more exact (a row's log-probabilities do not depend on what is taken off all of it).
+    def raw_logits(self, model: nn.Module, hidden: mx.array) -> mx.array:
+        """Return raw logits [..., V] of hidden states [..., D], in their dtype."""
+        if not self.is_projection:
+            return model_logits(model, hidden)
+        projection = _projection(model)
+        return projection(hidden) if "lm_head" in model else projection.as_linear(hidden)
 
-        In half precision, rounding the products is the largest error: near 20, a bfloat16 is off by
-        0.06. Taken off within the product, before it is rounded, what counts most is near 0.
+    def shifted_raw_logits(self, model: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
+        """Return raw logits [C, V] of hidden states [C, D], each row shifted by its target's where
+        that is more exact. (A shift of a whole row changes none of its log-probabilities.)
+
+        In half precision, rounding the logits is the largest error: near 20, a bfloat16 is off by
+        0.06. Shifted within the product, before it is rounded, the logits that count most are near
+        0.
         """
-        if self.weight is None or self.softcap or rows.dtype == mx.float32:
-            return self.product(rows)
-        column = mx.clip(targets, 0, len(self.weight) - 1)
-        at_target = (rows.astype(mx.float32) * self.weight[column]).sum(axis=-1, keepdims=True)
-        return mx.addmm(at_target.astype(rows.dtype), rows, self.weight.T, beta=-1.0)
+        # A softcap is not linear, so it needs the raw logits themselves.
+        if self.softcap or not self.is_projection or hidden.dtype == mx.float32:
+            return self.raw_logits(model, hidden)
+        projection = _projection(model)
+        if type(projection) not in (nn.Linear, nn.Embedding) or "bias" in projection:
+            return self.raw_logits(model, hidden)  # quantized, LoRA, …: not hidden @ weight.T alone
+        weight = projection.weight
+        token = mx.clip(targets, 0, len(weight) - 1)
+        at_target = (hidden.astype(mx.float32) * weight[token]).sum(axis=-1, keepdims=True)
+        return mx.addmm(at_target.astype(hidden.dtype), hidden, weight.T, beta=-1.0)
 
-    def logits(self, rows: mx.array) -> mx.array:
-        """float32 [..., V]."""
-        scaled = self.scale * self.product(rows).astype(mx.float32)
+    def logits(self, model: nn.Module, hidden: mx.array) -> mx.array:
+        """Return logits [..., V] of hidden states [..., D], in float32."""
+        scaled = self.scale * self.raw_logits(model, hidden).astype(mx.float32)
         return self.softcap * mx.tanh(scaled / self.softcap) if self.softcap else scaled
 
 
-# Kinds of model whose logits are known to be, or not to be, what their settings say.
-_as_said: dict[tuple, bool] = {}
+MODELS_OWN_CODE = Head(scale=1.0, softcap=0.0, is_projection=False)
 
 
 def resolve_head(model: nn.Module) -> Head:
-    """The head as a matrix product and what follows it; or, where a trial on some rows shows that
-    more follows than the usual settings say, all of the model's own code as ``product``."""
-    all_of_it = Head(partial(head_logits, model), 1.0, 0.0)
-    embedding = getattr(model.model, "embed_tokens", None)
+    """Return the head that ``model``'s settings describe, if a trial confirms it.
+
+    The trial compares a few logits with the model's own. Where they differ, more happens than the
+    usual settings say, and the head is `MODELS_OWN_CODE`.
+    """
+    embedding: Any = getattr(model.model, "embed_tokens", None)
     if embedding is None:
-        return all_of_it
-    said = _said(model, embedding)
-    kind = (type(model), "lm_head" in model, said.scale, said.softcap)
-    if kind not in _as_said:
-        rows = embedding(mx.arange(4))
-        # Large enough to tell a softcap from none.
-        greatest = mx.abs(said.scale * said.product(rows)).max()
-        rows = (rows * (2 * (said.softcap or 10.0) / greatest)).astype(rows.dtype)
-        expected, found = head_logits(model, rows).astype(mx.float32), said.logits(rows)
-        near = 1e-5 if rows.dtype == mx.float32 else 2e-2
-        _as_said[kind] = bool((mx.abs(found - expected) <= near * mx.abs(expected).max()).all())
-    return said if _as_said[kind] else all_of_it
+        return MODELS_OWN_CODE
+    head = _described_head(model)
+    hidden = embedding(mx.arange(4))
+    # Logits of twice the softcap, or of 20: large enough to tell a softcap from none.
+    largest = mx.abs(head.scale * head.raw_logits(model, hidden)).max()
+    hidden = (hidden * (2 * (head.softcap or 10.0) / largest)).astype(hidden.dtype)
+    expected, actual = model_logits(model, hidden).astype(mx.float32), head.logits(model, hidden)
+    tolerance = 1e-5 if hidden.dtype == mx.float32 else 2e-2
+    agrees = (mx.abs(actual - expected) <= tolerance * mx.abs(expected).max()).all()
+    return head if agrees.item() else MODELS_OWN_CODE
 
 
-def _said(model: nn.Module, embedding: Any) -> Head:
-    """The head that the model's settings speak of (Cohere multiplies, Granite divides)."""
+def _described_head(model: nn.Module) -> Head:
+    """Return the head that the model's settings describe (Cohere multiplies, Granite divides)."""
     settings: Any = getattr(model, "args", None)
     scale = getattr(settings, "logit_scale", None) or 1.0
     scale /= getattr(settings, "logits_scaling", None) or 1.0
     softcap = getattr(settings, "final_logit_softcapping", None) or 0.0
-    owner: Any = model.get("lm_head", embedding)
-    product = embedding.as_linear if owner is embedding else owner
-    plain = type(owner) in (nn.Linear, nn.Embedding) and "bias" not in owner
-    return Head(product, scale, softcap, owner.weight if plain else None)
+    return Head(scale, softcap, is_projection=True)
 
 
-def head_logits(model: nn.Module, rows: mx.array) -> mx.array:
-    """Logits [..., V] of hidden rows [..., D], as ``model`` makes them of its trunk's output.
+def _projection(model: Any) -> Any:
+    """Return lm_head, or the embedding that is tied to it, as the model has it now."""
+    return model.get("lm_head", model.model.embed_tokens)
 
-    The model's own ``__call__`` runs, with a trunk that returns ``rows``: tied and untied heads,
+
+def model_logits(model: nn.Module, hidden: mx.array) -> mx.array:
+    """Return the logits [..., V] that ``model`` itself makes of its trunk's output [..., D].
+
+    The model's own ``__call__`` runs, with a trunk that returns ``hidden``: tied and untied heads,
     quantized ones, softcaps and logit scales come with it.
     """
-    return type(model).__call__(_WithTrunk(model, rows), None)  # type: ignore[operator]
+    return type(model).__call__(_ModelWithHidden(model, hidden), None)  # type: ignore[operator]
 
 
-def outside_blocks(model: nn.Module) -> dict[str, mx.array]:
-    """Trainable weights that no block holds: the head's and the embedding's (maybe one and the
-    same), the final norm's."""
+def weights_outside_layers(model: nn.Module) -> dict[str, mx.array]:
+    """Return the trainable weights that no layer holds, by name.
+
+    They are the final norm's, the head's and the embedding's, which may be one and the same.
+    """
     inside = {
         id(weight)
-        for block in model.layers  # type: ignore[union-attr]
-        for _, weight in tree_flatten(block.trainable_parameters())
+        for layer in model.layers  # type: ignore[union-attr]
+        for _, weight in tree_flatten(layer.trainable_parameters())
     }
     trainable: Any = tree_flatten(model.trainable_parameters())
     return {name: weight for name, weight in trainable if id(weight) not in inside}
 
 
 def is_head_frozen(model: nn.Module) -> bool:
-    """Whether gradients can end at the head's input, as with LoRA in the blocks alone."""
-    return not outside_blocks(model)
+    """Return whether gradients can end at the head's input, as with LoRA in the layers alone."""
+    return not weights_outside_layers(model)
 
 
-class _WithTrunk:
-    """The model, as its ``__call__`` sees it, but for its trunk."""
+class _ModelWithHidden:
+    """A model, as its ``__call__`` sees it, whose trunk returns ``hidden`` for every input."""
 
-    def __init__(self, model: nn.Module, rows: mx.array) -> None:
-        self._model, self._rows = model, rows
+    def __init__(self, model: nn.Module, hidden: mx.array) -> None:
+        self._model, self._hidden = model, hidden
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._model, name)
-        return _Given(found, self._rows) if name == "model" else found
+        attribute = getattr(self._model, name)
+        return _TrunkWithHidden(attribute, self._hidden) if name == "model" else attribute
 
 
-class _Given:
-    """The trunk, but for its ``__call__``."""
+class _TrunkWithHidden:
+    """A trunk that returns ``hidden`` and is itself in all other respects."""
 
-    def __init__(self, trunk: nn.Module, rows: mx.array) -> None:
-        self._trunk, self._rows = trunk, rows
+    def __init__(self, trunk: nn.Module, hidden: mx.array) -> None:
+        self._trunk, self._hidden = trunk, hidden
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        return self._rows
+        return self._hidden
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trunk, name)

@@ -1,105 +1,127 @@
-"""A step's pairs → micro-batches that cost least, each engine's way.
+"""Divides a step's pairs into the micro-batches that cost least, for either engine.
 
-A forward pass of its own costs as much as `pass_cost` positions, so sequences share a pass where
-the padding, or the prompt tokens that run twice for it, come to less.
+Costs are counted in positions (tokens through the trunk). A forward pass of its own costs as much
+as `pass_cost` positions, so sequences share a pass where the padding, or the prompt tokens that run
+twice for it, come to less.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 
 from ..data.encode import EncodedPair, TokenizedSequence
+from ..device import is_gpu
 
-# Rows are padded to a multiple of this, so that a compiled step meets few different shapes.
+# Stacked sequences are padded to a multiple of this, so that a compiled step meets few shapes.
 PAD_MULTIPLE = 16
-# Positions (tokens through the trunk) that one more forward pass is worth. Measured on the CPU
-# (docs/engine.md); an estimate for GPUs, which take some microseconds to start each operation.
+# Positions that one more forward pass costs. Measured on a CPU (docs/engine.md); an estimate for
+# GPUs, which take some microseconds to start each operation.
 PASS_COST_CPU, PASS_COST_GPU = 16, 32
-# A micro-batch of so many positions keeps the device busy; more would only take more memory.
-ENOUGH_CPU, ENOUGH_GPU = 512, 4096
+# Positions at which a micro-batch keeps the device busy; more would only take more memory.
+SATURATING_POSITIONS_CPU, SATURATING_POSITIONS_GPU = 512, 4096
 
 
 def plan_stacked(
     pairs: Sequence[EncodedPair], batch_size: int, max_tokens: int | None = None
 ) -> list[list[int]]:
-    """Places in ``pairs`` from short to long, as micro-batches of up to ``batch_size`` pairs and
-    ``max_tokens`` positions; a pair that has more than that runs alone."""
+    """Divide pairs into stacked micro-batches, from short to long.
+
+    Args:
+        batch_size: pairs per micro-batch, at most.
+        max_tokens: positions per micro-batch, at most; a pair that has more runs alone.
+
+    Returns:
+        Indices into ``pairs``, per micro-batch.
+    """
     batches: list[list[int]] = []
-    for place in sorted(range(len(pairs)), key=lambda place: pairs[place].length):
+    for i in sorted(range(len(pairs)), key=lambda i: pairs[i].length):
         size = len(batches[-1]) + 1 if batches else batch_size + 1
-        positions = 2 * size * padded(pairs[place].length)
+        # Pairs come in order of length, so the newest is the longest and sets the width.
+        positions = 2 * size * padded_length(pairs[i].length)
         if size > batch_size or (max_tokens is not None and positions > max_tokens):
-            batches.append([place])
+            batches.append([i])
         else:
-            batches[-1].append(place)
+            batches[-1].append(i)
     return batches
 
 
 def plan_shared_prefix(
     pairs: Sequence[EncodedPair], batch_size: int, max_tokens: int | None = None
 ) -> list[list[int]]:
-    """Places in ``pairs``, as the micro-batches in which they cost least.
+    """Divide pairs into the shared-prefix micro-batches in which they cost least.
 
     Pairs in the order of their prefixes' lengths join the micro-batch before them where that is
-    cheaper than one of their own, up to ``batch_size`` pairs and ``max_tokens`` positions, and no
-    further than keeps the device busy. A pair that has more positions than that runs alone.
+    cheaper than one of their own, as long as it has no more than SATURATING_POSITIONS.
+
+    Args:
+        batch_size: pairs per micro-batch, at most.
+        max_tokens: positions per micro-batch, at most; a pair that has more runs alone.
+
+    Returns:
+        Indices into ``pairs``, per micro-batch.
     """
-    enough = on_device(ENOUGH_CPU, ENOUGH_GPU)
-    most = enough if max_tokens is None else min(enough, max_tokens)
-    shared = [shared_length(pair) for pair in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: (shared[i], pairs[i].length))
+    max_positions = SATURATING_POSITIONS_GPU if is_gpu() else SATURATING_POSITIONS_CPU
+    if max_tokens is not None:
+        max_positions = min(max_positions, max_tokens)
+    lengths = [shared_prefix_length(pair) for pair in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: (lengths[i], pairs[i].length))
     batches: list[list[int]] = []
-    last = None  # what the last of them costs
+    last_cost = None  # of the last micro-batch
     for i in order:
-        alone = cost([pairs[i]], shared[i])
-        if last is not None and len(batches[-1]) < batch_size:
-            # In this order, the first of a micro-batch has its shortest prefix.
-            joined = cost([pairs[j] for j in (*batches[-1], i)], shared[batches[-1][0]])
-            if joined.positions <= most and joined.total <= last.total + alone.total:
+        cost_alone = cost([pairs[i]], lengths[i])
+        if last_cost is not None and len(batches[-1]) < batch_size:
+            # In this order, the first pair of a micro-batch has its shortest prefix.
+            joined = cost([pairs[j] for j in (*batches[-1], i)], lengths[batches[-1][0]])
+            is_cheaper = joined.total <= last_cost.total + cost_alone.total
+            if joined.positions <= max_positions and is_cheaper:
                 batches[-1].append(i)
-                last = joined
+                last_cost = joined
                 continue
         batches.append([i])
-        last = alone
+        last_cost = cost_alone
     return batches
 
 
 @dataclass(frozen=True)
 class Cost:
-    """positions: through the trunk, padding included. passes: forward passes they take."""
+    """What a micro-batch costs.
+
+    positions: tokens through the trunk, padding included.
+    passes: forward passes of the trunk.
+    """
 
     positions: int
     passes: int
 
     @property
     def total(self) -> int:
-        """In positions."""
+        """Positions and passes together, in positions."""
         return self.positions + pass_cost() * self.passes
 
 
 def pass_cost() -> int:
-    """What a forward pass costs on the default device beside its positions, in positions."""
-    return on_device(PASS_COST_CPU, PASS_COST_GPU)
+    """Return what a forward pass costs on the default device beside its positions, in positions."""
+    return PASS_COST_GPU if is_gpu() else PASS_COST_CPU
 
 
-def on_device(cpu: int, gpu: int) -> int:
-    """The one of two figures that holds for MLX's default device."""
-    return cpu if mx.default_device().type == mx.cpu else gpu
+def cost(pairs: Sequence[EncodedPair], prefix_length: int) -> Cost:
+    """Return the cost of one micro-batch of pairs, each of which runs its first ``prefix_length``
+    tokens once."""
+    suffixes = [input_length(s) - prefix_length for p in pairs for s in (p.chosen, p.rejected)]
+    groups = group_by_length(suffixes)
+    positions = sum(len(group) * max(suffixes[i] for i in group) for group in groups)
+    return Cost(len(pairs) * prefix_length + positions, len(groups) + (prefix_length > 0))
 
 
-def cost(pairs: Sequence[EncodedPair], length: int) -> Cost:
-    """Of pairs that share their first ``length`` tokens, each pair for itself."""
-    rests = [run_length(s) - length for p in pairs for s in (p.chosen, p.rejected)]
-    groups = like_lengths(rests)
-    positions = sum(len(group) * max(rests[s] for s in group) for group in groups)
-    return Cost(len(pairs) * length + positions, len(groups) + (length > 0))
+def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Divide sequences into groups of similar length that run in one pass each.
 
+    A sequence joins a group where the padding that it needs costs less than a pass of its own.
 
-def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in groups of like length: one joins a group where the padding it needs there costs
-    less than a pass of its own."""
+    Returns:
+        Indices into ``lengths``, per group; the longest sequence of each group first.
+    """
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and lengths[groups[-1][0]] - lengths[i] <= pass_cost():
@@ -109,23 +131,23 @@ def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def padded(length: int) -> int:
-    """``length`` rounded up to a multiple of PAD_MULTIPLE."""
+def padded_length(length: int) -> int:
+    """Round ``length`` up to a multiple of PAD_MULTIPLE."""
     return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
-def shared_length(pair: EncodedPair) -> int:
-    """Tokens that both sequences begin with and that only have to be run once.
+def shared_prefix_length(pair: EncodedPair) -> int:
+    """Return how many tokens both sequences begin with and have to run only once.
 
-    It ends before the token whose hidden row predicts the first scored one: of the prefix, nothing
-    but keys and values is needed, and its last block stays half undone.
+    The prefix ends before the token whose hidden state predicts the first scored one: then nothing
+    of it is needed but its keys and values, and most of its last layer is never computed.
     """
     chosen, rejected = pair.chosen, pair.rejected
     length = min(chosen.score_start, rejected.score_start) - 1
-    differ = np.flatnonzero(chosen.tokens[:length] != rejected.tokens[:length])
-    return int(differ[0]) if len(differ) else length
+    differences = np.flatnonzero(chosen.tokens[:length] != rejected.tokens[:length])
+    return int(differences[0]) if len(differences) else length
 
 
-def run_length(sequence: TokenizedSequence) -> int:
-    """Tokens of a sequence that predict another one."""
+def input_length(sequence: TokenizedSequence) -> int:
+    """Return the number of tokens that predict another one: all but the last."""
     return len(sequence.tokens) - 1

@@ -1,5 +1,5 @@
-"""Average log-probabilities over a shared prefix: each prompt runs once, and only hidden states
-that predict a scored token become logits.
+"""The shared-prefix engine's computation: each prompt runs once, and only hidden states that
+predict a scored token become logits.
 """
 
 from collections.abc import Sequence
@@ -8,32 +8,40 @@ from typing import Any
 import mlx.core as mx
 
 from ..kernels.choice import BUILT_IN, Implementation
+from .head import Head
 from .prefix_cache import run_continuations, run_prefix
 from .token_logps import token_logps
 
 
 def shared_prefix_logps(
     model: Any,
-    prefix: mx.array,
+    head: Head,
+    prefix_tokens: mx.array,
     groups: Sequence[tuple[mx.array, mx.array]],
-    rows: mx.array,
+    hidden_indices: mx.array,
     targets: mx.array,
-    places: mx.array,
-    lengths: mx.array,
+    logp_indices: mx.array,
+    response_lengths: mx.array,
     *,
     training: bool,
     implementation: Implementation = BUILT_IN,
 ) -> mx.array:
-    """The same averages [2B] from a `SharedPrefixBatch`: each prompt runs once, and only the rows that
-    predict a scored token become logits, a chunk at a time.
+    """Return the average log-probability of each response of a `SharedPrefixBatch`.
 
-    training: whether gradients will be asked for; see `token_logps`.
+    Args:
+        model: an mlx-lm model, within `patched_attention` to save memory while it trains.
+        head: of `resolve_head`.
+        prefix_tokens, …, response_lengths: the fields of `SharedPrefixBatch`, in its shapes.
+        training: whether gradients will be asked for; see `token_logps`.
+
+    Returns:
+        float32 [2B], in nats per token: the B chosen responses, then the B rejected ones.
     """
-    recorded = run_prefix(model, prefix)
-    hidden = [run_continuations(model, tokens, recorded, owner) for tokens, owner in groups]
+    prefix = run_prefix(model, prefix_tokens)
+    hidden = [run_continuations(model, tokens, prefix, index) for tokens, index in groups]
     flat = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])
     logps = token_logps(
-        model, flat[rows], targets, training=training, implementation=implementation
+        model, head, flat[hidden_indices], targets, training=training, implementation=implementation
     )
-    scored = mx.arange(places.shape[1]) < lengths[:, None]
-    return mx.where(scored, logps[places], 0.0).sum(axis=-1) / lengths
+    loss_mask = mx.arange(logp_indices.shape[1]) < response_lengths[:, None]
+    return mx.where(loss_mask, logps[logp_indices], 0.0).sum(axis=-1) / response_lengths

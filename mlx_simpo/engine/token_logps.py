@@ -1,7 +1,7 @@
-"""Average log-probabilities of responses under a model.
+"""Hidden states and targets → log-probabilities, one chunk of logits at a time.
 
-`average_logps` is the reference: one forward pass of all rows, logits of every position in float32,
-a plain log-softmax. `shared_prefix_logps` computes the same with less, and is tested against it.
+What a chunk costs depends on who needs a gradient: nobody (evaluation), the hidden states alone
+(the head is frozen, as in most LoRA runs), or the head's weights too.
 """
 
 from collections.abc import Callable
@@ -13,100 +13,117 @@ from mlx.utils import tree_unflatten
 
 from ..kernels.choice import BUILT_IN, Implementation
 from ..kernels.launch import MOST_ROWS
-from .head import Head, is_head_frozen, outside_blocks, resolve_head
+from .head import Head, is_head_frozen, weights_outside_layers
 
-CHUNK_ELEMENTS = 2**24  # logits in memory at once, a few times over
+# Logits of one chunk: 64 MiB in float32, of which a few copies are in memory at once.
+MAX_CHUNK_LOGITS = 2**24
+
+# (x [C, …], targets [C]) → (log p(targets) [C], ∂ log p/∂x [C, …]).
+LogpsAndGradient = Callable[[mx.array, mx.array], tuple[mx.array, Any]]
+# (hidden [C, D], targets [C]) → log p(targets) [C].
+ChunkLogps = Callable[[mx.array, mx.array], mx.array]
 
 
 def token_logps(
     model: Any,
-    rows: mx.array,
+    head: Head,
+    hidden: mx.array,
     targets: mx.array,
     *,
     training: bool,
     implementation: Implementation = BUILT_IN,
 ) -> mx.array:
-    """log p(targets) of hidden rows, at most CHUNK_ELEMENTS logits at a time.
+    """Return log p(targets) of hidden states, from at most MAX_CHUNK_LOGITS logits at a time.
 
     Args:
-        rows: [N, D], the trunk's output. targets: int32 [N], 0 ≤ target < V.
-        training: with gradients. A frozen head then takes two matrix products a chunk, a head that
-            trains four (it runs again in the backward pass); without, it is one.
+        model: the model that made the hidden states, and the weights of its head.
+        head: of `resolve_head`.
+        hidden: [N, D], the trunk's output.
+        targets: int32 [N], 0 ≤ target < V.
+        training: whether gradients will be asked for. A frozen head then takes two matrix products
+            per chunk, a head that trains four (it runs again in the backward pass); evaluation
+            takes one.
 
     Returns:
         float32 [N], in nats.
     """
-    head, response_logps = resolve_head(model), implementation.response_logps
-    settings = {"scale": head.scale, "softcap": head.softcap}
+    response_logps = partial(
+        implementation.response_logps, scale=head.scale, softcap=head.softcap, gradient=training
+    )
     if not training:
-        chunk_logps = forward_logps(head, partial(response_logps, **settings, gradient=False))
+        chunk_logps = forward_logps(model, head, response_logps)
     elif is_head_frozen(model):
-        chunk_logps = frozen_head_logps(head, partial(response_logps, **settings, gradient=True))
+        chunk_logps = frozen_head_logps(model, head, response_logps)
     else:
-        with_gradient = partial(response_logps, **settings, gradient=True)
-        chunk_logps = trained_head_logps(model, head, with_gradient)
-    vocabulary = head.product(rows[:1]).shape[-1]
-    size = min(MOST_ROWS, max(64, CHUNK_ELEMENTS // vocabulary // 64 * 64))
-    found: list[mx.array] = []
-    for at in range(0, rows.shape[0], size):
-        chunk = rows[at : at + size]
-        if found:  # one chunk's logits after the other's, not all at once
-            chunk = mx.depends([chunk], [found[-1]])[0]
-        found.append(chunk_logps(chunk, targets[at : at + size]))
-    return mx.concatenate(found)
+        chunk_logps = trained_head_logps(model, head, response_logps)
+    vocab_size = head.raw_logits(model, hidden[:1]).shape[-1]  # never evaluated
+    size = min(MOST_ROWS, max(64, MAX_CHUNK_LOGITS // vocab_size // 64 * 64))
+    logps: list[mx.array] = []
+    for start in range(0, hidden.shape[0], size):
+        chunk = hidden[start : start + size]
+        if logps:
+            # Chunks do not depend on each other: unless told to wait, all might run at once, and
+            # all logits would be in memory together.
+            chunk = mx.depends([chunk], [logps[-1]])[0]
+        logps.append(chunk_logps(chunk, targets[start : start + size]))
+    return mx.concatenate(logps)
 
 
-ChunkLogps = Callable[[mx.array, mx.array], mx.array]
-OfProducts = Callable[[mx.array, mx.array], tuple[mx.array, Any]]
+def forward_logps(model: Any, head: Head, response_logps: LogpsAndGradient) -> ChunkLogps:
+    """Return a function for a chunk's log-probabilities without a gradient: one matrix product."""
+    return lambda hidden, targets: response_logps(
+        head.shifted_raw_logits(model, hidden, targets), targets
+    )[0]
 
 
-def forward_logps(head: Head, response_logps: OfProducts) -> ChunkLogps:
-    """log p(targets) [N] of rows [N, D], without a gradient."""
-    return lambda rows, targets: response_logps(head.centred(rows, targets), targets)[0]
+def frozen_head_logps(model: Any, head: Head, response_logps: LogpsAndGradient) -> ChunkLogps:
+    """Return a function for a chunk's log-probabilities with a gradient to the hidden states alone:
+    two matrix products.
 
-
-def frozen_head_logps(head: Head, response_logps: OfProducts) -> ChunkLogps:
-    """The same with a gradient to the rows alone, at the price of one more product.
-
-    ∂ log p/∂row does not depend on what is made of log p, so it is formed while the row's logits
-    are at hand; the backward pass scales it.
+    ∂ log p/∂hidden does not depend on what the loss makes of log p, so it is computed while the
+    chunk's logits are at hand, and the backward pass only scales it.
     """
 
-    def both(rows: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        logps, slope = response_logps(head.centred(rows, targets), targets)
-        _, (gradient,) = mx.vjp(head.product, [rows], [slope])
-        return logps, gradient
+    def logps_and_gradient(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        raw_logits = head.shifted_raw_logits(model, hidden, targets)
+        logps, d_raw_logits = response_logps(raw_logits, targets)
+        # Of the unshifted product: log p does not depend on the shift, so that has no gradient.
+        _, (d_hidden,) = mx.vjp(partial(head.raw_logits, model), [hidden], [d_raw_logits])
+        return logps, d_hidden
 
-    return differentiable(both)
+    return differentiable(logps_and_gradient)
 
 
-def trained_head_logps(model: Any, head: Head, response_logps: OfProducts) -> ChunkLogps:
-    """The same with gradients to the rows and to whatever trains outside the blocks.
+def trained_head_logps(model: Any, head: Head, response_logps: LogpsAndGradient) -> ChunkLogps:
+    """Return a function for a chunk's log-probabilities with gradients to the hidden states and to
+    all that trains outside the layers: four matrix products.
 
-    Those of the weights need the loss's slope, so a chunk's logits are made again for them.
+    The weights' gradients need the loss's, which is not known yet, so a chunk's logits are computed
+    again in the backward pass instead of kept.
     """
-    trained = outside_blocks(model)
-    token_logps = differentiable(response_logps)
+    trained = weights_outside_layers(model)
+    logps_of_logits = differentiable(response_logps)
 
     @mx.checkpoint
-    def chunk_logps(weights: dict, rows: mx.array, targets: mx.array) -> mx.array:
-        model.update(tree_unflatten(list(weights.items())))  # inputs, or no gradient reaches them
-        logps = token_logps(head.product(rows), targets)
+    def chunk_logps(weights: dict, hidden: mx.array, targets: mx.array) -> mx.array:
+        # The weights are inputs: mx.checkpoint gives no gradient to arrays that it captures.
+        model.update(tree_unflatten(list(weights.items())))
+        logps = logps_of_logits(head.raw_logits(model, hidden), targets)
         model.update(tree_unflatten(list(trained.items())))
         return logps
 
     return partial(chunk_logps, trained)
 
 
-def differentiable(both: OfProducts) -> ChunkLogps:
-    """Of a function (x [C, …], targets [C]) → (log p [C], ∂ log p/∂x), the log p alone, with that
-    gradient for autodiff."""
-    made = mx.custom_function(both)
+def differentiable(logps_and_gradient: LogpsAndGradient) -> ChunkLogps:
+    """Return a function for the log-probabilities alone, with that gradient for autodiff."""
+    run = mx.custom_function(logps_and_gradient)
 
-    @made.vjp
-    def _(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
+    @run.vjp
+    def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
         x, targets = primals
-        scaled = cotangents[0][:, None] * outputs[1]
-        return scaled.astype(x.dtype), mx.zeros_like(targets)
+        # Row i of x makes log p of row i and no other, so the chain rule is a scale per row.
+        d_x = cotangents[0][:, None] * outputs[1]
+        return d_x.astype(x.dtype), mx.zeros_like(targets)
 
-    return lambda x, targets: made(x, targets)[0]  # type: ignore[index]
+    return lambda x, targets: run(x, targets)[0]  # type: ignore[index]

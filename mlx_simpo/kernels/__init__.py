@@ -1,1 +1,1 @@
-"""log p(target) of rows of logits and its gradient, as a GPU kernel or in MLX operations."""
+"""Log-probabilities from rows of logits, and their gradient: a GPU kernel and MLX operations."""

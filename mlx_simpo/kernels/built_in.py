@@ -1,56 +1,55 @@
-"""What response_logps.metal computes, in MLX operations: for CPUs, and to check it."""
+"""What response_logps.metal computes, in MLX operations: for CPUs, and to check the kernel."""
 
 from functools import partial
 
 import mlx.core as mx
 
-IGNORED = -100  # a target that is left out, as in PyTorch
-BLOCK = 256
+from .two_level import reduce_in_two_levels
+
+IGNORE_INDEX = -100  # the target of a row that does not count; PyTorch's default ignore_index
 
 
-def built_in(
-    products: mx.array, targets: mx.array, *, scale: float, softcap: float, gradient: bool
+def mlx_response_logps(
+    raw_logits: mx.array, targets: mx.array, *, scale: float, softcap: float, gradient: bool
 ) -> tuple[mx.array, mx.array | None]:
-    """log p(targets) of rows of logits, and ∂ log p/∂products; see `kernels.choice.ResponseLogps`.
+    """Return log p(targets) and its gradient with respect to the raw logits, in MLX operations.
 
-    One exp serves both. Sums are made of blocks: MLX's own sums a row from left to right on the
-    CPU (at V = 49152 off by up to 2e-4, and low by 8e-5 on average; mlx 0.32.4).
+    See `kernels.choice.ResponseLogps` for arguments and results; docs/kernel.md derives the
+    gradient. Exponentials are computed once and serve both.
     """
-    logits = _logits(products, scale, softcap)
-    ignored, exists = targets == IGNORED, (targets >= 0) & (targets < products.shape[1])
-    column = mx.where(exists, targets, 0)
-    greatest = logits.max(axis=-1, keepdims=True)
-    exponentials = _exponentials(logits, greatest)
-    sums = _row_sums(exponentials)
-    picked = mx.take_along_axis(logits, column[:, None], axis=-1)
-    logps = (picked - greatest).squeeze(-1) - mx.log(sums)
-    logps = mx.where(exists, logps, mx.where(ignored, 0.0, mx.nan))
+    logits = _logits(raw_logits, scale, softcap)
+    is_ignored = targets == IGNORE_INDEX
+    is_token = (targets >= 0) & (targets < raw_logits.shape[1])
+    # Gathering with an invalid index would read another token's logit: take column 0 instead, and
+    # overwrite the result below.
+    column = mx.where(is_token, targets, 0)
+    row_max = logits.max(axis=-1, keepdims=True)
+    exponentials = _exponentials(logits, row_max)
+    # In blocks: MLX on the CPU adds up a row from left to right, which at V = 49152 is off by up to
+    # 2e-4 and low by 8e-5 on average (mlx 0.32.4).
+    sums = reduce_in_two_levels(mx.sum, exponentials, layout="strided")
+    target_logits = mx.take_along_axis(logits, column[:, None], axis=-1)
+    logps = (target_logits - row_max).squeeze(-1) - mx.log(sums)
+    logps = mx.where(is_token, logps, mx.where(is_ignored, 0.0, mx.nan))
     if not gradient:
         return logps, None
-    weight = mx.where(exists, scale, mx.where(ignored, 0.0, mx.nan))
-    slope = exponentials * (-weight / sums)[:, None]
-    slope = slope.at[mx.arange(targets.size), column].add(weight)
+    # ∂ log p/∂logits is one_hot − softmax; the softmax is already here but for its denominator.
+    weight = mx.where(is_token, scale, mx.where(is_ignored, 0.0, mx.nan))
+    d_raw_logits = exponentials * (-weight / sums)[:, None]
+    d_raw_logits = d_raw_logits.at[mx.arange(targets.size), column].add(weight)
     if softcap:
-        slope = slope * (1 - mx.square(logits / softcap))
-    return logps, slope.astype(products.dtype)
+        d_raw_logits = d_raw_logits * (1 - mx.square(logits / softcap))
+    return logps, d_raw_logits.astype(raw_logits.dtype)
 
 
-def _logits(products: mx.array, scale: float, softcap: float) -> mx.array:
-    logits = products.astype(mx.float32)
+def _logits(raw_logits: mx.array, scale: float, softcap: float) -> mx.array:
+    logits = raw_logits.astype(mx.float32)
     if scale != 1:
         logits = logits * scale
     return softcap * mx.tanh(logits / softcap) if softcap else logits
 
 
 @partial(mx.compile, shapeless=True)
-def _exponentials(logits: mx.array, greatest: mx.array) -> mx.array:
-    """In one pass over the logits."""
-    return mx.exp(logits - greatest)
-
-
-def _row_sums(values: mx.array) -> mx.array:
-    """Short sums are more exact than one long one; what is left of an odd size is one as well."""
-    rows, size = values.shape
-    whole = size - size % BLOCK
-    blocks = values[:, :whole].reshape(rows, BLOCK, whole // BLOCK)
-    return blocks.sum(axis=1).sum(axis=1) + values[:, whole:].sum(axis=1)
+def _exponentials(logits: mx.array, row_max: mx.array) -> mx.array:
+    """Return exp(logits − row_max); compiled, so that it takes one pass over the logits."""
+    return mx.exp(logits - row_max)

@@ -1,4 +1,4 @@
-// The words of response_logps.metal that CUDA lacks, for mx.fast.cuda_kernel.
+// What response_logps.metal uses of Metal and CUDA lacks, for mx.fast.cuda_kernel.
 
 #define METAL_FUNC __device__ __forceinline__
 #define constant
@@ -23,7 +23,7 @@ __device__ __forceinline__ float tanh(float x) { return ::tanhf(x); }
 
 __device__ __forceinline__ float max(float a, float b) { return ::fmaxf(a, b); }
 
-// Threadgroups are whole multiples of a warp here, so every lane takes part.
+// Every lane takes part (the full mask): launch.py makes threadgroups of whole warps only.
 __device__ __forceinline__ float simd_max(float x) {
   for (int distance = 16; distance > 0; distance /= 2) {
     x = ::fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));

@@ -6,109 +6,116 @@ from typing import Any
 
 import mlx.core as mx
 
-# MLX indexes with 32 bits, and a long launch can be killed by a GPU's watchdog.
+from ..device import is_gpu
+
+# MLX indexes arrays with 32 bits, and a GPU's watchdog may kill a long launch.
 MOST_ELEMENTS, MOST_ROWS = 2**31 - 1, 1024
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 _FOLDER = Path(__file__).parent
-# MLX names a kernel's inputs, the shape of an input and a thread's attributes in the signature if
-# they stand here. What is an argument below may lie in any address space (a small input is put into
-# `constant`), but for the outputs.
+# MLX adds a parameter to the kernel's signature for every input, every `<input>_shape` and every
+# attribute of a thread that this text mentions; it does not look into the header, so they must all
+# stand here. Inputs may be in any address space (MLX puts those under eight elements into
+# `constant`), so `process_row` takes them as a template type; outputs are always in `device`.
 _CALL = """
     const {unsigned} row = {row};
     {shared} float maxima[32];
     {shared} float sums[32];
-    response_logps::Place place = {place};
-    const int size = products_shape[1];
-    response_logps::row<T, {has_gradient}>(
-        products + size_t(row) * size, size, targets[row], settings[0], settings[1],
-        logps + row, {gradient}, maxima, sums, place);
+    response_logps::ThreadPosition position = {position};
+    const int size = raw_logits_shape[1];
+    response_logps::process_row<T, {has_gradient}>(
+        raw_logits + size_t(row) * size, size, targets[row], settings[0], settings[1],
+        logps + row, {d_raw_logits}, maxima, sums, position);
 """
 _METAL = {
     "unsigned": "uint",
     "shared": "threadgroup",
     "row": "threadgroup_position_in_grid.y",
-    "place": "{thread_index_in_threadgroup, threads_per_threadgroup.x, "
+    "position": "{thread_index_in_threadgroup, threads_per_threadgroup.x, "
     "thread_index_in_simdgroup, simdgroup_index_in_threadgroup, simdgroups_per_threadgroup}",
-    "none": "(device T*)nullptr",
+    "null": "(device T*)nullptr",
 }
 _CUDA = {
     "unsigned": "unsigned int",
     "shared": "__shared__",
     "row": "blockIdx.y",
-    "place": "{threadIdx.x, blockDim.x, threadIdx.x % 32, threadIdx.x / 32, blockDim.x / 32}",
-    "none": "(T*)nullptr",
+    "position": "{threadIdx.x, blockDim.x, threadIdx.x % 32, threadIdx.x / 32, blockDim.x / 32}",
+    "null": "(T*)nullptr",
 }
 
 
 def backend() -> str | None:
-    """Where the kernel can run now, "Metal" or "CUDA"; None if MLX's device is the CPU."""
-    if mx.default_device().type != mx.gpu:
+    """Return where the kernel can run now, "Metal" or "CUDA"; None if MLX runs on the CPU."""
+    if not is_gpu():
         return None
     return "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else None
 
 
-def launch(
-    products: mx.array, targets: mx.array, *, scale: float, softcap: float, gradient: bool
+def kernel_response_logps(
+    raw_logits: mx.array, targets: mx.array, *, scale: float, softcap: float, gradient: bool
 ) -> tuple[mx.array, mx.array | None]:
-    """What `response_logps` returns, from the kernel.
+    """Return log p(targets) and its gradient with respect to the raw logits, from the kernel.
+
+    See `kernels.choice.ResponseLogps` for arguments and results.
 
     Raises:
-        ValueError: a shape or dtype that the kernel is not made for.
+        ValueError: a dtype that the kernel does not take, or too many rows or logits.
     """
-    rows, size = products.shape
-    if products.dtype not in DTYPES or targets.dtype != mx.int32:
+    rows, size = raw_logits.shape
+    if raw_logits.dtype not in DTYPES or targets.dtype != mx.int32:
         raise ValueError(
-            f"logits are {products.dtype} and targets {targets.dtype}; the kernel takes float32, "
-            "float16 or bfloat16, and int32"
+            f"logits are {raw_logits.dtype} and targets {targets.dtype}; the kernel takes logits "
+            "in float32, float16 or bfloat16 and targets in int32"
         )
-    if rows > MOST_ROWS or products.size > MOST_ELEMENTS:
+    if rows > MOST_ROWS or raw_logits.size > MOST_ELEMENTS:
         raise ValueError(
-            f"{rows} rows of {size} logits; a launch takes {MOST_ROWS} rows and {MOST_ELEMENTS} "
-            "logits at most: give it fewer rows at a time"
+            f"{rows} rows of {size} logits are too many; a launch takes at most {MOST_ROWS} rows "
+            f"and {MOST_ELEMENTS} logits: pass fewer rows at a time"
         )
     name = backend()
-    threads = _threads(size, products.itemsize)
-    found = _kernel(name, gradient)(
-        inputs=[products, targets, mx.array([scale, softcap], mx.float32)],
-        template=[("T", products.dtype)],
-        grid=(threads, rows, 1),
+    threads = _threads_per_row(size, raw_logits.itemsize)
+    outputs = _kernel(
+        name, gradient
+    )(
+        inputs=[raw_logits, targets, mx.array([scale, softcap], mx.float32)],
+        template=[("T", raw_logits.dtype)],
+        grid=(threads, rows, 1),  # counts threads, not threadgroups
         threadgroup=(threads, 1, 1),
         output_shapes=[(rows,), (rows, size)][: 1 + gradient],
-        output_dtypes=[mx.float32, products.dtype][: 1 + gradient],
+        output_dtypes=[mx.float32, raw_logits.dtype][: 1 + gradient],
     )
-    return found[0], found[1] if gradient else None
+    return outputs[0], outputs[1] if gradient else None
 
 
-def _threads(size: int, itemsize: int) -> int:
-    """Threads of a row: as many as have 16 bytes to read, in whole simdgroups."""
+def _threads_per_row(size: int, itemsize: int) -> int:
+    """Return one thread per 16 bytes of a row, in whole simdgroups of 32, at most 1024."""
     reads = size * itemsize / 16
     return min(max(32, -(-int(reads) // 32) * 32), 1024)
 
 
 @cache
 def _kernel(backend: str | None, gradient: bool) -> Any:
-    """The kernel, compiled by MLX at its first launch for a dtype."""
+    """Return the kernel, which MLX compiles when it is first launched for a dtype."""
     make = mx.fast.cuda_kernel if backend == "CUDA" else mx.fast.metal_kernel
-    return make(**text(backend, gradient=gradient))
+    return make(**kernel_definition(backend, gradient=gradient))
 
 
-def text(backend: str | None, *, gradient: bool) -> dict[str, Any]:
-    """The arguments of mx.fast.metal_kernel, or of mx.fast.cuda_kernel for "CUDA"."""
+def kernel_definition(backend: str | None, *, gradient: bool) -> dict[str, Any]:
+    """Return the arguments of mx.fast.metal_kernel, or of mx.fast.cuda_kernel for "CUDA"."""
     words = _CUDA if backend == "CUDA" else _METAL
     source = _CALL.format(
         has_gradient=str(gradient).lower(),
-        gradient="gradient + size_t(row) * size" if gradient else words["none"],
+        d_raw_logits="d_raw_logits + size_t(row) * size" if gradient else words["null"],
         **words,
     )
     header = (_FOLDER / "response_logps.metal").read_text(encoding="utf-8")
     if backend == "CUDA":
         header = (_FOLDER / "cuda.h").read_text(encoding="utf-8") + header
     return {
-        # MLX keeps compiled kernels by their name: one for each text.
+        # MLX caches compiled kernels by name, so each source needs a name of its own.
         "name": "mlx_simpo_response_logps" + ("_and_gradient" if gradient else ""),
-        "input_names": ["products", "targets", "settings"],
-        "output_names": ["logps", "gradient"][: 1 + gradient],
+        "input_names": ["raw_logits", "targets", "settings"],
+        "output_names": ["logps", "d_raw_logits"][: 1 + gradient],
         "source": source,
         "header": header,
     }

@@ -1,1 +1,1 @@
-"""What a person is shown."""
+"""What users see on the terminal: notes, warnings, progress and tables."""

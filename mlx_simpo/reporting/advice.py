@@ -1,9 +1,8 @@
-"""What a user should be told: what looks wrong and is not, and what is wrong and does not look it.
+"""Advice: what looks wrong and is not, and what is wrong and does not look it.
 
-Each function returns a sentence, or None where there is nothing to say.
+Each function returns one message, or None if there is nothing to say (see `Display`).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,86 +13,106 @@ from mlx_lm.models.cache import RotatingKVCache
 from ..config.simpo_config import DataConfig, ObjectiveConfig
 from ..data.encode import EncodedPair
 from ..data.tokens import column
+from ..device import is_gpu
 from ..evaluation import Evaluation
+from ..model.loading import LoadedModel
+from ..model.record import mismatches
+from ..objectives import preference_losses
 
 
 def starting_loss(objective: ObjectiveConfig) -> str | None:
-    """Users of DPO expect a first loss of ln 2; SimPO's target margin puts it higher."""
+    """Explain the first loss to users of DPO, who expect ln 2; SimPO's target margin raises it."""
     if objective.loss_type != "sigmoid" or not objective.gamma_beta_ratio:
         return None
     gamma = objective.beta * objective.gamma_beta_ratio
-    # −(1 − ε) log σ(−gamma) − ε log σ(gamma), for any gamma
-    loss = math.log1p(math.exp(-gamma)) + (1 - objective.label_smoothing) * gamma
+    # Equally likely responses have a margin of 0, and so z = −gamma (see `objectives`).
+    loss = preference_losses(mx.array(-gamma), objective.loss_type, objective.label_smoothing)
     return (
-        f"a model without a preference has a loss of {loss:.2f} here, not 0.69: the "
+        f"a model without a preference has a loss of {loss.item():.2f} here, not 0.69: the "
         f"target margin is gamma = beta × gamma_beta_ratio = {gamma:g}"
     )
 
 
 def truncation(pairs: Sequence[EncodedPair], data: DataConfig) -> str | None:
-    """What data.max_length cost."""
-    of_prompts, of_answers = column(pairs, "cut_prompt"), column(pairs, "cut_response")
-    prompts, answers = np.count_nonzero(of_prompts), np.count_nonzero(of_answers)
-    if not prompts and not answers:
+    """Count the pairs and tokens that were cut to data.max_length."""
+    cut_prompt, cut_response = column(pairs, "cut_prompt"), column(pairs, "cut_response")
+    prompts, responses = np.count_nonzero(cut_prompt), np.count_nonzero(cut_response)
+    if not prompts and not responses:
         return None
-    lost = of_prompts.sum(dtype=np.int64) + of_answers.sum(dtype=np.int64)
+    total = cut_prompt.sum(dtype=np.int64) + cut_response.sum(dtype=np.int64)
     return (
-        f"longer than data.max_length={data.max_length}: prompts of {prompts} pairs cut on the "
-        f"left, answers of {answers} pairs on the right, {lost} tokens in all"
+        f"longer than data.max_length={data.max_length}: prompts cut on the left in {prompts} "
+        f"pairs, responses cut on the right in {responses} pairs, {total} tokens in all"
     )
 
 
 def slow_on_cpu(dtype: str, quantized: bool) -> str | None:
-    """On a CPU only float32 products are fast."""
-    if mx.default_device() != mx.Device(mx.cpu):
+    """Warn about models that MLX computes slowly on a CPU, where only float32 products are fast."""
+    if is_gpu():
         return None
     if quantized:
         return (
-            "the model is quantized, which is tens of times slower on a CPU than a float32 model; "
-            "use one that is not, if there is memory for it"
+            "the model is quantized, which on a CPU is tens of times slower than float32; use a "
+            "model that is not quantized, if it fits into memory"
         )
     if dtype == "float32":
         return None
-    return f"the model computes in {dtype}, which is slow on a CPU; dtype=float32 is much faster"
+    return f"the model computes in {dtype}, which is slow on a CPU; set dtype=float32"
 
 
 def ignored_window(
     model_config: Mapping[str, Any], caches: Sequence[Any], max_length: int
 ) -> str | None:
-    """mlx-lm 0.32.2 runs Mistral, Gemma 2, Phi-3 and others without their sliding windows.
+    """Warn about sliding windows that mlx-lm ignores: 0.32.2 does for Mistral, Gemma 2, Phi-3, …
 
     Args:
-        model_config: config.json's content. caches: what mlx-lm makes for the model; a model that
-            has its window has rotating ones.
+        model_config: the content of config.json. caches: the model's, from mlx-lm's
+            make_prompt_cache; a model that is run with its window has rotating ones.
     """
     window = model_config.get("sliding_window")
-    used = model_config.get("use_sliding_window", True)  # Qwen 2 names one that it does not use
-    if not window or not used or max_length <= window:
+    is_used = model_config.get("use_sliding_window", True)  # Qwen 2 names one that it does not use
+    if not window or not is_used or max_length <= window:
         return None
     if any(isinstance(cache, RotatingKVCache) for cache in caches):
         return None
     return (
-        f"the model has a sliding window of {window} tokens, which mlx-lm leaves out; beyond it "
-        f"(data.max_length is {max_length}) its answers are scored as by another model: set "
-        f"data.max_length={window}"
+        f"the model has a sliding window of {window} tokens, which mlx-lm ignores; the "
+        f"log-probabilities of longer sequences (data.max_length is {max_length}) differ from the "
+        f"original model's: set data.max_length={window}"
     )
 
 
 def slow_blas() -> str | None:
-    """MLX's own BLAS for Linux is a reference implementation."""
+    """Warn if MLX runs on a CPU without OpenBLAS: its own BLAS for Linux is a reference one."""
     from .. import blas  # here, so that `python -m mlx_simpo.blas` can run it as a program
 
-    reason = blas.missing() if mx.default_device() == mx.Device(mx.cpu) else None
-    return None if reason is None else f"no OpenBLAS, this will be slow: {reason}"
+    reason = None if is_gpu() else blas.missing()
+    return None if reason is None else f"MLX runs without OpenBLAS, which is slow: {reason}"
+
+
+def adapter_mismatch(
+    record: dict[str, Any], loaded: LoadedModel, template: str | None = None
+) -> str | None:
+    """Warn if a model differs from the one that an adapter was trained on.
+
+    Args:
+        record: the adapter's `model.record.training_record`. template: the text of the chat
+            template in use; None: not compared.
+    """
+    differences = mismatches(record, loaded, template)
+    return f"the adapter may not fit: {'; '.join(differences)}" if differences else None
 
 
 def collapse(before: Evaluation, after: Evaluation) -> str | None:
-    """The chosen answers' likelihood falls a little in every SimPO run; a fall of more than a nat a
-    token is how a run that degenerates into repetition looks."""
+    """Warn if the chosen responses have become much less likely.
+
+    They become a little less likely in every SimPO run; a fall of more than 1 nat per token is how
+    a run looks that degenerates into repetition.
+    """
     fall = before.metrics["logps/chosen"] - after.metrics["logps/chosen"]
     if fall <= 1.0:
         return None
     return (
-        f"the chosen answers have become {fall:.1f} nats a token less likely; read some answers of "
-        "the model, and lower train.learning_rate if they repeat themselves"
+        f"the chosen responses have become {fall:.1f} nats per token less likely; read some "
+        "responses of the model, and lower train.learning_rate if they repeat themselves"
     )

@@ -1,4 +1,4 @@
-"""What a person sees: notes, progress bars and tables, all on stderr."""
+"""The terminal: notes, warnings, progress bars and tables, all on stderr."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +19,7 @@ from rich.text import Text
 
 from ..evaluation import Evaluation
 
-# Rows of an evaluation's table, in reading order.
+# The metrics in an evaluation's table, in reading order.
 EVALUATION_ROWS = (
     "loss",
     "sft_loss",
@@ -32,42 +32,41 @@ EVALUATION_ROWS = (
     "chosen_tokens",
     "rejected_tokens",
 )
-
-
 SECONDS_BETWEEN_LINES = 5.0
 
 
 class Display:
-    """Writes to ``console``, by default stderr, so that stdout holds results alone."""
+    """Writes to ``console``; default: stderr, so that stdout has nothing but results.
+
+    ``Display(Console(quiet=True))`` shows nothing.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
         self._live: Progress | None = None
 
     def note(self, text: str | None) -> None:
-        """Something worth knowing; None is nothing."""
+        """Write one line; nothing for None (see `advice`)."""
         if text is not None:
-            self.console.print(readable(text), soft_wrap=True)
+            # Without soft_wrap, rich breaks long lines, which then cannot be searched for.
+            self.console.print(literal(text), soft_wrap=True)
 
-    def warn(self, text: str) -> None:
-        """Something that may be wrong."""
-        line = Text.assemble(("warning:", "yellow"), " ", readable(text))
-        self.console.print(line, soft_wrap=True)
-
-    def advise(self, text: str | None) -> None:
-        """A warning, where there is one to give (see `advice`)."""
+    def warn(self, text: str | None) -> None:
+        """Write one line that begins with ``warning:``; nothing for None (see `advice`)."""
         if text is not None:
-            self.warn(text)
+            line = Text.assemble(("warning:", "yellow"), " ", literal(text))
+            self.console.print(line, soft_wrap=True)
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[..., None]]:
-        """A bar; the context's value is called with the steps done (default 1) and a note.
+        """Show a progress bar; the context's value is a function to advance it, with the number of
+        steps just done (default 1) and a note.
 
-        A bar within a bar stands below it and goes when it is done. Where stderr is no terminal
-        (a log file) a line is written every few seconds instead.
+        A nested bar is shown below the outer one and removed when it is done. If stderr is not a
+        terminal (a log file), a line is written every few seconds instead.
         """
         if not self.console.is_terminal:
-            yield from self._lines(title, total)
+            yield from self._log_lines(title, total)
             return
         if self._live is not None:
             yield from self._bar(self._live, title, total, keep=False)
@@ -86,7 +85,7 @@ class Display:
             finally:
                 self._live = None
 
-    def _lines(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+    def _log_lines(self, title: str, total: int) -> Iterator[Callable[..., None]]:
         done, written = 0, time.monotonic()
 
         def advance(more: int = 1, note: str = "") -> None:
@@ -113,17 +112,18 @@ class Display:
             live.remove_task(task)
 
     def evaluations(self, columns: Mapping[str, Evaluation], title: str = "") -> None:
-        """Evaluations of the same pairs side by side."""
+        """Show evaluations of the same pairs side by side."""
         self.console.print(evaluation_table(columns, title))
 
 
-def readable(text: str) -> Text:
-    """``text`` as it is, no markup or emoji in it; bytes that are no text as escapes."""
+def literal(text: str) -> Text:
+    """Return text that rich prints as it is: without markup and emoji names, and with what is not
+    valid Unicode (file names of other bytes) escaped."""
     return Text(text.encode("utf-8", "backslashreplace").decode())
 
 
 def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Table:
-    """Evaluations side by side, a column each."""
+    """Return a table of evaluations of the same pairs, one column per evaluation."""
     pairs = len(next(iter(columns.values())).pairs)
     table = Table(title=title or f"{pairs} pairs", title_justify="left")
     table.add_column("metric")
@@ -132,7 +132,7 @@ def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Tabl
     evaluations = list(columns.values())
     for row in EVALUATION_ROWS:
         if row in evaluations[0].metrics:
-            table.add_row(row, *(format_metric(e, row) for e in evaluations))
+            table.add_row(row, *(metric_text(row, e.metrics[row]) for e in evaluations))
         if row == "rewards/accuracies":
             intervals = (e.accuracy_interval for e in evaluations)
             cells = (f"{low:.1%} to {high:.1%}" for low, high in intervals)
@@ -140,20 +140,15 @@ def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Tabl
     return table
 
 
-def format_metric(evaluation: Evaluation, name: str) -> str:
-    """One metric as the table shows it."""
-    return metric_text(name, evaluation.metrics[name])
-
-
 def metric_text(name: str, value: float) -> str:
-    """A metric's value with the digits that are worth reading."""
+    """Format a metric's value with as many digits as are worth reading."""
     if name == "rewards/accuracies":
         return f"{value:.1%}"
     return f"{value:.1f}" if name.endswith("_tokens") else f"{value:.4f}"
 
 
 def step_note(metrics: Mapping[str, Any]) -> str:
-    """The few numbers beside the training bar."""
+    """Format the metrics that are shown beside the training bar."""
     return (
         f"loss {metrics['loss']:.3f}  accuracy {metrics['rewards/accuracies']:.0%}  "
         f"margin {metrics['rewards/margins']:+.2f}"

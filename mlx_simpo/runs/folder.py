@@ -1,18 +1,17 @@
-"""A run's folder: the adapter, and the record of how it came about.
+"""A run's folder: the adapter, and the record of how it was trained.
 
-config.yaml           the resolved configuration
-metrics.jsonl         a line a training step or evaluation
-quarantined.jsonl     records that were left out, and why (if any)
+config.yaml           the whole configuration, defaults included
+metrics.jsonl         one line per training step and per evaluation
+quarantined.jsonl     records that were not used, and why (if any)
 adapters.safetensors, adapter_config.json      the trained adapter, in mlx-lm's format
 chat_template.jinja   the template it was trained with (if any)
 best/                 the adapter with the lowest evaluation loss (with train.eval_every)
-summary.json          what the run came to
+summary.json          the result of the run, see `api.TrainResult`
 """
 
 import json
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from ..errors import SimPOError
@@ -21,10 +20,10 @@ from ..paths import local_path
 
 
 def check_output_free(output: str) -> None:
-    """Refuse an output folder that holds something already, before any work is done.
+    """Check that the output folder does not exist or is empty, before any work is done.
 
     Raises:
-        SimPOError: the folder exists and is not empty, or is a file.
+        SimPOError: it is not empty, or is a file.
     """
     path = local_path(output)
     if path.is_file():
@@ -35,9 +34,19 @@ def check_output_free(output: str) -> None:
 
 
 class RunFolder:
-    """The record of one run; made when the run is known to be sound."""
+    """The record of one run on disk, begun when the run's input is known to be valid.
 
-    def __init__(self, output: str, config_yaml: str, quarantined: Iterable[dict[str, Any]]) -> None:
+    path: the folder. steps: the last step that was logged, 0 before the first.
+    """
+
+    def __init__(
+        self, output: str, config_yaml: str, quarantined: Iterable[dict[str, Any]]
+    ) -> None:
+        """Create the folder with the configuration and the quarantined records (as JSON objects).
+
+        Raises:
+            SimPOError: it cannot be written.
+        """
         self.path = local_path(output)
         self.steps = 0
         lines = [json.dumps(q, ensure_ascii=False) + "\n" for q in quarantined]
@@ -48,13 +57,14 @@ class RunFolder:
                 write_text(self.path / "quarantined.jsonl", "".join(lines))
         except OSError as error:
             raise SimPOError(f"output is {output!r}; it cannot be written: {error}") from None
-        except SimPOError:
+        except SimPOError:  # of write_text: the folder itself was created
             shutil.rmtree(self.path, ignore_errors=True)
             raise
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl; ``record`` has the step's number as "step"."""
         self.steps = max(self.steps, record["step"])
+        # Opened anew for each line: after a crash, the file has every finished step.
         write_text(self.path / "metrics.jsonl", json.dumps(record) + "\n", append=True)
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -63,8 +73,6 @@ class RunFolder:
         write_text(self.path / "summary.json", text)
 
     def discard_if_empty(self) -> None:
-        """Take the folder away again if no step was finished: nothing half-written stays."""
+        """Delete the folder if no step was finished, so that nothing half-written stays."""
         if not self.steps:
             shutil.rmtree(self.path)
-
-

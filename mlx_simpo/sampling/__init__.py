@@ -1,1 +1,1 @@
-"""Responses of a model."""
+"""Sampling responses from a model."""

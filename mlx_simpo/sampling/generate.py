@@ -1,4 +1,4 @@
-"""One answer of a model, by mlx_lm's generation, on the prompt that training used."""
+"""Generation of one response with mlx_lm, from a prompt as in training."""
 
 from typing import Any
 
@@ -10,26 +10,26 @@ from ..data.records import InvalidRecordError
 from ..errors import SimPOError
 
 
-def answer(
+def generate_response(
     model: nn.Module, tokenizer: Any, encoder: Encoder, prompt: str, max_tokens: int = 200
 ) -> str:
-    """The model's most likely answer (greedy) to one user turn.
+    """Generate the model's response to one user turn by greedy decoding.
 
-    The prompt goes through the same template and BOS rule as in training.
+    The prompt gets the same template and BOS token as in training.
 
     Raises:
-        SimPOError: the prompt is empty, the template refuses it, or ``max_tokens`` is below 1.
+        SimPOError: the prompt is empty, the template rejects it, or ``max_tokens`` is below 1.
     """
     if max_tokens < 1:
         raise SimPOError(f"max_tokens is {max_tokens}; it must be 1 or greater")
     try:
         tokens = encoder.prompt_tokens(prompt)
-    except InvalidRecordError as refusal:
-        raise SimPOError(f"the prompt cannot be used: {': '.join(refusal.args)}") from None
-    if not tokens:
-        raise SimPOError("the prompt is empty; give the model at least a word")
+    except InvalidRecordError as error:
+        raise SimPOError(f"the prompt cannot be used: {': '.join(error.args)}") from None
+    if not tokens:  # plain text without a BOS token
+        raise SimPOError("the prompt is empty; it must have at least one token")
     was_training = model.training
-    model.eval()
+    model.eval()  # without LoRA dropout
     try:
         return generate(model, tokenizer, tokens, max_tokens=max_tokens).strip()
     finally:

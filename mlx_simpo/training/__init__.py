@@ -1,1 +1,1 @@
-"""The optimizer step and the loop around it."""
+"""The optimizer step, the loop around it, and the session that prepares both."""

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate, with the semantics of torch and transformers."""
+"""AdamW as in torch, and learning rate schedules as in transformers."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,12 @@ from ..config.simpo_config import TrainConfig
 
 
 def learning_rate_schedule(config: TrainConfig, steps: int) -> Callable[[mx.array], mx.array]:
-    """The rate of update number ``step`` (from 0), as transformers' get_*_schedule_with_warmup:
-    linear from 0 during the warm-up, then the schedule down to 0 (or constant)."""
-    # At least one step is no warm-up: a run of one step would else train at a rate of 0.
+    """Return the function from a step's index (from 0) to its learning rate.
+
+    As in transformers' get_*_schedule_with_warmup: linear from 0 during the warm-up, then the
+    schedule down to 0 (or constant).
+    """
+    # The last step is never part of the warm-up: a run of one step would train at a rate of 0.
     warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
     peak, after = config.learning_rate, max(1, steps - warmup)
     if config.schedule == "cosine":
@@ -27,7 +30,10 @@ def learning_rate_schedule(config: TrainConfig, steps: int) -> Callable[[mx.arra
 
 
 def build_optimizer(config: TrainConfig, steps: int) -> optim.AdamW:
-    """AdamW with torch's semantics: bias correction, and no weight decay unless asked for."""
+    """Create AdamW as in torch (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2).
+
+    MLX's own defaults are others: no bias correction, and a weight decay of 0.01.
+    """
     return optim.AdamW(
         learning_rate_schedule(config, steps),
         betas=[config.adam_beta1, config.adam_beta2],

@@ -1,7 +1,7 @@
 """The training loop: a generator of step metrics.
 
-The caller pulls one optimizer step after the other and may log, evaluate, save or stop in between;
-nothing here writes, prints or decides when to end early.
+The caller takes one optimizer step after another and may log, evaluate, save or stop in between;
+nothing here writes, prints or decides to stop early.
 """
 
 import itertools
@@ -25,23 +25,25 @@ from ..errors import SimPOError
 from .optimizer import build_optimizer
 from .step import (
     GradientFunction,
-    Step,
-    make_step,
-    refuse_not_finite,
+    StepBatch,
+    check_finite,
+    collate_step,
+    restore_on_error,
     step_gradients,
-    undone_on_error,
 )
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step.
+    """The result of one optimizer step.
 
-    step: from 1. epoch: passes over the data so far. metrics: means over the step's pairs, under
-    the names of `objectives.simpo_loss`, with learning_rate, grad_norm (before clipping), pairs,
-    tokens (of both sequences, prompts twice, without padding), positions (tokens that went through
-    the trunk, prompts as often as they did, with padding), traces (of mx.compile, so far) and
-    seconds.
+    step: from 1. epoch: passes over the data so far. metrics: the means over the step's pairs,
+    named as in `objectives.simpo_loss`, and
+
+    - learning_rate; grad_norm: the gradient's norm before clipping
+    - pairs; tokens: of both sequences of each pair, the prompt counted twice, without padding
+    - positions: tokens that the trunk processed, padding included
+    - traces: how often mx.compile has traced the step so far; seconds
     """
 
     step: int
@@ -50,12 +52,12 @@ class StepMetrics:
     metrics: dict[str, float]
 
     def as_dict(self) -> dict[str, float]:
-        """step, epoch and the metrics, for a log."""
+        """Return step, epoch and the metrics, for a log."""
         return {"step": self.step, "epoch": round(self.epoch, 4), **self.metrics}
 
 
 def total_steps(config: TrainConfig, pairs: int) -> int:
-    """Optimizer steps of a run over ``pairs`` pairs."""
+    """Return the number of optimizer steps of a run over ``pairs`` pairs."""
     if config.steps is not None:
         return config.steps
     return math.ceil((config.epochs or 1.0) * steps_per_epoch(pairs, config.step_pairs))
@@ -67,13 +69,15 @@ def train_steps(
     config: SimPOConfig,
     engine: Engine | None = None,
 ) -> Iterator[StepMetrics]:
-    """Train the model's trainable weights in place; yields after each optimizer step.
+    """Train the model's trainable weights in place; yield after each optimizer step.
 
-    Each step's gradient is that of the loss over all its pairs, whatever the micro-batches; the
-    last step of an epoch takes the pairs that are left. Between steps the model is in evaluation
-    mode. Whatever ends a step early, Ctrl-C too, leaves the weights of the step before.
+    Each step's gradient is that of the loss over all its pairs, however they are divided into
+    micro-batches; the last step of an epoch takes the remaining pairs. Between steps the model is
+    in evaluation mode. If a step ends early, by Ctrl-C too, the model has the weights of the step
+    before.
 
-    engine: None for what ``config.train.engine`` and the model make of it.
+    Args:
+        engine: default: the one that ``config.train.engine`` names, if the model supports it.
 
     Raises:
         SimPOError: no pairs, or a loss or gradient that is not a finite number.
@@ -84,44 +88,45 @@ def train_steps(
     engine = engine or choose_engine(options.engine, model, config.logps.impl)
     steps = total_steps(options, len(pairs))
     optimizer = build_optimizer(options, steps)
-    optimizer.init(model.trainable_parameters())
+    optimizer.init(model.trainable_parameters())  # only the trainable ones have moments
     compiled = engine.compiled if options.compile is None else options.compile
-    gradients_of = GradientFunction(model, asdict(config.objective), engine, compiled=compiled)
+    gradient_function = GradientFunction(model, asdict(config.objective), engine, compiled=compiled)
     mx.random.seed(config.seed)
-    prepared = prepared_steps(pairs, config, engine, steps)
-    step, number = next(prepared, None), 0
-    while step:
-        number, started = number + 1, time.perf_counter()
+    batches = step_batches(pairs, config, engine, steps)
+    batch, step = next(batches, None), 0
+    while batch:
+        step, started = step + 1, time.perf_counter()
         model.train()
         checkpointing = gradient_checkpointing if options.gradient_checkpointing else nullcontext
-        with undone_on_error(model, config.seed):
+        with restore_on_error(model, config.seed):
             with checkpointing(model):
-                parts, gradients = step_gradients(gradients_of, step)
+                parts, gradients = step_gradients(gradient_function, batch)
+            # Without a limit, too: clip_grad_norm also returns the norm.
             gradients, norm = optim.clip_grad_norm(gradients, options.max_grad_norm or math.inf)
             optimizer.update(model, gradients)
             results = (parts, norm, model.trainable_parameters(), optimizer.state)
             mx.async_eval(results)
-            following = next(prepared, None)  # made while the device is at work
+            next_batch = next(batches, None)  # collated while the device computes
             mx.eval(results)
             metrics = {k: np.concatenate([np.array(p[k]) for p in parts]) for k in parts[0]}
-            refuse_not_finite(number, metrics["loss"], float(norm), step.pairs)
+            check_finite(step, metrics["loss"], float(norm), batch.pairs)
         model.eval()
         means = {name: float(values.mean(dtype=np.float64)) for name, values in metrics.items()}
-        means |= counts(step) | {
-            "traces": gradients_of.traces,
+        means |= _size_metrics(batch) | {
+            "traces": gradient_function.traces,
             "learning_rate": float(optimizer.learning_rate),
             "grad_norm": float(norm),
             "seconds": time.perf_counter() - started,
         }
-        epoch = number / steps_per_epoch(len(pairs), options.step_pairs)
-        yield StepMetrics(number, steps, epoch, means)
-        step = following
+        epoch = step / steps_per_epoch(len(pairs), options.step_pairs)
+        yield StepMetrics(step, steps, epoch, means)
+        batch = next_batch
 
 
-def prepared_steps(
+def step_batches(
     pairs: Sequence[EncodedPair], config: SimPOConfig, engine: Engine, steps: int
-) -> Iterator[Step]:
-    """The batches of a run's first ``steps`` steps, made when they are asked for."""
+) -> Iterator[StepBatch]:
+    """Yield the batches of a run's first ``steps`` optimizer steps."""
     size = config.train.step_pairs
     orders = (
         order
@@ -129,13 +134,13 @@ def prepared_steps(
         for order in epoch_steps(len(pairs), size, config.seed, epoch)
     )
     for order in itertools.islice(orders, steps):
-        yield make_step([pairs[i] for i in order], engine, config.train)
+        yield collate_step([pairs[i] for i in order], engine, config.train)
 
 
-def counts(step: Step) -> dict[str, int]:
-    """What a step's time goes into."""
+def _size_metrics(batch: StepBatch) -> dict[str, int]:
+    """Return the numbers of pairs, tokens and positions of a step; see `StepMetrics`."""
     return {
-        "pairs": len(step.pairs),
-        "tokens": sum(len(p.chosen.tokens) + len(p.rejected.tokens) for p in step.pairs),
-        "positions": step.positions,
+        "pairs": len(batch.pairs),
+        "tokens": sum(len(p.chosen.tokens) + len(p.rejected.tokens) for p in batch.pairs),
+        "positions": batch.positions,
     }

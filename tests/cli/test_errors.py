@@ -40,11 +40,11 @@ def refused(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["data.train=/no/such.jsonl"], "no such file, folder or data set: '/no/such.jsonl'"),
+        (["data.train=/no/such.jsonl"], "no such file, folder or dataset: '/no/such.jsonl'"),
         (["data.train=null"], "data.train is missing"),
-        (["data.train_split=test"], "a split ('test') is asked for"),
-        (["data.subset=x"], "only Hub data has subsets"),
-        (["data.valid=/no/such.jsonl"], "no such file, folder or data set"),
+        (["data.train_split=test"], "the split is 'test'"),
+        (["data.subset=x"], "only Hub datasets have subsets"),
+        (["data.valid=/no/such.jsonl"], "no such file, folder or dataset"),
         (["data.chat_template=/no/such.jinja"], "data.chat_template is '/no/such.jinja'"),
         (["data.compat=official"], "this tokenizer has no BOS token"),
         (["model=/no/such/model"], "model is '/no/such/model'; there is no such folder"),
@@ -91,12 +91,12 @@ CONVERSATION = {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Hi"),
         (
             "d.jsonl",
             b'{"prompt": "x"}\n[1]\nnot json\n',
-            "3 of 3 records are unusable, all of them",
+            "3 of 3 records are quarantined, all of them",
         ),
-        ("d.jsonl", b"\xff\xfe\n", "no valid JSON"),
+        ("d.jsonl", b"\xff\xfe\n", "invalid JSON"),
         ("d.jsonl.gz", b"not gzip", "cannot read"),
         ("d.parquet", b"not parquet", "as Parquet"),
-        ("d.csv", b"prompt,chosen,rejected\n", "is of no known kind"),
+        ("d.csv", b"prompt,chosen,rejected\n", "has an unknown type"),
     ],
 )
 def test_unusable_data(
@@ -112,8 +112,8 @@ def test_unusable_data(
 def test_too_many_bad_rows_are_counted_and_named(refused: Callable, tmp_path: Path) -> None:
     data = with_bad_rows(tmp_path / "d.jsonl", 8, (2, 5))
     message = refused(f"data.train={data}")
-    assert "2 of 10 records are unusable, more than data.max_quarantined=0.05" in message
-    assert f"2 × missing answer, e.g. {data}:3 " in message
+    assert "2 of 10 records are quarantined, more than data.max_quarantined=0.05" in message
+    assert f"2 × missing response, e.g. {data}:3 " in message
 
 
 def test_a_folder_without_data(refused: Callable, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_truncation_that_leaves_no_difference(refused: Callable, tmp_path: Path)
     data = write_jsonl(tmp_path / "d.jsonl", rows)
     lengths = ("data.max_length=64", "data.max_prompt_length=32", "data.valid_fraction=0")
     message = refused(f"data.train={data}", *lengths)
-    assert "4 of 4 records are unusable, all of them: 4 × identical answers" in message
+    assert "4 of 4 records are quarantined, all of them: 4 × identical responses" in message
 
 
 def config_json(**changes: object) -> str:
@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_pairs(
     message = refused(f"data.valid_fraction={valid}", model=broken)
     begins = "the log-probabilities of 2 of 2" if valid else "the loss of step 1"
     assert message.startswith(begins)
-    named = message.partition("at ")[2].removeprefix("the pairs ").partition(";")[0].split(", ")
+    named = message.partition("(")[2].removeprefix("pairs: ").partition(")")[0].split(", ")
     assert len(named) == (2 if valid else 4)
     assert set(named) <= {f"{pairs_file}:{line}" for line in range(1, 13)}
 
@@ -241,7 +241,7 @@ def test_only_the_pairs_that_are_at_fault_are_named(
     message = refused(
         f"data.train={data}", "data.valid_fraction=0", "train.batch_size=6", model=broken
     )
-    assert f"the loss of step 1 is not a finite number, at the pairs {data}:4; " in message
+    assert f"the loss of step 1 is not a finite number (pairs: {data}:4); " in message
 
 
 def test_an_output_that_holds_a_run(
@@ -287,7 +287,7 @@ def test_an_output_that_is_a_file_or_under_one(
         (["data", "inspect", "/no.jsonl", "--model", "MODEL"], "no such file"),
         (["data", "inspect", "PAIRS", "--model", "MODEL", "--pair", "12"], "it must be 0 to 11"),
         (["data", "inspect", "PAIRS", "--model", "MODEL", "--pair", "-1"], "it must be 0 to 11"),
-        (["data", "inspect", "PAIRS", "--model", "MODEL", "--split", "x"], "a split ('x')"),
+        (["data", "inspect", "PAIRS", "--model", "MODEL", "--split", "x"], "the split is 'x'"),
     ],
 )
 def test_bad_input_of_the_other_commands(
@@ -383,7 +383,7 @@ def test_a_row_with_half_an_emoji_is_left_out(
     rows = [*some_pairs(5), {"prompt": "a \ud83d b", "chosen": "x", "rejected": "y"}]
     data = write_jsonl(tmp_path / "d.jsonl", rows)
     ran = command(capsys, "data", "inspect", data, "--model", model_folder, "--json")
-    assert (ran.json["pairs"], len(ran.json["left_out_records"])) == (5, 1)
+    assert (ran.json["pairs"], len(ran.json["quarantined_records"])) == (5, 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
@@ -391,4 +391,4 @@ def test_a_file_name_that_is_no_text(capsys: Capture, model_folder: Path, tmp_pa
     data = with_bad_rows(tmp_path / "p\udcff.jsonl", 30, (4,))
     run = small_run(model_folder, data, tmp_path / "run")
     assert command(capsys, "train", *run).status == 0
-    assert json_lines(tmp_path / "run" / "quarantined.jsonl")[0]["reason"] == "missing answer"
+    assert json_lines(tmp_path / "run" / "quarantined.jsonl")[0]["reason"] == "missing response"

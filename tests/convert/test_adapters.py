@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers.commands import arrays, assert_same_arrays, command, complaint, written_report
+from helpers.commands import arrays, assert_same_arrays, captured_display, command, complaint
 from helpers.mlx_folders import MIXTRAL, mlx_adapter, mlx_model
 
 from mlx_simpo import SimPOError, from_peft, to_peft
@@ -98,7 +98,7 @@ def test_dora_on_a_parameter_is_rejected(tmp_path: Path) -> None:
 
 
 def test_another_base_model_is_a_warning(adapter: Path, model_folder: Path, tmp_path: Path) -> None:
-    display, text = written_report()
+    display, text = captured_display()
     other = tmp_path / "elsewhere"
     other.symlink_to(model_folder)
     to_peft(adapter, tmp_path / "peft", model=str(other), verify=False, display=display)
@@ -107,7 +107,7 @@ def test_another_base_model_is_a_warning(adapter: Path, model_folder: Path, tmp_
 
 def test_a_comparison_that_is_not_possible_is_noted(tmp_path: Path) -> None:
     base = mlx_model(tmp_path / "base")
-    display, text = written_report()
+    display, text = captured_display()
     to_peft(mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft", display=display)
     assert "not compared with PEFT in torch: the base model is in MLX's format" in text.getvalue()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.commands import written_report
+from helpers.commands import captured_display
 from helpers.tiny import tiny_config, tiny_folder
 from mlx_lm.utils import load as mlx_lm_load
 
@@ -37,7 +37,7 @@ def test_mlx_lm_finds_the_rotary_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized(bits: int, tmp_path: Path) -> None:
-    display, text = written_report()
+    display, text = captured_display()
     done = from_hf(
         str(saved_by_transformers_5(tmp_path / "hf")),
         tmp_path / "mlx",

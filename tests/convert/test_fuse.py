@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.commands import arrays, assert_same_arrays, written_report
+from helpers.commands import arrays, assert_same_arrays, captured_display
 from helpers.mlx_folders import MIXTRAL, mlx_adapter, mlx_model
 from helpers.tiny import tiny_folder
 
@@ -84,7 +84,7 @@ def test_obsolete_tensors_are_not_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounding_to_another_dtype_is_shown_and_not_checked(dtype: str, tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base")
-    display, text = written_report()
+    display, text = captured_display()
     adapter = mlx_adapter(base, tmp_path / "adapter")
     done = fuse(tmp_path / "out", adapter=adapter, dtype=dtype, verify=True, display=display)
     assert load_model(str(done.output)).dtype == dtype
@@ -99,7 +99,7 @@ def test_quantizing_again_rounds_away_a_small_adapter(tmp_path: Path) -> None:
     """The comparisons show that the rounding is larger than what the adapter changes."""
     base = mlx_model(tmp_path / "base", "llama", 4)
     adapter = mlx_adapter(base, tmp_path / "adapter", size=0.01)
-    display, _ = written_report()
+    display, _ = captured_display()
     done = fuse(
         tmp_path / "out",
         adapter=adapter,
@@ -145,8 +145,8 @@ def test_a_model_that_does_not_fit_into_memory_is_not_verified(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_folder(tmp_path / "base")
-    monkeypatch.setattr(verify.os, "sysconf", lambda name: 1)
-    display, text = written_report()
+    monkeypatch.setattr(verify, "total_memory_bytes", lambda: 1)
+    display, text = captured_display()
     done = fuse(tmp_path / "out", model=str(base), format=format, display=display)
     assert done.comparisons == []
     assert "not verified: in float32 the model takes" in text.getvalue()

@@ -1,4 +1,4 @@
-"""What inspection counts is what is there, and what it marks is what is scored."""
+"""Inspection counts what the dataset holds and marks the tokens that are scored."""
 
 import json
 from pathlib import Path
@@ -21,102 +21,109 @@ from mlx_simpo.data.records import Pair
 from mlx_simpo.model.loading import load_only_tokenizer
 
 TINY = tiny_tokenizer()
-CODER = Encoder(TINY, DataConfig())
+ENCODER = Encoder(TINY, DataConfig())
 PAIRS = [Pair(**record, index=i) for i, record in enumerate(some_pairs(9))]
 
 
 def summary(pairs: list[Pair], quarantined: tuple = (), **config: Any) -> dict[str, Any]:
-    coder = Encoder(TINY, DataConfig(**config))
-    encoded, refused = encode_pairs(coder, pairs)
-    return summarize(encoded, [*quarantined, *refused], coder)
+    encoder = Encoder(TINY, DataConfig(**config))
+    encoded, rejected = encode_pairs(encoder, pairs)
+    return summarize(encoded, [*quarantined, *rejected], encoder)
 
 
-def sized(prompt: int, chosen: int, rejected: int, **counts: int) -> EncodedPair:
-    sides = (
+def pair_of(prompt: int, chosen: int, rejected: int, **counts: int) -> EncodedPair:
+    sequences = (
         TokenizedSequence(np.arange(prompt + n, dtype=np.int32), prompt) for n in (chosen, rejected)
     )
-    return EncodedPair(*sides, **counts)
+    return EncodedPair(*sequences, **counts)
 
 
-def test_tokens_are_counted_one_by_one() -> None:
-    found = summary(PAIRS)
+def test_token_counts_are_those_of_the_whole_texts() -> None:
+    result = summary(PAIRS)
     chats = [
         TINY.apply_chat_template(
-            [user(pair.prompt), assistant(answer)], tokenize=False
+            [user(pair.prompt), assistant(response)], tokenize=False
         ).removesuffix("\n")
         for pair in PAIRS
-        for answer in (pair.chosen, pair.rejected)
+        for response in (pair.chosen, pair.rejected)
     ]
-    answers = [f"{text}<|im_end|>" for pair in PAIRS for text in (pair.chosen, pair.rejected)]
-    assert found["pairs"] == found["records"] == 9
-    assert found["tokens"] == sum(len(TINY.encode(text)) for text in chats)
-    assert found["scored_tokens"] == sum(len(TINY.encode(text)) for text in answers)
-    assert found["prompts_cut"] == found["answers_cut"] == found["tokens_cut"] == 0
-    assert found["boundary_moved"] == 0
+    responses = [f"{text}<|im_end|>" for pair in PAIRS for text in (pair.chosen, pair.rejected)]
+    assert result["pairs"] == result["records"] == 9
+    assert result["tokens"] == sum(len(TINY.encode(text)) for text in chats)
+    assert result["scored_tokens"] == sum(len(TINY.encode(text)) for text in responses)
+    assert result["prompts_cut"] == result["responses_cut"] == result["tokens_cut"] == 0
+    assert result["boundary_merges"] == 0
 
 
-def test_what_is_left_out_is_counted_and_listed() -> None:
-    unusable = (
-        Quarantined("f:1", "empty answer", "chosen"),
-        Quarantined("f:4", "identical answers"),
-        Quarantined("f:7", "empty answer", "rejected"),
+def test_quarantined_records_are_counted_and_listed() -> None:
+    quarantined = (
+        Quarantined("f:1", "empty response", "chosen"),
+        Quarantined("f:4", "identical responses"),
+        Quarantined("f:7", "empty response", "rejected"),
     )
-    found = summary(PAIRS, unusable)
-    assert (found["records"], found["pairs"]) == (12, 9)
-    assert list(found["left_out"].items()) == [("empty answer", 2), ("identical answers", 1)]
-    assert found["left_out_records"][0] == {
+    result = summary(PAIRS, quarantined)
+    assert (result["records"], result["pairs"]) == (12, 9)
+    assert list(result["quarantined"].items()) == [
+        ("empty response", 2),
+        ("identical responses", 1),
+    ]
+    assert result["quarantined_records"][0] == {
         "source": "f:1",
-        "reason": "empty answer",
+        "reason": "empty response",
         "detail": "chosen",
     }
-    assert [record["source"] for record in found["left_out_records"]] == ["f:1", "f:4", "f:7"]
+    assert [record["source"] for record in result["quarantined_records"]] == ["f:1", "f:4", "f:7"]
 
 
-def test_what_the_template_refuses_is_left_out() -> None:
+def test_records_that_the_template_rejects_are_quarantined() -> None:
     strict = "{{ raise_exception('no system') if messages[0].role == 'system' }}" + BARE
-    refused = Pair([system("s"), user("q")], [assistant("a")], [assistant("b")], 9, "f:10")
-    found = summary([*PAIRS, refused], chat_template=strict)
-    assert (found["records"], found["pairs"]) == (10, 9)
-    assert found["left_out"] == {"the chat template refuses it": 1}
-    assert found["left_out_records"][0]["source"] == "f:10"
+    invalid = Pair([system("s"), user("q")], [assistant("a")], [assistant("b")], 9, "f:10")
+    result = summary([*PAIRS, invalid], chat_template=strict)
+    assert (result["records"], result["pairs"]) == (10, 9)
+    assert result["quarantined"] == {"rejected by the chat template": 1}
+    assert result["quarantined_records"][0]["source"] == "f:10"
 
 
 @pytest.mark.parametrize(
     ("template", "origin"),
-    [("auto", "the tokenizer's own"), ("none", "plain text"), (BARE, "data.chat_template")],
+    [
+        ("auto", "the tokenizer's own"),
+        ("none", "none, as requested: plain text"),
+        (BARE, "the text in data.chat_template"),
+    ],
 )
 def test_the_template_is_named(template: str, origin: str) -> None:
     assert origin in summary(PAIRS, chat_template=template)["chat_template"]
 
 
-def test_moved_boundaries_are_counted() -> None:
+def test_merges_across_the_boundary_are_counted() -> None:
     merging = [Pair("the ", "and", "b"), Pair("the", " and", " b"), Pair("the a", "nd", "b")]
-    assert summary(merging, chat_template="none")["boundary_moved"] == 2
+    assert summary(merging, chat_template="none")["boundary_merges"] == 2
 
 
-def test_cuts_are_counted_by_pair_and_by_token() -> None:
+def test_cuts_are_counted_in_pairs_and_in_tokens() -> None:
     pairs = [
-        sized(5, 5, 5),
-        sized(5, 5, 5, cut_prompt=3),
-        sized(5, 5, 5, cut_response=4),
-        sized(5, 5, 5, cut_prompt=10, cut_response=20),
+        pair_of(5, 5, 5),
+        pair_of(5, 5, 5, cut_prompt=3),
+        pair_of(5, 5, 5, cut_response=4),
+        pair_of(5, 5, 5, cut_prompt=10, cut_response=20),
     ]
-    found = summarize(pairs, [], CODER)
-    assert (found["prompts_cut"], found["answers_cut"], found["tokens_cut"]) == (2, 2, 37)
+    result = summarize(pairs, [], ENCODER)
+    assert (result["prompts_cut"], result["responses_cut"], result["tokens_cut"]) == (2, 2, 37)
 
 
-def test_cuts_are_what_the_limits_take_away() -> None:
-    """Plain text of " the the …": what is missing of the uncut tokens, the prompt counted once."""
+def test_cut_tokens_are_those_missing_from_the_whole() -> None:
+    """The prompt, which both sequences contain, is counted once."""
     long = [Pair(" the" * 30, " sky" * 6, " sea" * 4), Pair(" the", " sky" * 3, " sea" * 3)]
     whole = summary(long, chat_template="none")
     cut = summary(long, chat_template="none", max_length=12, max_prompt_length=8)
-    assert (cut["prompts_cut"], cut["answers_cut"]) == (1, 1)
+    assert (cut["prompts_cut"], cut["responses_cut"]) == (1, 1)
     assert (whole["tokens"] - cut["tokens"]) == 2 * 22 + (cut["tokens_cut"] - 22)
 
 
 def test_length_quantiles() -> None:
-    pairs = [sized(1 + n, 11 + n, 31 - n) for n in range(11)]
-    lengths = summarize(pairs, [], CODER)["lengths"]
+    pairs = [pair_of(1 + n, 11 + n, 31 - n) for n in range(11)]
+    lengths = summarize(pairs, [], ENCODER)["lengths"]
     assert lengths["prompt"] == {
         "min": 1,
         "10 %": 2,
@@ -133,10 +140,10 @@ def test_length_quantiles() -> None:
 SIZE = st.integers(1, 60)
 
 
-@given(st.lists(st.builds(sized, SIZE, SIZE, SIZE), min_size=1, max_size=8))
+@given(st.lists(st.builds(pair_of, SIZE, SIZE, SIZE), min_size=1, max_size=8))
 @settings(deadline=None, max_examples=60)
-def test_quantiles_are_lengths_in_order(pairs: list[EncodedPair]) -> None:
-    lengths = summarize(pairs, [], CODER)["lengths"]
+def test_quantiles_are_sorted_and_end_at_the_extremes(pairs: list[EncodedPair]) -> None:
+    lengths = summarize(pairs, [], ENCODER)["lengths"]
     longer = [max(len(p.chosen.tokens), len(p.rejected.tokens)) for p in pairs]
     assert lengths["longer sequence"]["min"] == min(longer)
     assert lengths["longer sequence"]["max"] == max(longer)
@@ -145,26 +152,26 @@ def test_quantiles_are_lengths_in_order(pairs: list[EncodedPair]) -> None:
 
 
 def test_a_summary_is_json() -> None:
-    found = summary(PAIRS, (Quarantined("f:1", "empty answer"),))
-    assert json.loads(json.dumps(found)) == found
+    result = summary(PAIRS, (Quarantined("f:1", "empty response"),))
+    assert json.loads(json.dumps(result)) == result
 
 
 def halves(text: Text) -> tuple[str, str]:
-    """What stands before the brackets and in them."""
+    """(text before the brackets, text in them)."""
     before, _, rest = text.plain.partition("⟦")
     inside, bracket, after = rest.partition("⟧")
     assert (bracket, after) == ("⟧", "")
     return before, inside
 
 
-def test_marked_without_colour() -> None:
-    found = CODER.encode(Pair("Why?", "The sky\nis", "No"))
-    read, scored = halves(marked(found.chosen, TINY, "green"))
-    assert read == (
+def test_scored_tokens_are_visible_without_colour() -> None:
+    encoded = ENCODER.encode(Pair("Why?", "The sky\nis", "No"))
+    unscored, response = halves(marked(encoded.chosen, TINY, "green"))
+    assert unscored == (
         "<|im_start|>system↵\nBe kind.<|im_end|>↵\n<|im_start|>user↵\nWhy?<|im_end|>↵\n"
         "<|im_start|>assistant↵\n"
     )
-    assert scored == "The| sky|↵\n|is|<|im_end|>|"
+    assert response == "The| sky|↵\n|is|<|im_end|>|"
 
 
 TEXT = st.text(st.sampled_from("ab the.\n1"), max_size=12)
@@ -172,39 +179,39 @@ TEXT = st.text(st.sampled_from("ab the.\n1"), max_size=12)
 
 @given(TEXT, TEXT.filter(str.strip))
 @settings(deadline=None, max_examples=60)
-def test_every_scored_token_ends_in_a_bar(prompt: str, answer: str) -> None:
-    side = CODER.encode(Pair(prompt, answer, "other")).chosen
-    _, scored = halves(marked(side, TINY, "green"))
-    assert scored.count("|") == side.num_scored + "<|im_end|>".count("|")
-    tokens = scored.replace("<|im_end|>", "END").split("|")[:-1]
-    assert "".join(tokens).replace("↵", "") == f"{answer}END"
+def test_every_scored_token_is_followed_by_a_bar(prompt: str, response: str) -> None:
+    sequence = ENCODER.encode(Pair(prompt, response, "other")).chosen
+    _, marked_response = halves(marked(sequence, TINY, "green"))
+    assert marked_response.count("|") == sequence.num_scored + "<|im_end|>".count("|")
+    tokens = marked_response.replace("<|im_end|>", "END").split("|")[:-1]
+    assert "".join(tokens).replace("↵", "") == f"{response}END"
 
 
-def painted() -> list[tuple[str, Style]]:
+def rendered_tokens() -> list[tuple[str, Style]]:
     """The scored tokens of "The sky is" as they reach a terminal."""
-    text = marked(CODER.encode(Pair("Why?", "The sky is", "No")).chosen, TINY, "green")
+    text = marked(ENCODER.encode(Pair("Why?", "The sky is", "No")).chosen, TINY, "green")
     segments = list(text.render(Console(force_terminal=True)))
     first = [segment.text for segment in segments].index("⟦") + 1
     return [(s.text, s.style or Style()) for s in segments[first:-1] if s.text != "|"]
 
 
-def test_neighbouring_tokens_are_told_apart_by_colour_and_line() -> None:
-    assert [text for text, _ in painted()] == ["The", " sky", " is", "<|im_end|>"]
-    assert all(style.color and style.color.name == "green" for _, style in painted())
-    assert [bool(style.underline) for _, style in painted()] == [False, True, False, True]
+def test_neighbouring_tokens_differ_by_colour_and_underline() -> None:
+    assert [text for text, _ in rendered_tokens()] == ["The", " sky", " is", "<|im_end|>"]
+    assert all(style.color and style.color.name == "green" for _, style in rendered_tokens())
+    assert [bool(style.underline) for _, style in rendered_tokens()] == [False, True, False, True]
 
 
-def test_only_what_is_read_is_dim() -> None:
-    assert not any(style.dim for _, style in painted())
+def test_scored_tokens_are_not_dim() -> None:
+    assert not any(style.dim for _, style in rendered_tokens())
 
 
 def test_smollm2(smollm2_folder: Path) -> None:
     tokenizer = load_only_tokenizer(str(smollm2_folder))
-    found = Encoder(tokenizer, DataConfig()).encode(Pair("Why?", "\n Because.", "No"))
-    read, scored = halves(marked(found.chosen, tokenizer, "green"))
-    assert read.endswith("<|im_end|>↵\n<|im_start|>assistant")
-    assert scored == "↵\n↵\n| Because|.|<|im_end|>|"
+    encoded = Encoder(tokenizer, DataConfig()).encode(Pair("Why?", "\n Because.", "No"))
+    unscored, response = halves(marked(encoded.chosen, tokenizer, "green"))
+    assert unscored.endswith("<|im_end|>↵\n<|im_start|>assistant")
+    assert response == "↵\n↵\n| Because|.|<|im_end|>|"
 
 
-def test_show_keeps_newlines_and_makes_them_visible() -> None:
+def test_show_makes_newlines_visible() -> None:
     assert show(TINY, TINY.encode("a\n\nb")) == "a↵\n↵\nb"

@@ -24,7 +24,7 @@ from helpers.tiny import (
 from mlx_simpo import DataConfig
 from mlx_simpo.data import keys
 from mlx_simpo.data.encode import Encoder
-from mlx_simpo.data.keys import RULES, NoKeyError, token_key
+from mlx_simpo.data.keys import RULES, NotCacheableError, token_key
 from mlx_simpo.data.pairs import Quarantined
 from mlx_simpo.data.sources import Row, Source, open_source
 from mlx_simpo.data.tokenize import encode_row
@@ -44,13 +44,13 @@ def key(pairs: Source, tokenizer: Any = None, **config: Any) -> str:
     return token_key(Encoder(tokenizer or tiny_tokenizer(), DataConfig(**config)), pairs)
 
 
-def test_the_same_again_has_the_same_key(pairs: Source) -> None:
+def test_the_same_inputs_have_the_same_key(pairs: Source) -> None:
     assert key(pairs) == key(open_source(pairs.name))
     assert len(key(pairs)) == 32
 
 
 @pytest.mark.parametrize(
-    "changed",
+    "setting",
     [
         {"max_length": 1000},
         {"max_prompt_length": 500},
@@ -59,28 +59,28 @@ def test_the_same_again_has_the_same_key(pairs: Source) -> None:
         {"chat_template": CHATML + " "},
     ],
 )
-def test_settings_that_decide_tokens(pairs: Source, changed: dict[str, Any]) -> None:
-    assert key(pairs, **changed) != key(pairs)
+def test_settings_that_affect_tokens(pairs: Source, setting: dict[str, Any]) -> None:
+    assert key(pairs, **setting) != key(pairs)
 
 
-def test_the_authors_rules_are_others(pairs: Source) -> None:
+def test_compat_official_has_a_key_of_its_own(pairs: Source) -> None:
     tokenizer = tiny_tokenizer(INST, bos="<s>")
     assert key(pairs, tokenizer, compat="official") != key(pairs, tokenizer)
 
 
 @pytest.mark.parametrize(
-    "ignored", [{"max_quarantined": 0.5}, {"valid_fraction": 0.2}, {"chat_template": CHATML}]
+    "setting", [{"max_quarantined": 0.5}, {"valid_fraction": 0.2}, {"chat_template": CHATML}]
 )
-def test_settings_that_do_not(pairs: Source, ignored: dict[str, Any]) -> None:
-    assert key(pairs, **ignored) == key(pairs)
+def test_settings_that_do_not_affect_tokens(pairs: Source, setting: dict[str, Any]) -> None:
+    assert key(pairs, **setting) == key(pairs)
 
 
 def test_a_template_file_counts_by_its_text(pairs: Source, tmp_path: Path) -> None:
-    found = set()
+    distinct = set()
     for name, text in (("a", BARE), ("b", BARE), ("a", BARE + " ")):
         (tmp_path / name).write_text(text)
-        found.add(key(pairs, chat_template=str(tmp_path / name)))
-    assert len(found) == 2
+        distinct.add(key(pairs, chat_template=str(tmp_path / name)))
+    assert len(distinct) == 2
 
 
 def changed_tokenizers() -> dict[str, Any]:
@@ -99,9 +99,9 @@ def changed_tokenizers() -> dict[str, Any]:
     }
 
 
-def test_everything_in_the_tokenizer_counts(pairs: Source) -> None:
-    found = {name: key(pairs, tokenizer) for name, tokenizer in changed_tokenizers().items()}
-    assert len({*found.values(), key(pairs)}) == len(found) + 1
+def test_every_part_of_the_tokenizer_counts(pairs: Source) -> None:
+    by_change = {name: key(pairs, tokenizer) for name, tokenizer in changed_tokenizers().items()}
+    assert len({*by_change.values(), key(pairs)}) == len(by_change) + 1
 
 
 def test_the_tokenizers_class_counts(pairs: Source) -> None:
@@ -114,7 +114,7 @@ def test_the_tokenizers_class_counts(pairs: Source) -> None:
     assert key(pairs, tokenizer) != before
 
 
-def test_a_tokenizer_elsewhere_is_the_same_one(
+def test_a_copy_of_the_tokenizer_has_the_same_key(
     model_folder: Path, pairs: Source, tmp_path: Path
 ) -> None:
     shutil.copytree(model_folder, tmp_path / "copy")
@@ -122,17 +122,17 @@ def test_a_tokenizer_elsewhere_is_the_same_one(
     assert key(pairs, first) == key(pairs, second)
 
 
-def test_a_use_of_the_tokenizer_changes_nothing(pairs: Source) -> None:
-    coder = Encoder(tiny_tokenizer(), DataConfig())
-    before = token_key(coder, pairs)
+def test_using_the_tokenizer_does_not_change_the_key(pairs: Source) -> None:
+    encoder = Encoder(tiny_tokenizer(), DataConfig())
+    before = token_key(encoder, pairs)
     for row in pairs.rows():
-        encode_row(coder, row)
-    assert token_key(coder, pairs) == before
+        encode_row(encoder, row)
+    assert token_key(encoder, pairs) == before
 
 
-def test_the_data_counts_by_content_and_by_the_name_in_messages(tmp_path: Path) -> None:
+def test_the_contents_and_the_names_of_the_data_files_count(tmp_path: Path) -> None:
     one = key(source(tmp_path / "a.jsonl"))
-    assert one == key(source(tmp_path / "a.jsonl"))  # written anew
+    assert one == key(source(tmp_path / "a.jsonl"))  # written again
     others = {
         key(source(tmp_path / "b.jsonl")),
         key(source(tmp_path / "a.jsonl", prompt="another")),
@@ -142,15 +142,15 @@ def test_the_data_counts_by_content_and_by_the_name_in_messages(tmp_path: Path) 
 
 
 def test_each_file_of_a_folder_counts(tmp_path: Path) -> None:
-    found = set()
+    distinct = set()
     for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
         write_jsonl(tmp_path / name, some_pairs(2))
-        found.add(key(open_source(str(tmp_path))))
+        distinct.add(key(open_source(str(tmp_path))))
     write_jsonl(tmp_path / "b.jsonl", some_pairs(3))
-    assert len({*found, key(open_source(str(tmp_path)))}) == 4
+    assert len({*distinct, key(open_source(str(tmp_path)))}) == 4
 
 
-def test_a_template_with_the_date_has_a_key_a_day(
+def test_a_template_that_writes_the_date_has_a_new_key_each_day(
     pairs: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dated = CHATML.replace("Be kind.", "Today is {{ strftime_now('%d %b %Y') }}.")
@@ -171,7 +171,7 @@ def test_a_template_with_the_date_has_a_key_a_day(
 
 
 @pytest.mark.parametrize("name", ["FORMAT", "RULES"])
-def test_a_new_version_is_a_new_key(
+def test_a_new_format_or_new_rules_give_a_new_key(
     pairs: Source, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     before = key(pairs)
@@ -179,30 +179,33 @@ def test_a_new_version_is_a_new_key(
     assert key(pairs) != before
 
 
-def test_versions_of_the_packages_count(pairs: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = key(pairs)
-    monkeypatch.setattr(keys, "version", lambda name: "9" if name == "tokenizers" else None)
-    assert key(pairs) != before
+def test_the_version_of_each_package_counts(pairs: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    distinct, installed = {key(pairs)}, keys.installed_version
+    for package in keys.PACKAGES:
+        versions = {name: installed(name) for name in keys.PACKAGES} | {package: "0.0"}
+        monkeypatch.setattr(keys, "installed_version", versions.get)
+        distinct.add(key(pairs))
+    assert len(distinct) == 1 + len(keys.PACKAGES)
 
 
 def test_data_in_memory_has_no_key(pairs: Source) -> None:
-    with pytest.raises(NoKeyError, match="no files that would tell when it changes"):
+    with pytest.raises(NotCacheableError, match="has no files that would reveal a change"):
         key(replace(pairs, files=()))
 
 
-def test_a_tokenizer_that_cannot_be_written_has_no_key(pairs: Source) -> None:
-    coder = Encoder(tiny_tokenizer(), DataConfig())
+def test_a_tokenizer_that_cannot_be_saved_has_no_key(pairs: Source) -> None:
+    encoder = Encoder(tiny_tokenizer(), DataConfig())
 
-    def refuse(folder: str) -> None:
+    def save_pretrained(folder: str) -> None:
         raise NotImplementedError("no files")
 
-    coder.tokenizer._tokenizer.save_pretrained = refuse
-    with pytest.raises(NoKeyError, match=r"cannot be written to files \(no files\)"):
-        token_key(coder, pairs)
+    encoder.tokenizer._tokenizer.save_pretrained = save_pretrained
+    with pytest.raises(NotCacheableError, match=r"tokenizer cannot be saved \(no files\)"):
+        token_key(encoder, pairs)
 
 
-def test_code_that_comes_with_a_model_counts(tmp_path: Path) -> None:
-    """Classes of other packages count by their file, those of the packages by their version."""
+def test_code_that_comes_with_a_model_counts() -> None:
+    """Classes of PACKAGES count by their version, all others by the file that defines them."""
     assert keys.code_sha256(dict) == ""
     assert keys.code_sha256(type(tiny_tokenizer())) == ""
     assert keys.code_sha256(Quarantined) == keys.file_sha256(
@@ -223,41 +226,71 @@ CASES = [
     {"prompt": "q", "chosen": [assistant("a")], "rejected": "b"},
     {"prompt": "q\ud800", "chosen": "a", "rejected": "b"},
     {"prompt": [system("s"), user("q")], "chosen": [user("a")], "rejected": [assistant("b")]},
+    {"prompt": "q " * 60, "chosen": "a " * 50, "rejected": "b " * 40},
 ]
-WAYS: list[tuple[str | None, dict[str, Any]]] = [
+CONFIGS: list[tuple[str | None, dict[str, Any]]] = [
     (CHATML, {}),
     (INST, {"max_length": 64, "max_prompt_length": 32}),
     (INST, {"compat": "official"}),
     (BARE, {"implicit_string_prompts": True}),
     (CHATML, {"chat_template": "none", "max_length": 64, "max_prompt_length": 32}),
 ]
-# The hash of what the rules of this number make of CASES.
-RECORDED = {1: "4b9a699fa6c1e2a65c8a18ccec0cdafb054d1cbc7617a4e66a651db27fd6eb51"}
+# What the rules of this number make of CASES: the hash of the tokens, and for each of CONFIGS the
+# reasons of the quarantined records, by the line of each.
+RECORDED_TOKENS = {2: "c070775552cba6a45f3f24006e53b452c0609229958f172969f81997a39be4a1"}
+ALWAYS = {
+    12: "identical responses",
+    13: "mixes strings and messages",
+    14: "invalid Unicode text",
+    15: "does not end with an assistant turn",
+}
+RECORDED_REASONS = {
+    2: [
+        {11: "missing prompt", **ALWAYS},
+        {8: "rejected by the chat template", 11: "missing prompt", **ALWAYS},
+        {8: "rejected by the chat template", 11: "missing prompt", **ALWAYS},
+        ALWAYS,
+        {11: "missing prompt", 12: "identical responses", 14: "invalid Unicode text"},
+    ]
+}
 
 
-def outcomes() -> list[Any]:
-    """What becomes of CASES, in plain values."""
-    found: list[Any] = []
-    for template, config in WAYS:
-        coder = Encoder(tiny_tokenizer(template, bos="<s>"), DataConfig(**config))
-        strings = [isinstance(case.get("prompt", ""), str) for case in CASES]
-        for number, (case, is_text) in enumerate(zip(CASES, strings, strict=True)):
-            if coder.renderer.plain and not (is_text and isinstance(case["chosen"], str)):
-                continue  # a conversation without a template is no row's defect
-            outcome = encode_row(coder, Row(number, f"f:{number + 1}", case))
-            if isinstance(outcome, Quarantined):
-                found.append([outcome.source, outcome.reason])
-                continue
-            pair, prompt = outcome
-            sides = [[s.tokens.tolist(), s.score_start] for s in (pair.chosen, pair.rejected)]
-            found.append(
-                [*sides, pair.boundary_tokens, pair.cut_prompt, pair.cut_response, prompt.decode()]
-            )
-    return found
+def outcomes(template: str | None, config: dict[str, Any]) -> tuple[list[Any], dict[int, str]]:
+    """Return (encoded CASES as plain values, reason by line of the quarantined ones)."""
+    encoded: list[Any] = []
+    reasons: dict[int, str] = {}
+    encoder = Encoder(tiny_tokenizer(template, bos="<s>"), DataConfig(**config))
+    for number, case in enumerate(CASES):
+        is_text = isinstance(case.get("prompt", ""), str) and isinstance(case["chosen"], str)
+        if encoder.renderer.is_plain_text and not is_text:
+            continue  # a conversation without a template is an error of the run, not of the record
+        outcome = encode_row(encoder, Row(number, f"f:{number + 1}", case))
+        if isinstance(outcome, Quarantined):
+            assert outcome.source == f"f:{number + 1}"
+            reasons[number + 1] = outcome.reason
+            continue
+        pair, prompt = outcome
+        sequences = [[s.tokens.tolist(), s.score_start] for s in (pair.chosen, pair.rejected)]
+        counts = [pair.boundary_tokens, pair.cut_prompt, pair.cut_response]
+        encoded.append([pair.index, sequences, counts, prompt.decode()])
+    return encoded, reasons
 
 
-def test_the_rules_are_those_of_their_number() -> None:
-    """If this fails on purpose, raise RULES in data/keys.py and record the hash under its number:
-    what users have kept on disk was made by the rules before."""
-    found = hashlib.sha256(json.dumps(outcomes()).encode()).hexdigest()
-    assert {RULES: found} == RECORDED
+RAISE_RULES = "tokens or reasons changed: raise RULES in data/keys.py and record the new ones here"
+
+
+def test_tokens_change_only_with_the_number_of_the_rules() -> None:
+    """Otherwise a run would go on with tokens that earlier rules have cached on the user's disk."""
+    encoded = [outcomes(template, config)[0] for template, config in CONFIGS]
+    assert [len(pairs) for pairs in encoded] == [11, 10, 10, 12, 9]
+    # Merged boundaries, cut prompts and cut responses are all among what is recorded.
+    counts = [counts for pairs in encoded for _, _, counts, _ in pairs]
+    assert all(any(column) for column in zip(*counts, strict=True))
+    content_hash = hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
+    assert {RULES: content_hash} == RECORDED_TOKENS, RAISE_RULES
+
+
+def test_reasons_change_only_with_the_number_of_the_rules() -> None:
+    """Manifests of the cache hold them."""
+    reasons = [outcomes(template, config)[1] for template, config in CONFIGS]
+    assert {RULES: reasons} == RECORDED_REASONS, RAISE_RULES

@@ -19,10 +19,10 @@ Q, A, B = user("Why?"), assistant("Because."), assistant("No")
 STRINGS = Pair("Why?", "Because.", "No")
 EMPTY_SYSTEM = "<|im_start|>system\n<|im_end|>\n"
 ASKED = "<|im_start|>user\nWhy?<|im_end|>\n"
-ANSWERED = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+RESPONDED = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
 
 
-def encoder(template: str | None = CHATML, bos: str | None = "<s>", **config: Any) -> Encoder:
+def make_encoder(template: str | None = CHATML, bos: str | None = "<s>", **config: Any) -> Encoder:
     return Encoder(tiny_tokenizer(template, bos=bos), DataConfig(compat="official", **config))
 
 
@@ -30,138 +30,143 @@ def ids(text: str) -> list[int]:
     return TINY.encode(text, add_special_tokens=False)
 
 
-def halves(side: TokenizedSequence) -> tuple[str, str]:
-    """What is read and what is scored."""
-    tokens = side.tokens.tolist()
-    return TINY.decode(tokens[: side.score_start]), TINY.decode(tokens[side.score_start :])
+def halves(sequence: TokenizedSequence) -> tuple[str, str]:
+    """(unscored text, scored text)."""
+    tokens = sequence.tokens.tolist()
+    start = sequence.score_start
+    return TINY.decode(tokens[:start]), TINY.decode(tokens[start:])
 
 
 def restated(
     tokenizer: Any, texts: tuple[str, str, str], max_length: int, max_prompt_length: int
 ) -> list[tuple[list[int], list[int]]] | None:
-    """(prompt tokens, answer tokens) of chosen and rejected as tokenize_row leaves them, or None
+    """(prompt tokens, response tokens) of chosen and rejected as tokenize_row returns them, or None
     where it raises."""
-    prompt, *answers = texts
+    prompt, *responses = texts
     plain = tokenizer.encode(prompt, add_special_tokens=False)
     rows = []
-    for answer in answers:
-        full = tokenizer.encode(prompt + answer, add_special_tokens=False)
+    for response in responses:
+        full = tokenizer.encode(prompt + response, add_special_tokens=False)
         if len(full) != len(plain + full[len(plain) :]):
             return None
         start = len(plain) - (plain != full[: len(plain)])
-        rows.append({"prompt": full[:start], "answer": full[start:]})
+        rows.append({"prompt": full[:start], "response": full[start:]})
     one, two = (row["prompt"] for row in rows)
     if sum(a != b for a, b in zip(one, two, strict=False)) > 1 or abs(len(one) - len(two)) > 1:
         return None
     for row in rows:
         if not row["prompt"] or row["prompt"][0] != tokenizer.bos_token_id:
             row["prompt"].insert(0, tokenizer.bos_token_id)
-        if not row["answer"] or row["answer"][-1] != tokenizer.eos_token_id:
-            row["answer"].append(tokenizer.eos_token_id)
-    longer = max(len(row["answer"]) for row in rows)
+        if not row["response"] or row["response"][-1] != tokenizer.eos_token_id:
+            row["response"].append(tokenizer.eos_token_id)
+    longer = max(len(row["response"]) for row in rows)
     for row in rows:
         if len(row["prompt"]) + longer > max_length:
             row["prompt"] = row["prompt"][-max_prompt_length:]
     for row in rows:
         if len(row["prompt"]) + longer > max_length:
-            row["answer"] = row["answer"][: max_length - max_prompt_length]
-    return [(row["prompt"], row["answer"]) for row in rows]
+            row["response"] = row["response"][: max_length - max_prompt_length]
+    return [(row["prompt"], row["response"]) for row in rows]
 
 
-def as_rows(found: EncodedPair) -> list[tuple[list[int], list[int]]]:
-    sides = (found.chosen, found.rejected)
-    return [(s.tokens.tolist()[: s.score_start], s.tokens.tolist()[s.score_start :]) for s in sides]
-
-
-@pytest.mark.parametrize("pair", [STRINGS, Pair([Q], [A], [B]), Pair([Q], [A], [B], whole=True)])
-def test_header_and_default_system_turn_are_scored(pair: Pair) -> None:
-    found = encoder().encode(pair)
-    prompt = f"<s>{EMPTY_SYSTEM}{ASKED}"
-    for side, answer in ((found.chosen, "Because."), (found.rejected, "No")):
-        # EOS also behind an end-of-turn token, because a newline follows that.
-        assert halves(side) == (prompt, ANSWERED.format(answer) + "<|im_end|>")
-        assert side.tokens.tolist() == ids(prompt) + ids(ANSWERED.format(answer) + "<|im_end|>")
+def as_rows(pair: EncodedPair) -> list[tuple[list[int], list[int]]]:
+    sequences = ((s.tokens.tolist(), s.score_start) for s in (pair.chosen, pair.rejected))
+    return [(tokens[:start], tokens[start:]) for tokens, start in sequences]
 
 
 @pytest.mark.parametrize(
-    ("template", "read", "scored"),
+    "pair", [STRINGS, Pair([Q], [A], [B]), Pair([Q], [A], [B], has_full_conversations=True)]
+)
+def test_header_and_default_system_turn_are_scored(pair: Pair) -> None:
+    encoded = make_encoder().encode(pair)
+    prompt = f"<s>{EMPTY_SYSTEM}{ASKED}"
+    for sequence, response in ((encoded.chosen, "Because."), (encoded.rejected, "No")):
+        # EOS also behind an end-of-turn token, because a newline follows that.
+        assert halves(sequence) == (prompt, RESPONDED.format(response) + "<|im_end|>")
+        assert sequence.tokens.tolist() == ids(prompt) + ids(
+            RESPONDED.format(response) + "<|im_end|>"
+        )
+
+
+@pytest.mark.parametrize(
+    ("template", "unscored", "response"),
     [
-        # A BOS text at the start of an answer is taken off; a final EOS is not doubled.
+        # A BOS text at the start of a response is removed; a final EOS is not doubled.
         (INST, "<s>[INST] Why? [/INST]", " Because.</s>"),
         # No "system" in the template, no system message.
         (BARE, "<s>user: Why?\n", "assistant: Because.\n</s>"),
         (BARE + "{# system #}", "<s>system: \nuser: Why?\n", "assistant: Because.\n</s>"),
     ],
 )
-def test_other_templates(template: str, read: str, scored: str) -> None:
-    for coder in (encoder(template), encoder(INST, chat_template=template)):
-        assert halves(coder.encode(STRINGS).chosen) == (read, scored)
+def test_other_templates(template: str, unscored: str, response: str) -> None:
+    for encoder in (make_encoder(template), make_encoder(INST, chat_template=template)):
+        assert halves(encoder.encode(STRINGS).chosen) == (unscored, response)
 
 
-def test_a_system_turn_of_the_record_stays_alone() -> None:
-    found = encoder().encode(Pair([system("s"), Q], [A], [B]))
-    assert halves(found.chosen)[0] == f"<s><|im_start|>system\ns<|im_end|>\n{ASKED}"
-    assert "Be kind." in halves(found.chosen)[1]
+def test_no_empty_system_turn_beside_one_of_the_record() -> None:
+    encoded = make_encoder().encode(Pair([system("s"), Q], [A], [B]))
+    assert halves(encoded.chosen)[0] == f"<s><|im_start|>system\ns<|im_end|>\n{ASKED}"
+    assert "Be kind." in halves(encoded.chosen)[1]
 
 
-def test_the_system_turn_is_put_into_a_copy() -> None:
+def test_encoding_does_not_change_the_pair() -> None:
     pair = Pair([Q], [A], [B])
-    encoder().encode(pair)
+    make_encoder().encode(pair)
     assert pair == Pair([Q], [A], [B])
 
 
-def test_all_but_the_last_turn_of_whole_conversations_is_the_prompt() -> None:
-    pair = Pair([Q], [B, Q, A], [A, Q, B], whole=True)
+def test_the_prompt_of_full_conversations_is_all_but_the_last_turn() -> None:
+    pair = Pair([Q], [B, Q, A], [A, Q, B], has_full_conversations=True)
     prompt = f"<s>{EMPTY_SYSTEM}{ASKED}<|im_start|>assistant\nNo<|im_end|>\n{ASKED}"
-    found = encoder().encode(pair)
-    assert halves(found.chosen) == (prompt, ANSWERED.format("Because.") + "<|im_end|>")
-    # The rejected conversation's own middle turns are lost: the chosen one's are its prompt.
-    assert halves(found.rejected) == (prompt, ANSWERED.format("No") + "<|im_end|>")
+    encoded = make_encoder().encode(pair)
+    assert halves(encoded.chosen) == (prompt, RESPONDED.format("Because.") + "<|im_end|>")
+    # The rejected conversation loses its middle turns: its prompt has those of the chosen one.
+    assert halves(encoded.rejected) == (prompt, RESPONDED.format("No") + "<|im_end|>")
 
 
 def test_with_an_explicit_prompt_every_later_turn_is_scored() -> None:
-    found = encoder(BARE).encode(Pair([Q], [B, Q, A], [B]))
-    answer = "assistant: No\nuser: Why?\nassistant: Because.\n</s>"
-    assert halves(found.chosen) == ("<s>user: Why?\n", answer)
+    encoded = make_encoder(BARE).encode(Pair([Q], [B, Q, A], [B]))
+    response = "assistant: No\nuser: Why?\nassistant: Because.\n</s>"
+    assert halves(encoded.chosen) == ("<s>user: Why?\n", response)
 
 
-def test_bos_that_begins_every_turn() -> None:
-    """SmolLM2's BOS is <|im_start|>: it is taken off the answer and not doubled in the prompt."""
-    found = encoder(bos="<|im_start|>").encode(STRINGS)
-    scored = ANSWERED.format("Because.").removeprefix("<|im_start|>") + "<|im_end|>"
-    assert halves(found.chosen) == (EMPTY_SYSTEM + ASKED, scored)
+def test_a_bos_that_starts_every_turn() -> None:
+    """SmolLM2's BOS is <|im_start|>: removed from the response, not doubled in the prompt."""
+    encoded = make_encoder(bos="<|im_start|>").encode(STRINGS)
+    response = RESPONDED.format("Because.").removeprefix("<|im_start|>") + "<|im_end|>"
+    assert halves(encoded.chosen) == (EMPTY_SYSTEM + ASKED, response)
 
 
 def test_smollm2(smollm2_folder: Path) -> None:
     tokenizer = load_only_tokenizer(str(smollm2_folder))
     own = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     chosen, rejected = (
-        f"system\n{own}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
-        for answer in ("Because.", "No")
+        f"system\n{own}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>\n"
+        for response in ("Because.", "No")
     )
-    found = Encoder(tokenizer, DataConfig(compat="official")).encode(STRINGS)
+    encoded = Encoder(tokenizer, DataConfig(compat="official")).encode(STRINGS)
     expected = restated(tokenizer, (EMPTY_SYSTEM + ASKED, chosen, rejected), 1024, 512)
-    assert as_rows(found) == expected
+    assert as_rows(encoded) == expected
 
 
-# The prompt's end merges with the answers' beginning where a template writes nothing between.
+# The end of the prompt merges with the start of a response if a template writes nothing between.
 JOINED = "{{ messages[0].content }}"
 
 
 @pytest.mark.parametrize(
-    ("prompt", "a", "b", "one", "two", "moved"),
+    ("prompt", "a", "b", "chosen", "rejected", "boundary_tokens"),
     [
         ("the ", "and", "b", ("<s>the", " and</s>"), ("<s>the", " b</s>"), 1),
         ("the ", " a", " b", ("<s>the ", " a</s>"), ("<s>the ", " b</s>"), 0),
         ("the a", "nd", "!", ("<s>the", " and</s>"), ("<s>the a", "!</s>"), 1),
     ],
 )
-def test_the_boundary_goes_one_token_back(
-    prompt: str, a: str, b: str, one: tuple, two: tuple, moved: int
+def test_the_boundary_moves_one_token_back(
+    prompt: str, a: str, b: str, chosen: tuple, rejected: tuple, boundary_tokens: int
 ) -> None:
-    found = encoder(JOINED).encode(Pair(prompt, a, b))
-    assert (halves(found.chosen), halves(found.rejected)) == (one, two)
-    assert found.boundary_tokens == moved
+    encoded = make_encoder(JOINED).encode(Pair(prompt, a, b))
+    assert (halves(encoded.chosen), halves(encoded.rejected)) == (chosen, rejected)
+    assert encoded.boundary_tokens == boundary_tokens
 
 
 TEXT = st.text(st.sampled_from("ab the.\n é空1"), min_size=1, max_size=20).filter(str.strip)
@@ -169,65 +174,66 @@ TEXT = st.text(st.sampled_from("ab the.\n é空1"), min_size=1, max_size=20).fil
 
 @given(st.sampled_from([CHATML, BARE, JOINED]), TEXT, TEXT, TEXT, st.integers(1, 60), st.data())
 @settings(deadline=None, max_examples=150)
-def test_token_for_token(
+def test_tokens_equal_those_of_the_restated_code(
     template: str, prompt: str, a: str, b: str, max_prompt: int, data: st.DataObject
 ) -> None:
     max_length = max_prompt + data.draw(st.integers(1, 60))
     if template == CHATML:
         asked = f"{EMPTY_SYSTEM}<|im_start|>user\n{prompt}<|im_end|>\n"
-        texts = (asked, ANSWERED.format(a), ANSWERED.format(b))
+        texts = (asked, RESPONDED.format(a), RESPONDED.format(b))
     elif template == BARE:
         texts = (f"user: {prompt}\n", f"assistant: {a}\n", f"assistant: {b}\n")
     else:
         texts = (prompt, a, b)
-    coder = encoder(template, max_length=max_length, max_prompt_length=max_prompt)
-    expected = restated(coder.tokenizer, texts, max_length, max_prompt)
+    encoder = make_encoder(template, max_length=max_length, max_prompt_length=max_prompt)
+    expected = restated(encoder.tokenizer, texts, max_length, max_prompt)
     if expected is None or expected[0] == expected[1]:
-        with pytest.raises(InvalidRecordError):
-            coder.encode(Pair(prompt, a, b))
+        reasons = "fails the official code's check|identical responses"
+        with pytest.raises(InvalidRecordError, match=reasons):
+            encoder.encode(Pair(prompt, a, b))
         return
-    found = coder.encode(Pair(prompt, a, b))
-    assert as_rows(found) == expected
-    whole = restated(coder.tokenizer, texts, 10**6, 10**6)
+    encoded = encoder.encode(Pair(prompt, a, b))
+    assert as_rows(encoded) == expected
+    whole = restated(encoder.tokenizer, texts, 10**6, 10**6)
     assert whole is not None
-    lost = [
+    cuts = [
         [len(a) - len(b) for a, b in zip(*rows, strict=True)]
         for rows in zip(whole, expected, strict=True)
     ]
-    assert found.cut_prompt == max(lost[0][0], lost[1][0])
-    assert found.cut_response == lost[0][1] + lost[1][1]
+    assert encoded.cut_prompt == max(cuts[0][0], cuts[1][0])
+    assert encoded.cut_response == cuts[0][1] + cuts[1][1]
 
 
-def test_a_short_prompt_gives_no_room_to_the_answer() -> None:
-    """1024/512 with a short prompt keeps 512 tokens of the answer, and no EOS."""
-    coder = encoder(BARE, max_length=40, max_prompt_length=25)
-    found = coder.encode(Pair("q", "the " * 40, "No"))
-    assert halves(found.chosen)[0] == "<s>user: q\n"
-    assert found.chosen.num_scored == 40 - 25
-    assert (found.cut_prompt, found.rejected.tokens[-1]) == (0, coder.eos)
-    assert found.chosen.tokens[-1] != coder.eos
+def test_a_response_cannot_use_the_space_of_a_short_prompt() -> None:
+    """With 1024/512 and a short prompt, 512 tokens of the response remain, without EOS."""
+    encoder = make_encoder(BARE, max_length=40, max_prompt_length=25)
+    encoded = encoder.encode(Pair("q", "the " * 40, "No"))
+    assert halves(encoded.chosen)[0] == "<s>user: q\n"
+    assert encoded.chosen.num_scored == 40 - 25
+    assert (encoded.cut_prompt, encoded.rejected.tokens[-1]) == (0, encoder.eos)
+    assert encoded.chosen.tokens[-1] != encoder.eos
 
 
 def test_a_cut_prompt_loses_bos() -> None:
-    found = encoder(BARE, max_length=20, max_prompt_length=4).encode(Pair("the " * 9, "a", "b"))
-    assert (found.chosen.score_start, found.cut_prompt) == (
-        4,
-        len(ids("<s>user: " + "the " * 9 + "\n")) - 4,
+    encoded = make_encoder(BARE, max_length=20, max_prompt_length=4).encode(
+        Pair("the " * 9, "a", "b")
     )
-    assert not halves(found.chosen)[0].startswith("<s>")
+    num_prompt_tokens = len(ids("<s>user: " + "the " * 9 + "\n"))
+    assert (encoded.chosen.score_start, encoded.cut_prompt) == (4, num_prompt_tokens - 4)
+    assert not halves(encoded.chosen)[0].startswith("<s>")
 
 
-def test_an_answer_that_merges_into_fewer_tokens_than_its_prompt() -> None:
-    with pytest.raises(InvalidRecordError, match="official check fails"):
-        encoder(JOINED).encode(Pair("number", "s", "x"))
+def test_a_response_that_merges_into_fewer_tokens_than_its_prompt() -> None:
+    with pytest.raises(InvalidRecordError, match="fails the official code's check"):
+        make_encoder(JOINED).encode(Pair("number", "s", "x"))
 
 
 @pytest.mark.parametrize(
-    ("template", "bos", "lacking"), [(None, "<s>", "chat template"), (CHATML, None, "BOS token")]
+    ("template", "bos", "missing"), [(None, "<s>", "chat template"), (CHATML, None, "BOS token")]
 )
-def test_what_the_official_code_needs(template: str | None, bos: str | None, lacking: str) -> None:
-    with pytest.raises(SimPOError, match=rf"data\.compat.*no {lacking}"):
-        encoder(template, bos)
+def test_what_the_official_code_needs(template: str | None, bos: str | None, missing: str) -> None:
+    with pytest.raises(SimPOError, match=rf"data\.compat.*no {missing}, which the official code"):
+        make_encoder(template, bos)
 
 
 def test_the_official_code_needs_eos() -> None:
@@ -237,6 +243,6 @@ def test_the_official_code_needs_eos() -> None:
         Encoder(tokenizer, DataConfig(compat="official")).encode(STRINGS)
 
 
-def test_half_a_surrogate_pair_is_refused() -> None:
-    with pytest.raises(InvalidRecordError):
-        encoder().encode(Pair("q", "\ud800", "b"))
+def test_half_a_surrogate_pair_is_rejected() -> None:
+    with pytest.raises(InvalidRecordError, match="invalid Unicode text"):
+        make_encoder().encode(Pair("q", "\ud800", "b"))

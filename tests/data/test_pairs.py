@@ -1,4 +1,4 @@
-"""What is left out is counted with its reason; the held-out share depends on prompts alone."""
+"""Quarantined records are counted by reason; the validation split depends on prompts alone."""
 
 import datetime
 import json
@@ -42,30 +42,30 @@ def test_each_bad_row_is_quarantined_with_its_line_and_reason(tmp_path: Path) ->
     file = write_jsonl(tmp_path / "pairs.jsonl", [one, BAD[0], two, BAD[1], BAD[2], three])
     with file.open("a") as lines:
         lines.write("\n{broken\n")
-    found = load_pairs(str(file))
-    assert [(p.prompt, p.index, p.source) for p in found.pairs] == [
+    result = load_pairs(str(file))
+    assert [(p.prompt, p.index, p.source) for p in result.pairs] == [
         (one["prompt"], 0, f"{file}:1"),
         (two["prompt"], 2, f"{file}:3"),
         (three["prompt"], 5, f"{file}:6"),
     ]
-    assert [(q.source, q.reason) for q in found.quarantined] == [
-        (f"{file}:2", "identical answers"),
-        (f"{file}:4", "empty answer"),
-        (f"{file}:5", "identical answers"),
+    assert [(q.source, q.reason) for q in result.quarantined] == [
+        (f"{file}:2", "identical responses"),
+        (f"{file}:4", "empty response"),
+        (f"{file}:5", "identical responses"),
         (f"{file}:8", "unreadable row"),
     ]
-    assert found.quarantined[0].place == f"{file}:2"
-    assert found.quarantined[1].place == f"{file}:4 (chosen)"
-    assert list(count_reasons(found.quarantined).items()) == [
-        ("identical answers", 2),
-        ("empty answer", 1),
+    assert result.quarantined[0].location == f"{file}:2"
+    assert result.quarantined[1].location == f"{file}:4 (chosen)"
+    assert list(count_reasons(result.quarantined).items()) == [
+        ("identical responses", 2),
+        ("empty response", 1),
         ("unreadable row", 1),
     ]
 
 
-def test_implicit_string_prompts_only_if_asked_for(tmp_path: Path) -> None:
+def test_implicit_string_prompts_only_if_enabled(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"chosen": "It is so", "rejected": "It is not"}])
-    assert [q.reason for q in load_pairs(str(file)).quarantined] == ["no prompt"]
+    assert [q.reason for q in load_pairs(str(file)).quarantined] == ["missing prompt"]
     (pair,) = load_pairs(str(file), implicit_string_prompts=True).pairs
     assert (pair.prompt, pair.chosen, pair.rejected) == ("It is", " so", " not")
 
@@ -79,12 +79,12 @@ def test_a_split_of_a_folder(tmp_path: Path) -> None:
 
 @given(st.integers(1, 300), st.data())
 @settings(deadline=None, max_examples=60)
-def test_exactly_the_share_allowed_passes_and_one_more_does_not(
+def test_exactly_the_allowed_share_passes_and_one_more_does_not(
     total: int, data: st.DataObject
 ) -> None:
     bad = data.draw(st.integers(0, total - 1))
     check_share(total - bad, quarantined(*["x"] * bad), bad / total, "pairs.jsonl")
-    with pytest.raises(SimPOError, match=f"{bad + 1} of {total} records are unusable"):
+    with pytest.raises(SimPOError, match=f"{bad + 1} of {total} records are quarantined"):
         check_share(total - bad - 1, quarantined(*["x"] * (bad + 1)), bad / total, "pairs.jsonl")
 
 
@@ -93,23 +93,23 @@ def test_shares_as_people_write_them(bad: int, total: int, share: float) -> None
     check_share(total - bad, quarantined(*["x"] * bad), share, "pairs.jsonl")
 
 
-def test_nothing_left_out_passes_at_share_zero() -> None:
+def test_no_quarantined_record_passes_at_share_zero() -> None:
     check_share(1, [], 0.0, "pairs.jsonl")
 
 
-def test_the_message_counts_reasons_and_gives_the_first_place_of_each() -> None:
-    bad = quarantined("identical answers", "empty answer", "empty answer")
+def test_the_message_counts_reasons_and_gives_the_first_example_of_each() -> None:
+    bad = quarantined("identical responses", "empty response", "empty response")
     bad[1] = bad[1]._replace(detail="chosen")
     with pytest.raises(SimPOError) as caught:
         check_share(7, bad, 0.05, "pairs.jsonl")
     assert str(caught.value) == (
-        "pairs.jsonl: 3 of 10 records are unusable, more than data.max_quarantined=0.05 allows: "
-        "2 × empty answer, e.g. pairs.jsonl:2 (chosen); "
-        "1 × identical answers, e.g. pairs.jsonl:1"
+        "pairs.jsonl: 3 of 10 records are quarantined, more than data.max_quarantined=0.05 allows: "
+        "2 × empty response, e.g. pairs.jsonl:2 (chosen); "
+        "1 × identical responses, e.g. pairs.jsonl:1"
     )
 
 
-def test_no_share_allows_a_source_without_a_usable_record() -> None:
+def test_no_share_allows_a_source_without_a_valid_record() -> None:
     with pytest.raises(SimPOError, match=r"2 of 2 .* all of them: 2 × x, e\.g\. pairs\.jsonl:1"):
         check_share(0, quarantined("x", "x"), 1.0, "pairs.jsonl")
 
@@ -151,11 +151,11 @@ def test_split(numbers: list[int], fraction: float, seed: int, rng: random.Rando
 
 
 def split_by_definition(pairs: list[Pair], fraction: float, seed: int) -> tuple[list, list]:
-    """The first version of `split_pairs`, kept as it was: runs of then and now hold out alike."""
+    """The first version of `split_pairs`, unchanged: older runs held out the same pairs."""
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
-        asked = as_messages(pair.prompt, "user")
-        text = json.dumps([seed, asked], sort_keys=True, ensure_ascii=True, default=str)
+        messages = as_messages(pair.prompt, "user")
+        text = json.dumps([seed, messages], sort_keys=True, ensure_ascii=True, default=str)
         groups.setdefault(sha256(text.encode()).hexdigest(), []).append(pair)
     held = min(max(1, round(fraction * len(groups))), len(groups) - 1) if fraction > 0 else 0
     order = sorted(groups)
@@ -169,7 +169,9 @@ QUESTION = st.text(max_size=3) | st.builds(lambda text: [user(text)], st.text(ma
 
 @given(st.lists(QUESTION, max_size=60), st.floats(0, 0.99), st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=150)
-def test_the_split_is_what_it_always_was(prompts: list, fraction: float, seed: int) -> None:
+def test_the_split_equals_that_of_the_first_version(
+    prompts: list, fraction: float, seed: int
+) -> None:
     pairs = pairs_of(prompts)
     expected = split_by_definition(pairs, fraction, seed)
     assert split_pairs(pairs, fraction, seed) == expected
@@ -184,8 +186,7 @@ def test_the_seed_decides_which_prompts_are_held_out() -> None:
     assert {len(indices) for indices in held} == {5}
 
 
-def test_prompts_that_stay_keep_their_side_when_pairs_are_added() -> None:
-    """A prompt's rank does not depend on its place: more answers to it change nothing."""
+def test_further_pairs_with_the_same_prompts_do_not_change_the_split() -> None:
     prompts = [f"q{n}" for n in range(40)]
     before = {p.prompt for p in split_pairs(pairs_of(prompts), 0.25, 0)[1]}
     after = {p.prompt for p in split_pairs(pairs_of(prompts[::-1] * 3), 0.25, 0)[1]}
@@ -215,11 +216,11 @@ def test_messages_with_a_timestamp(tmp_path: Path) -> None:
         for n in range(4)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
-    found = load_pairs(str(tmp_path / "pairs.parquet"))
-    assert [len(side) for side in split_pairs(found.pairs, 0.5, 0)] == [2, 2]
+    result = load_pairs(str(tmp_path / "pairs.parquet"))
+    assert [len(side) for side in split_pairs(result.pairs, 0.5, 0)] == [2, 2]
 
 
-def test_odd_texts_can_be_split() -> None:
-    """A lone surrogate is legal in JSON, though in no encoding."""
+def test_texts_that_cannot_be_encoded_can_be_split() -> None:
+    """A lone surrogate is valid JSON, but cannot be encoded."""
     pairs = pairs_of([json.loads(r'"\ud800"'), "\x00", ""])
     assert [len(side) for side in split_pairs(pairs, 0.5, 0)] == [1, 2]

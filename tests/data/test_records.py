@@ -1,4 +1,4 @@
-"""Every accepted form becomes the right pair, every other record a refusal with its reason."""
+"""Every accepted form becomes the right pair, every other record an error with its reason."""
 
 import json
 from typing import Any
@@ -23,8 +23,8 @@ def parse(record: Any, implicit: bool = False) -> Pair:
     return parse_pair(Row(7, "pairs.jsonl:9", record), implicit)
 
 
-def refusal(record: Any, implicit: bool = False) -> tuple[str, str]:
-    """(reason, detail) of a record that must be refused."""
+def rejection(record: Any, implicit: bool = False) -> tuple[str, str]:
+    """(reason, detail) of a record that must be rejected."""
     with pytest.raises(InvalidRecordError) as caught:
         parse(record, implicit)
     reason, *detail = caught.value.args
@@ -40,7 +40,7 @@ def chats(chosen: Any, rejected: Any, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("record", "prompt", "chosen", "rejected", "whole"),
+    ("record", "prompt", "chosen", "rejected", "is_full"),
     [
         (strings(), "q", "a", "b", False),
         (strings(" q\n", " a", "a "), " q\n", " a", "a ", False),
@@ -69,7 +69,7 @@ def chats(chosen: Any, rejected: Any, **more: Any) -> dict[str, Any]:
         ),
         (chats([user(PARTS), A], [user(PARTS), B], prompt="q"), [user(PARTS)], [A], [B], True),
         (chats([Q, B, Q, A], [Q, B, Q, B], prompt="q"), [Q, B, Q], [A], [B], True),
-        # Answers that repeat the prompt's messages.
+        # Responses that repeat the prompt's messages.
         (chats([Q, A], [Q, B], prompt=[Q]), [Q], [A], [B], True),
         (
             chats([system("s"), Q, A], [system("s"), Q, B], prompt=[system("s"), Q]),
@@ -80,8 +80,10 @@ def chats(chosen: Any, rejected: Any, **more: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_accepted_forms(record: dict, prompt: Any, chosen: Any, rejected: Any, whole: bool) -> None:
-    expected = Pair(prompt, chosen, rejected, 7, "pairs.jsonl:9", None, whole)
+def test_accepted_forms(
+    record: dict, prompt: Any, chosen: Any, rejected: Any, is_full: bool
+) -> None:
+    expected = Pair(prompt, chosen, rejected, 7, "pairs.jsonl:9", None, is_full)
     assert parse(record) == expected
     assert parse({**record, "score_chosen": 9.5, "id": "x", "messages": [Q, A]}) == expected
 
@@ -98,72 +100,85 @@ def test_no_tools(tools: Any) -> None:
 
 
 NO_RECORD = [
-    ([1, 2], "not a record", "a JSON list"),
-    ("text", "not a record", "a JSON str"),
-    (None, "not a record", "NoneType"),
+    ([1, 2], "not a JSON object", "it is a list"),
+    ("text", "not a JSON object", "it is a string"),
+    (None, "not a JSON object", "it is null"),
     ({"prompt": "q", "completion": "a", "label": True}, "unpaired record", "KTO"),
-    ({}, "missing answer", "no chosen and no rejected"),
-    ({"prompt": "q", "chosen": "a"}, "missing answer", "no rejected"),
-    ({"prompt": "q", "chosen": None, "rejected": "b"}, "missing answer", "no chosen"),
+    ({}, "missing response", "no chosen and no rejected"),
+    ({"prompt": "q", "chosen": "a"}, "missing response", "no rejected"),
+    ({"prompt": "q", "chosen": None, "rejected": "b"}, "missing response", "no chosen"),
 ]
 IDENTICAL_OR_EMPTY = [
-    (strings("q", "a", "a"), "identical answers", ""),
-    (chats([Q, A], [Q, A]), "identical answers", ""),
-    (chats([A], [A], prompt=[Q]), "identical answers", ""),
-    (strings("q", "", "b"), "empty answer", "chosen"),
-    (strings("q", "a", " \n\t"), "empty answer", "rejected"),
-    (strings("q", "", ""), "empty answer", "chosen"),
-    (chats([Q, assistant("")], [Q, B]), "empty answer", "chosen"),
-    (chats([A], [assistant(" ")], prompt=[Q]), "empty answer", "rejected"),
-    (chats([assistant([])], [A], prompt=[Q]), "empty answer", "chosen"),
-    (chats([assistant([{"type": "text"}])], [A], prompt=[Q]), "empty answer", "chosen"),
-    (chats([Q, A, Q, B], [Q, A]), "empty answer", "rejected"),
+    (strings("q", "a", "a"), "identical responses", ""),
+    (chats([Q, A], [Q, A]), "identical responses", ""),
+    (chats([A], [A], prompt=[Q]), "identical responses", ""),
+    (strings("q", "", "b"), "empty response", "chosen"),
+    (strings("q", "a", " \n\t"), "empty response", "rejected"),
+    (strings("q", "", ""), "empty response", "chosen"),
+    (chats([Q, assistant("")], [Q, B]), "empty response", "chosen"),
+    (chats([A], [assistant(" ")], prompt=[Q]), "empty response", "rejected"),
+    (chats([assistant([])], [A], prompt=[Q]), "empty response", "chosen"),
+    (chats([assistant([{"type": "text"}])], [A], prompt=[Q]), "empty response", "chosen"),
+    (chats([Q, A, Q, B], [Q, A]), "empty response", "rejected"),
 ]
+FIRST = "the first user turn is different"
 DISAGREEING = [
-    (chats([Q, A], [user("z"), B]), "conversations do not share a beginning", ""),
-    (chats([A], [B]), "conversations do not share a beginning", ""),
-    (chats([system("s"), Q, A], [Q, B]), "conversations do not share a beginning", ""),
-    (chats([Q, A], [Q, B], prompt="z"), "prompt and conversation disagree", "first user"),
-    (chats([Q, A], [Q, B], prompt=""), "prompt and conversation disagree", "first user"),
+    (chats([Q, A], [user("z"), B]), "conversations do not start the same way", ""),
+    (chats([A], [B]), "conversations do not start the same way", ""),
+    (chats([system("s"), Q, A], [Q, B]), "conversations do not start the same way", ""),
+    (chats([Q, A], [Q, B], prompt="z"), "prompt does not match the conversation", FIRST),
+    (chats([Q, A], [Q, B], prompt=""), "prompt does not match the conversation", FIRST),
     (
         chats([system("q"), A], [system("q"), B], prompt="q"),
-        "prompt and conversation disagree",
-        "first user",
+        "prompt does not match the conversation",
+        FIRST,
     ),
 ]
 ROLE_OR_CONTENT = [
-    (chats([Q, A, Q], [Q, B]), "last turn not the assistant's", "chosen ends with user"),
-    (chats([Q, A], [Q, TOOL]), "last turn not the assistant's", "rejected ends with tool"),
-    (chats([], [Q, B]), "last turn not the assistant's", "chosen ends with nothing"),
-    (chats([], []), "last turn not the assistant's", "chosen ends with nothing"),
+    (
+        chats([Q, A, Q], [Q, B]),
+        "does not end with an assistant turn",
+        "chosen ends with a user turn",
+    ),
+    (
+        chats([Q, A], [Q, TOOL]),
+        "does not end with an assistant turn",
+        "rejected ends with a tool turn",
+    ),
+    (chats([], [Q, B]), "does not end with an assistant turn", "chosen is empty"),
+    (chats([], []), "does not end with an assistant turn", "chosen is empty"),
     (chats([{"role": "human", "content": "q"}, A], [Q, B]), "unknown role", "chosen[0]"),
     (chats([A], [B], prompt=[{"role": "User", "content": "q"}]), "unknown role", "prompt[0]"),
     (chats([Q, A], [Q, {"role": None, "content": "b"}]), "unknown role", "rejected[1]"),
     (chats([Q, A], [Q, {"role": ["user"], "content": "b"}]), "unknown role", "rejected[1]"),
-    (chats([Q, assistant(None)], [Q, B]), "null content", "chosen[1]"),
-    (chats([A], [B], prompt=[user(None)]), "null content", "prompt[0]"),
-    (chats([A], [B], prompt=[{"role": "user"}]), "null content", "prompt[0]"),
-    (chats([Q, assistant(None, tool_calls=[])], [Q, B]), "null content", "chosen[1]"),
-    (chats([Q, assistant(5)], [Q, B]), "content is no text", "chosen[1]"),
-    (chats([Q, assistant({"a": 1})], [Q, B]), "content is no text", "chosen[1]"),
+    (chats([Q, assistant(None)], [Q, B]), "missing content", "chosen[1]"),
+    (chats([A], [B], prompt=[user(None)]), "missing content", "prompt[0]"),
+    (chats([A], [B], prompt=[{"role": "user"}]), "missing content", "prompt[0]"),
+    (chats([Q, assistant(None, tool_calls=[])], [Q, B]), "missing content", "chosen[1]"),
+    (chats([Q, assistant(5)], [Q, B]), "content is not text", "chosen[1]"),
+    (chats([Q, assistant({"a": 1})], [Q, B]), "content is not text", "chosen[1]"),
 ]
 MIXED = [
-    (chats("a", [B], prompt="q"), "strings and messages mixed", "chosen is a string"),
-    (chats([A], "b", prompt=[Q]), "strings and messages mixed", "rejected is a string"),
-    (chats("a", "b", prompt=[Q]), "strings and messages mixed", "prompt is no string"),
-    (chats([A], [B], prompt="q"), "strings and messages mixed", "prompt is a string"),
-    (chats([Q, A], [Q, B], prompt=5), "strings and messages mixed", "prompt is 5"),
-    (chats(1, 2, prompt="q"), "strings and messages mixed", "chosen is 1"),
-    (chats(A, B, prompt="q"), "strings and messages mixed", "chosen is {"),
-    (chats(["a"], ["b"], prompt=["q"]), "strings and messages mixed", "chosen[0] is no m"),
-    (chats([Q, A], [Q, None]), "strings and messages mixed", "rejected[1] is no message"),
-    (chats([A], [B], prompt=[{"content": "q"}]), "strings and messages mixed", "prompt[0]"),
+    (chats("a", [B], prompt="q"), "mixes strings and messages", "chosen is a string"),
+    (chats([A], "b", prompt=[Q]), "mixes strings and messages", "rejected is a string"),
+    (
+        chats("a", "b", prompt=[Q]),
+        "mixes strings and messages",
+        "prompt is not a string, but the responses are",
+    ),
+    (chats([A], [B], prompt="q"), "mixes strings and messages", "prompt is a string"),
+    (chats([Q, A], [Q, B], prompt=5), "mixes strings and messages", "prompt is 5"),
+    (chats(1, 2, prompt="q"), "mixes strings and messages", "chosen is 1"),
+    (chats(A, B, prompt="q"), "mixes strings and messages", "chosen is {"),
+    (chats(["a"], ["b"], prompt=["q"]), "mixes strings and messages", "chosen[0] is not a message"),
+    (chats([Q, A], [Q, None]), "mixes strings and messages", "rejected[1] is not a message"),
+    (chats([A], [B], prompt=[{"content": "q"}]), "mixes strings and messages", "prompt[0]"),
 ]
 OTHER = [
-    (chats("The sky is blue", "The sky is red"), "no prompt", "data.implicit_string_prompts"),
-    ({**strings(), "tools": "[{"}, "tools are no JSON list", ""),
-    ({**strings(), "tools": '{"a": 1}'}, "tools are no JSON list", ""),
-    ({**strings(), "tools": {"a": 1}}, "tools are no JSON list", ""),
+    (chats("The sky is blue", "The sky is red"), "missing prompt", "data.implicit_string_prompts"),
+    ({**strings(), "tools": "[{"}, "tools are not a JSON list", "line 1 column 3"),
+    ({**strings(), "tools": '{"a": 1}'}, "tools are not a JSON list", "tools is {'a': 1}"),
+    ({**strings(), "tools": {"a": 1}}, "tools are not a JSON list", "tools is {'a': 1}"),
 ]
 
 
@@ -171,58 +186,62 @@ OTHER = [
     ("record", "reason", "detail"),
     [*NO_RECORD, *IDENTICAL_OR_EMPTY, *DISAGREEING, *ROLE_OR_CONTENT, *MIXED, *OTHER],
 )
-def test_refused_records(record: Any, reason: str, detail: str) -> None:
-    found_reason, found_detail = refusal(record)
-    assert found_reason == reason
-    assert detail in found_detail
+def test_rejected_records(record: Any, reason: str, detail: str) -> None:
+    actual_reason, actual_detail = rejection(record)
+    assert actual_reason == reason
+    assert detail in actual_detail
 
 
-def test_an_unreadable_row_keeps_its_problem() -> None:
+def test_an_unreadable_row_is_rejected_with_its_problem() -> None:
     with pytest.raises(InvalidRecordError) as caught:
-        parse_pair(Row(3, "pairs.jsonl:4", None, "no valid JSON: x"))
-    assert caught.value.args == ("unreadable row", "no valid JSON: x")
+        parse_pair(Row(3, "pairs.jsonl:4", None, "invalid JSON: x"))
+    assert caught.value.args == ("unreadable row", "invalid JSON: x")
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "name"),
     [
-        chats([user("z"), A], [user("z"), B], prompt=[Q]),
-        chats([Q, A], [B], prompt=[Q]),
-        chats([Q, A], [Q, B], prompt=[system("s"), Q]),
-        chats([system("s"), Q, A], [system("s"), user("z"), B]),
+        (chats([user("z"), A], [user("z"), B], prompt=[Q]), "chosen"),
+        (chats([Q, A], [B], prompt=[Q]), "chosen"),
+        (chats([A], [Q, B], prompt=[Q]), "rejected"),
+        (chats([Q, A], [Q, B], prompt=[system("s"), Q]), "chosen"),
+        (chats([system("s"), Q, A], [system("s"), user("z"), B]), "chosen"),
+        (chats([Q, A], [Q, user("z"), B]), "rejected"),
     ],
     ids=[
-        "the prompt's messages disagree",
+        "both repeat another prompt",
         "only chosen repeats the prompt",
+        "only rejected repeats the prompt",
         "a part of the prompt is repeated",
         "the same system turn, another question",
+        "rejected has a second question",
     ],
 )
-def test_a_question_is_no_answer(record: dict) -> None:
-    """The specification quarantines a shared part that differs, and a prompt that disagrees with
-    the first user turn."""
-    refusal(record)
+def test_a_user_turn_is_never_scored_as_a_response(record: dict, name: str) -> None:
+    """The prompt is what comes before the first difference: what follows must be the assistant's
+    on both sides, or the two responses are to different questions."""
+    reason = "conversations differ before the response"
+    assert rejection(record) == (reason, f"{name} continues with a user turn")
 
 
-def test_an_empty_message_list_is_no_prompt() -> None:
-    try:
-        pair = parse(chats([Q, A], [Q, B], prompt=[]))
-    except InvalidRecordError:
-        return
+def test_an_empty_list_of_messages_counts_as_no_prompt() -> None:
+    pair = parse(chats([Q, A], [Q, B], prompt=[]))
     assert (pair.prompt, pair.chosen, pair.rejected) == ([Q], [A], [B])
+    assert pair.has_full_conversations
 
 
 @pytest.mark.parametrize("text", [5, ["a"], {"a": 1}])
-def test_a_part_whose_text_is_no_text(text: Any) -> None:
-    refusal(chats([assistant([{"type": "text", "text": text}])], [B], prompt=[Q]))
+def test_a_part_whose_text_is_not_a_string(text: Any) -> None:
+    record = chats([assistant([{"type": "text", "text": text}])], [B], prompt=[Q])
+    assert rejection(record) == ("content is not text", "content of chosen[0] is a list")
 
 
-def test_extra_columns_of_other_trainers() -> None:
+def test_columns_of_other_trainers_are_ignored() -> None:
     pair = parse({**strings(), "completion": "a", "label": 1})
     assert (pair.prompt, pair.chosen, pair.rejected) == ("q", "a", "b")
 
 
-def test_an_explicit_prompt_takes_nothing_from_the_answers() -> None:
+def test_implicit_prompts_do_not_change_an_explicit_one() -> None:
     pair = parse(strings("q", "Yes, it is", "Yes, it was"), implicit=True)
     assert (pair.prompt, pair.chosen, pair.rejected) == ("q", "Yes, it is", "Yes, it was")
 
@@ -233,7 +252,7 @@ def test_an_explicit_prompt_takes_nothing_from_the_answers() -> None:
         ("The sky is blue", "The sky is black", "The sky is"),
         ("The sky is blue.", "The sky isn't.", "The sky"),
         ("Human: q\n\nAssistant: a", "Human: q\n\nAssistant: b", "Human: q\n\nAssistant:"),
-        ("The sky is blue", "The sky", "The"),  # an answer keeps at least a word
+        ("The sky is blue", "The sky", "The"),  # a response keeps at least a word
         ("one", "two", ""),
         (" one", " two", ""),
         ("x  a", "x \na", "x"),
@@ -248,17 +267,17 @@ def test_implicit_string_prompts(chosen: str, rejected: str, prompt: str) -> Non
 
 @pytest.mark.parametrize(
     ("chosen", "rejected", "reason"),
-    [("one two", "one two", "identical answers"), ("one two", "one ", "empty answer")],
+    [("one two", "one two", "identical responses"), ("one two", "one ", "empty response")],
 )
-def test_implicit_string_prompts_refused(chosen: str, rejected: str, reason: str) -> None:
-    assert refusal(chats(chosen, rejected), implicit=True)[0] == reason
+def test_rejected_implicit_string_prompts(chosen: str, rejected: str, reason: str) -> None:
+    assert rejection(chats(chosen, rejected), implicit=True)[0] == reason
 
 
 def parse_or_reason(record: Any, implicit: bool) -> Pair | str:
     try:
         return parse(record, implicit)
-    except InvalidRecordError as refused:
-        return "".join(refused.args[:1])
+    except InvalidRecordError as error:
+        return "".join(error.args[:1])
 
 
 TEXT = st.text(st.sampled_from("ab. \n\t\u00a0é"), max_size=8)
@@ -270,13 +289,13 @@ def test_implicit_string_prompts_never_split_a_word(shared: str, one: str, two: 
     chosen, rejected = shared + one, shared + two
     pair = parse_or_reason(chats(chosen, rejected), implicit=True)
     if isinstance(pair, str):
-        assert pair in ("identical answers", "empty answer")
+        assert pair in ("identical responses", "empty response")
         return
     prompt = str(pair.prompt)
-    for whole, answer in ((chosen, str(pair.chosen)), (rejected, str(pair.rejected))):
-        assert prompt + answer == whole
-        assert prompt.split() + answer.split() == whole.split()
-        assert not prompt or (answer[0].isspace() and not prompt[-1].isspace())
+    for whole, response in ((chosen, str(pair.chosen)), (rejected, str(pair.rejected))):
+        assert prompt + response == whole
+        assert prompt.split() + response.split() == whole.split()
+        assert not prompt or (response[0].isspace() and not prompt[-1].isspace())
 
 
 JUNK = st.recursive(
@@ -301,13 +320,13 @@ RECORD = st.fixed_dictionaries(
 
 @given(RECORD, st.booleans())
 @settings(deadline=None, max_examples=60)
-def test_whatever_stands_in_a_row_is_a_pair_or_refused(record: Any, implicit: bool) -> None:
+def test_any_record_becomes_a_pair_or_is_rejected(record: Any, implicit: bool) -> None:
     pair = parse_or_reason(record, implicit)
     if isinstance(pair, str):
         return
     assert (pair.index, pair.source) == (7, "pairs.jsonl:9")
     assert pair.chosen != pair.rejected
     assert type(pair.prompt) is type(pair.chosen) is type(pair.rejected)
-    for answer in (pair.chosen, pair.rejected):
-        assert answer
-        assert isinstance(answer, str) or answer[-1]["role"] == "assistant"
+    for response in (pair.chosen, pair.rejected):
+        assert response
+        assert isinstance(response, str) or response[-1]["role"] == "assistant"

@@ -1,4 +1,4 @@
-"""Which template runs, where it comes from, and what it refuses."""
+"""Which template is used, where it comes from, and which records it rejects."""
 
 from pathlib import Path
 from typing import Any
@@ -19,40 +19,44 @@ TOOLS = [{"type": "function", "function": {"name": "sky", "parameters": {}}}]
 DEFAULT_SYSTEM = "<|im_start|>system\nBe kind.<|im_end|>\n"
 
 
-def renderer(chat_template: str = "auto", own: str | None = CHATML, **options: Any) -> Renderer:
+def make_renderer(
+    chat_template: str = "auto", own: str | None = CHATML, **options: Any
+) -> Renderer:
     return Renderer(tiny_tokenizer(own, **options), chat_template)
 
 
-def refusal(chat_template: str, messages: list[dict]) -> tuple[str, ...]:
+def rejection(chat_template: str, messages: list[dict]) -> tuple[str, ...]:
     with pytest.raises(InvalidRecordError) as caught:
-        renderer(chat_template).render(messages)
+        make_renderer(chat_template).render(messages)
     return caught.value.args
 
 
 def test_the_tokenizers_own_template() -> None:
-    found = renderer()
-    assert (found.text, found.plain, found.origin) == (CHATML, False, "the tokenizer's own")
+    renderer = make_renderer()
+    assert renderer.text == CHATML
+    assert not renderer.is_plain_text
+    assert renderer.origin == "the tokenizer's own"
 
 
 @pytest.mark.parametrize(
     ("own", "chat_template", "why"),
-    [(None, "auto", "the tokenizer has none"), (CHATML, "none", "as asked for")],
+    [(None, "auto", "the tokenizer has none"), (CHATML, "none", "as requested")],
 )
-def test_plain_text_without_a_template_or_on_demand(
+def test_plain_text_without_a_template_or_on_request(
     own: str | None, chat_template: str, why: str
 ) -> None:
-    found = renderer(chat_template, own)
-    assert (found.text, found.plain) == (None, True)
-    assert why in found.origin
+    renderer = make_renderer(chat_template, own)
+    assert (renderer.text, renderer.is_plain_text) == (None, True)
+    assert why in renderer.origin
 
 
 @pytest.mark.parametrize("own", [CHATML, None])
 def test_a_template_file(tmp_path: Path, own: str | None) -> None:
     file = tmp_path / "bare.jinja"
     file.write_text(BARE.replace("assistant", "ångström"), encoding="utf-8")
-    found = renderer(str(file), own)
-    assert (found.plain, found.origin) == (False, f"the file {file}")
-    assert found.render([Q], generation=True) == "user: q\nångström: "
+    renderer = make_renderer(str(file), own)
+    assert (renderer.is_plain_text, renderer.origin) == (False, f"the file {file}")
+    assert renderer.render([Q], generation=True) == "user: q\nångström: "
 
 
 def test_a_template_file_in_the_home_folder(
@@ -60,34 +64,34 @@ def test_a_template_file_in_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "bare.jinja").write_text(BARE)
-    assert renderer("~/bare.jinja").text == BARE
+    assert make_renderer("~/bare.jinja").text == BARE
 
 
 @pytest.mark.parametrize("text", [BARE, "{{ messages[0].content }}"])
 @pytest.mark.parametrize("own", [CHATML, None])
 def test_the_text_of_a_template(text: str, own: str | None) -> None:
-    found = renderer(text, own)
-    assert (found.text, found.plain) == (text, False)
-    assert found.render([Q, A]).startswith(("user: q\nassistant: a", "q"))
+    renderer = make_renderer(text, own)
+    assert (renderer.text, renderer.is_plain_text) == (text, False)
+    assert renderer.render([Q, A]).startswith(("user: q\nassistant: a", "q"))
 
 
 def test_an_unreadable_template_file(tmp_path: Path) -> None:
     latin = tmp_path / "latin.jinja"
     latin.write_bytes(b"\xe9{{ messages }}")
-    for given_path in (tmp_path / "no.jinja", tmp_path, latin):
+    for path in (tmp_path / "no.jinja", tmp_path, latin):
         with pytest.raises(SimPOError, match=r"data\.chat_template is .*readable") as caught:
-            renderer(str(given_path))
-        assert str(given_path) in str(caught.value)
+            make_renderer(str(path))
+        assert str(path) in str(caught.value)
 
 
 def test_a_template_file_of_an_unknown_user() -> None:
     with pytest.raises(SimPOError, match=r"data\.chat_template"):
-        renderer("~no-such-user-here/a.jinja")
+        make_renderer("~no-such-user-here/a.jinja")
 
 
 def test_an_impossible_name_of_a_template_file() -> None:
     with pytest.raises(SimPOError, match=r"data\.chat_template"):
-        renderer("a\0b.jinja")
+        make_renderer("a\0b.jinja")
 
 
 @pytest.mark.parametrize(
@@ -105,8 +109,8 @@ def test_an_impossible_name_of_a_template_file() -> None:
     ],
 )
 def test_a_conversation_as_text(template: str, messages: list[dict], expected: str) -> None:
-    assert renderer(own=template, bos="<s>").render(messages) == expected
-    assert renderer(template, own=None, bos="<s>").render(messages) == expected
+    assert make_renderer(own=template, bos="<s>").render(messages) == expected
+    assert make_renderer(template, own=None, bos="<s>").render(messages) == expected
 
 
 @pytest.mark.parametrize(
@@ -114,30 +118,30 @@ def test_a_conversation_as_text(template: str, messages: list[dict], expected: s
     [(CHATML, "<|im_start|>assistant\n"), (BARE, "assistant: "), (INST, "")],
 )
 def test_the_generation_prompt_is_only_added(template: str, header: str) -> None:
-    found = renderer(own=template, bos="<s>")
-    assert found.render([Q], generation=True) == found.render([Q]) + header
+    renderer = make_renderer(own=template, bos="<s>")
+    assert renderer.render([Q], generation=True) == renderer.render([Q]) + header
 
 
 @given(st.lists(st.text(st.sampled_from("ab {}%#\n<é"), max_size=6), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=40)
-def test_contents_are_never_taken_for_jinja(contents: list[str]) -> None:
+def test_contents_are_never_executed_as_jinja(contents: list[str]) -> None:
     messages = [(user, assistant)[i % 2](text) for i, text in enumerate(contents)]
     turns = [f"{m['role']}: {m['content']}\n" for m in messages]
-    assert renderer(BARE).render(messages) == "".join(turns)
+    assert make_renderer(BARE).render(messages) == "".join(turns)
 
 
 def test_tools_reach_the_template() -> None:
-    found = renderer("{{ tools[0].function.name if tools else 'no tools' }}")
-    assert found.render([Q], TOOLS) == "sky"
-    assert found.render([Q]) == "no tools"
+    renderer = make_renderer("{{ tools[0].function.name if tools else 'no tools' }}")
+    assert renderer.render([Q], TOOLS) == "sky"
+    assert renderer.render([Q]) == "no tools"
 
 
-def test_rendering_leaves_the_pair_as_it_is() -> None:
+def test_rendering_does_not_change_the_pair() -> None:
     prompt = [system("s"), Q]
     pair = Pair(prompt, [A], [B])
-    found = renderer()
-    before, chosen, _ = found.conversation(pair)
-    found.render(before + chosen, generation=True)
+    renderer = make_renderer()
+    before, chosen, _ = renderer.conversation(pair)
+    renderer.render(before + chosen, generation=True)
     assert pair == Pair([system("s"), Q], [A], [B])
 
 
@@ -152,48 +156,48 @@ def test_rendering_leaves_the_pair_as_it_is() -> None:
     ],
     ids=["raise_exception", "one line", "undefined", "type", "syntax"],
 )
-def test_what_a_template_refuses(template: str, messages: list[dict], detail: str) -> None:
-    reason, found = refusal(template, messages)
-    assert reason == "the chat template refuses it"
-    assert detail in found
-    assert "\n" not in found
+def test_what_a_template_rejects(template: str, messages: list[dict], detail: str) -> None:
+    reason, actual_detail = rejection(template, messages)
+    assert reason == "rejected by the chat template"
+    assert detail in actual_detail
+    assert "\n" not in actual_detail
 
 
 @pytest.mark.parametrize(
     "template",
     ["{% for k, v in tools|dictsort %}{% endfor %}", "{{ 1 // (messages|length - 1) }}"],
 )
-def test_whatever_fails_in_a_template_refuses_the_record(template: str) -> None:
-    with pytest.raises(InvalidRecordError):
-        renderer(template).render([Q], TOOLS)
+def test_any_error_in_a_template_rejects_the_record(template: str) -> None:
+    with pytest.raises(InvalidRecordError, match="rejected by the chat template"):
+        make_renderer(template).render([Q], TOOLS)
 
 
 def test_strings_become_one_user_and_one_assistant_turn() -> None:
-    assert renderer().conversation(STRINGS) == ([Q], [A], [B])
+    assert make_renderer().conversation(STRINGS) == ([Q], [A], [B])
 
 
 def test_messages_stay_as_they_are() -> None:
     pair = Pair([system("s"), Q, A, Q], [A], [B, Q, A])
-    assert renderer().conversation(pair) == (pair.prompt, pair.chosen, pair.rejected)
+    assert make_renderer().conversation(pair) == (pair.prompt, pair.chosen, pair.rejected)
 
 
 @pytest.mark.parametrize(
     ("own", "chat_template"), [(None, "auto"), (CHATML, "none"), (None, "none")]
 )
-def test_a_conversation_without_a_template_is_the_users_to_mend(
+def test_a_conversation_without_a_template_is_an_error_for_the_user(
     own: str | None, chat_template: str
 ) -> None:
-    found = renderer(chat_template, own)
+    renderer = make_renderer(chat_template, own)
     with pytest.raises(SimPOError, match=r"pairs\.jsonl:4 .*data\.chat_template") as caught:
-        found.conversation(CONVERSATION)
+        renderer.conversation(CONVERSATION)
     assert not isinstance(caught.value, InvalidRecordError)
-    assert found.conversation(STRINGS) == ([Q], [A], [B])
+    assert renderer.conversation(STRINGS) == ([Q], [A], [B])
 
 
 def test_several_named_templates() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer._tokenizer.chat_template = {"default": CHATML, "tool_use": BARE}
-    found = Renderer(tokenizer)
-    assert found.text is None  # there is no one text to save
-    assert found.render([Q]) == f"{DEFAULT_SYSTEM}<|im_start|>user\nq<|im_end|>\n"
-    assert found.render([Q], TOOLS) == "user: q\n"
+    renderer = Renderer(tokenizer)
+    assert renderer.text is None  # there is no one text to save
+    assert renderer.render([Q]) == f"{DEFAULT_SYSTEM}<|im_start|>user\nq<|im_end|>\n"
+    assert renderer.render([Q], TOOLS) == "user: q\n"

@@ -1,4 +1,4 @@
-"""Rows of every kind of source carry their place; what cannot be read raises with the reason."""
+"""Rows of every kind of source know their origin; a source that cannot be read is an error."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlx_simpo import SimPOError
 from mlx_simpo.data.sources import (
-    PARQUET_ROWS,
+    PARQUET_BATCH_ROWS,
     Row,
     hub_rows,
     looks_like_hub_id,
@@ -28,7 +28,9 @@ PAIRS = some_pairs(3)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def separate_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`datasets` must not write into the user's cache."""
     cache = tmp_path_factory.getbasetemp() / "datasets"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
@@ -78,10 +80,10 @@ def test_line_numbers_with_bom_blank_lines_and_crlf(tmp_path: Path, suffix: str)
     one = json.dumps(PAIRS[0])
     data = f"\ufeff{one}\r\n\r\n   \n{one}\n\n{one}".encode()
     file.write_bytes(gzip.compress(data) if suffix.endswith(".gz") else data)
-    found = rows_of(file)
-    assert [row.source for row in found] == [f"{file}:{line}" for line in (1, 4, 6)]
-    assert [row.number for row in found] == [0, 1, 2]
-    assert all(row.value == PAIRS[0] and row.problem is None for row in found)
+    rows = rows_of(file)
+    assert [row.source for row in rows] == [f"{file}:{line}" for line in (1, 4, 6)]
+    assert [row.number for row in rows] == [0, 1, 2]
+    assert all(row.value == PAIRS[0] and row.problem is None for row in rows)
 
 
 def test_blank_first_line_with_bom(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_a_bad_line_is_a_row_with_a_problem(tmp_path: Path, line: bytes) -> None
     assert (first.value, last.value) == (PAIRS[0], PAIRS[0])
     assert (bad.number, bad.source, bad.value) == (1, f"{file}:2", None)
     assert bad.problem is not None
-    assert "no valid JSON" in bad.problem
+    assert "invalid JSON" in bad.problem
     assert (last.number, last.source) == (2, f"{file}:3")
 
 
@@ -154,7 +156,7 @@ def test_truncated_gzip(tmp_path: Path) -> None:
         rows_of(file)
 
 
-def test_no_gzip_at_all(tmp_path: Path) -> None:
+def test_a_file_that_is_not_gzip(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl.gz"
     file.write_text(json.dumps(PAIRS[0]))
     with pytest.raises(SimPOError, match=r"cannot read .*pairs\.jsonl\.gz: .*gzip"):
@@ -181,7 +183,7 @@ def test_broken_parquet(tmp_path: Path, data: bytes) -> None:
         rows_of(file)
 
 
-def test_parquet_is_read_afresh(tmp_path: Path) -> None:
+def test_parquet_is_not_read_from_a_cache(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "pairs.parquet", PAIRS)
     assert rows_of(file)[0].value == PAIRS[0]
     write_parquet(file, PAIRS[1:])
@@ -189,7 +191,7 @@ def test_parquet_is_read_afresh(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["set [v2]/pairs.parquet", "pairs[1].parquet", "pairs*.parquet"])
-def test_a_parquet_path_is_no_pattern(tmp_path: Path, name: str) -> None:
+def test_a_parquet_path_is_not_a_glob_pattern(tmp_path: Path, name: str) -> None:
     write_files(tmp_path, [name, "pairs1.parquet"])
     assert prompts(rows_of(tmp_path / name)) == [name]
 
@@ -197,19 +199,20 @@ def test_a_parquet_path_is_no_pattern(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["pairs.json", "pairs.csv", "pairs.JSONL", "pairs.txt"])
 def test_unknown_ending(tmp_path: Path, name: str) -> None:
     file = write_jsonl(tmp_path / name, PAIRS)
-    with pytest.raises(SimPOError, match=rf"{name} is of no known kind; it must end in \.jsonl"):
+    message = rf"{name} has an unknown type; its name must end in \.jsonl"
+    with pytest.raises(SimPOError, match=message):
         rows_of(file)
 
 
 @pytest.mark.parametrize("name", ["nowhere/pairs.jsonl", "nowhere.parquet", "/no/such/folder"])
-def test_nothing_there(name: str) -> None:
-    with pytest.raises(SimPOError, match="no such file, folder or data set"):
+def test_a_source_that_does_not_exist(name: str) -> None:
+    with pytest.raises(SimPOError, match="no such file, folder or dataset"):
         rows_of(name)
 
 
-def test_an_empty_name_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_name_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write_files(tmp_path, ["pairs.jsonl"]))
-    with pytest.raises(SimPOError):
+    with pytest.raises(SimPOError, match="the name is empty"):
         rows_of("")
 
 
@@ -223,9 +226,10 @@ def test_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert prompts(rows_of("~/pairs.jsonl")) == ["pairs.jsonl"]
 
 
-def test_split_or_subset_where_there_can_be_none(tmp_path: Path) -> None:
+def test_a_file_has_neither_splits_nor_subsets(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
-    with pytest.raises(SimPOError, match=r"a split \('train'\) .* is a file; leave it out"):
+    message = r"the split is 'train', but .* is a file, which has none; remove it"
+    with pytest.raises(SimPOError, match=message):
         rows_of(file, "train")
     for name in (file, tmp_path):
         with pytest.raises(SimPOError, match=r"data\.subset is 'main', but .* is local"):
@@ -237,10 +241,10 @@ def test_a_folder_is_read_in_name_order_with_running_numbers(tmp_path: Path) -> 
     write_files(tmp_path, [*reversed(names)])
     (tmp_path / "notes.txt").write_text("no data")
     (tmp_path / "a" / "stats.json").write_text("{}")
-    found = rows_of(tmp_path)
-    assert prompts(found) == names
-    assert [row.number for row in found] == [0, 1, 2, 3]
-    assert [row.source for row in found] == [f"{tmp_path / name}:1" for name in names]
+    rows = rows_of(tmp_path)
+    assert prompts(rows) == names
+    assert [row.number for row in rows] == [0, 1, 2, 3]
+    assert [row.source for row in rows] == [f"{tmp_path / name}:1" for name in names]
 
 
 def test_a_folder_named_like_a_file(tmp_path: Path) -> None:
@@ -252,7 +256,7 @@ def test_a_folder_named_like_a_file(tmp_path: Path) -> None:
 def test_a_folder_without_data(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "notes.txt").touch()
-    with pytest.raises(SimPOError, match=r"holds no data; it must hold files ending in \.jsonl"):
+    with pytest.raises(SimPOError, match=r"holds no data; it must contain files ending in \.jsonl"):
         rows_of(tmp_path)
 
 
@@ -282,7 +286,7 @@ def test_a_split_of_a_folder(
 
 
 @pytest.mark.parametrize("split", ["dev", "tra", "jsonl2", "train[:10]", ".*"])
-def test_a_split_that_a_folder_has_not(tmp_path: Path, split: str) -> None:
+def test_a_split_that_a_folder_does_not_have(tmp_path: Path, split: str) -> None:
     write_files(tmp_path, MLX_LM)
     with pytest.raises(SimPOError, match=r"no files of the split .*; it has test\.jsonl, train\."):
         rows_of(tmp_path, split)
@@ -307,7 +311,7 @@ def test_several_splits_are_never_mixed(tmp_path: Path, names: list[str]) -> Non
         rows_of(write_files(tmp_path, names))
 
 
-def test_the_remedy_is_not_to_train_on_the_test_split(tmp_path: Path) -> None:
+def test_the_message_does_not_suggest_training_on_the_test_split(tmp_path: Path) -> None:
     write_files(tmp_path, ["test.jsonl", "train.jsonl"])
     with pytest.raises(SimPOError, match=r"name one, e\.g\. data\.train_split=train"):
         rows_of(tmp_path)
@@ -336,7 +340,7 @@ def test_nulls_of_a_table_are_removed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub_folder(tmp_path: Path) -> Path:
-    """A local folder in the Hub's layout, which `datasets` loads by the same door."""
+    """A local folder in the Hub's layout, which `datasets` loads as it loads one from the Hub."""
     for split, rows in {"train": PAIRS, "test": PAIRS[:1]}.items():
         file = tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -345,9 +349,9 @@ def hub_folder(tmp_path: Path) -> Path:
 
 
 def test_hub_rows_of_a_split(hub_folder: Path) -> None:
-    found = list(hub_rows(str(hub_folder), "train", None))
+    rows = list(hub_rows(str(hub_folder), "train", None))
     expected = [*PAIRS, {"prompt": "p"}]
-    assert found == [Row(i, f"{hub_folder}[train]:{i + 1}", row) for i, row in enumerate(expected)]
+    assert rows == [Row(i, f"{hub_folder}[train]:{i + 1}", row) for i, row in enumerate(expected)]
 
 
 def test_a_source_of_files_counts_them_and_their_rows(tmp_path: Path) -> None:
@@ -355,23 +359,23 @@ def test_a_source_of_files_counts_them_and_their_rows(tmp_path: Path) -> None:
         write(tmp_path / f"pairs{suffix}", PAIRS)
     with (tmp_path / "pairs.jsonl").open("ab") as file:
         file.write(b"\n  \n{broken\n")  # a blank line is no row, a broken one is
-    found = open_source(str(tmp_path))
-    assert found.count() == len(list(found.rows())) == 10
-    assert [row.number for row in found.rows()] == list(range(10))  # from the first one again
-    assert found.files == tuple(sorted(tmp_path.iterdir()))
-    assert found.labels == tuple(map(str, found.files))
+    source = open_source(str(tmp_path))
+    assert source.count() == len(list(source.rows())) == 10
+    assert [row.number for row in source.rows()] == list(range(10))  # from the first one again
+    assert source.files == tuple(sorted(tmp_path.iterdir()))
+    assert source.labels == tuple(map(str, source.files))
 
 
 def test_a_large_parquet_file_is_read_in_parts(tmp_path: Path) -> None:
-    rows = [{"prompt": str(n)} for n in range(3 * PARQUET_ROWS + 1)]
+    rows = [{"prompt": str(n)} for n in range(3 * PARQUET_BATCH_ROWS + 1)]
     file = write_parquet(tmp_path / "p.parquet", rows)
     assert [(row.source, row.value) for row in rows_of(file)] == [
         (f"{file}:{n + 1}", row) for n, row in enumerate(rows)
     ]
 
 
-def test_a_hub_data_set_tells_its_files(hub_folder: Path) -> None:
-    """Their contents, not the name, say which commit of the data set it was."""
+def test_a_hub_dataset_lists_its_files(hub_folder: Path) -> None:
+    """Their contents, not the name, identify the commit of the dataset."""
     source = open_hub(str(hub_folder), "train", None)
     assert source.count() == len(list(source.rows())) == 4
     assert source.labels == (str(hub_folder), "train", "")
@@ -392,33 +396,15 @@ def test_hub_split_must_be_named_if_there_are_several(hub_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("split", "subset"), [("nope", None), ("train", "nope")])
-def test_hub_rows_that_are_not_there(hub_folder: Path, split: str, subset: str | None) -> None:
-    with pytest.raises(SimPOError, match=r"cannot load the data set .*set': .*nope"):
+def test_a_hub_split_or_subset_that_does_not_exist(
+    hub_folder: Path, split: str, subset: str | None
+) -> None:
+    with pytest.raises(SimPOError, match=r"cannot load the dataset .*set': .*nope"):
         next(hub_rows(str(hub_folder), split, subset))
 
 
-@pytest.mark.parametrize("name", ["owner/name", "a-b_c/d.e-1", "HuggingFaceH4/ultrafeedback_v1.0"])
-def test_hub_ids(name: str) -> None:
-    assert looks_like_hub_id(name)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "name",
-        "a/b/c",
-        "/a/b",
-        "a/",
-        "~/b",
-        "a/b c",
-        "a/b\n",
-        "",
-        "data/train.jsonl",
-        "data/train.jsonl.gz",
-        "data/train.parquet",
-        "./data",
-        "../data",
-    ],
-)
-def test_no_hub_ids(name: str) -> None:
-    assert not looks_like_hub_id(name)
+def test_hub_ids_are_told_from_paths() -> None:
+    hub_ids = ["owner/name", "a-b_c/d.e-1", "HuggingFaceH4/ultrafeedback_v1.0"]
+    paths = ["name", "a/b/c", "/a/b", "a/", "~/b", "a/b c", "a/b\n", "", "./data", "../data"]
+    paths += ["data/train.jsonl", "data/train.jsonl.gz", "data/train.parquet"]
+    assert [name for name in hub_ids + paths if looks_like_hub_id(name)] == hub_ids

@@ -1,4 +1,4 @@
-"""Attention in blocks against its definition in float64 and against MLX's own gradient."""
+"""Attention in tiles against its definition in float64 and against MLX's own gradient."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,126 +11,144 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_simpo.engine import attention as module
-from mlx_simpo.engine.attention import attention, blocks_of
+from mlx_simpo.engine.attention import attention, split_into_tiles
 
 SCALE = 0.3
-# new positions, positions before them, heads, heads of the keys
+# new positions, positions before them, query heads, key heads
 SHAPES = [(1, 0, 1, 1), (5, 0, 4, 4), (7, 9, 6, 2), (64, 3, 4, 1), (130, 70, 2, 2)]
 
 
-def arrays(shape: tuple[int, int, int, int], n: int = 2) -> list[mx.array]:
-    """Queries, keys, values, and the slope of what is made of them."""
-    new, old, heads, groups = shape
-    sizes = ((heads, new, 8), (groups, old + new, 8), (groups, old + new, 6), (heads, new, 6))
-    return [
-        mx.random.normal((n, *size), key=mx.random.key(number)) for number, size in enumerate(sizes)
-    ]
+def set_tile_scores(monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
+    """On any device."""
+    for constant in ("TILE_SCORES_CPU", "TILE_SCORES_GPU"):
+        monkeypatch.setattr(module, constant, scores)
 
 
-def mask_of(kind: str | None, new: int, old: int) -> mx.array | str | None:
-    """Of a window of three positions; the others as they are."""
+def random_inputs(shape: tuple[int, int, int, int], n: int = 2) -> list[mx.array]:
+    """Queries, keys, values, and the gradient of the output."""
+    new, old, heads, kv_heads = shape
+    sizes = ((heads, new, 8), (kv_heads, old + new, 8), (kv_heads, old + new, 6), (heads, new, 6))
+    return [mx.random.normal((n, *size), key=mx.random.key(i)) for i, size in enumerate(sizes)]
+
+
+def make_mask(kind: str | None, new: int, old: int) -> mx.array | str | None:
+    """A window of three positions as booleans; the other kinds as they are."""
     if kind != "window":
         return kind
-    place, key = mx.arange(old, old + new)[:, None], mx.arange(old + new)
-    return (key <= place) & (key > place - 3)
+    position, key = mx.arange(old, old + new)[:, None], mx.arange(old + new)
+    return (key <= position) & (key > position - 3)
 
 
-def in_float64(
-    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, seen: np.ndarray
+def attention_in_float64(
+    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, visible: np.ndarray
 ) -> np.ndarray:
-    """softmax(scale · QKᵀ) V, a head at a time."""
+    """softmax(scale · QKᵀ) V, head by head."""
     out = np.zeros((*queries.shape[:3], values.shape[-1]))
     for n, head in np.ndindex(queries.shape[:2]):
-        group = head * keys.shape[1] // queries.shape[1]
-        scores = SCALE * queries[n, head] @ keys[n, group].T
-        weights = np.where(seen, np.exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
-        out[n, head] = weights / weights.sum(axis=-1, keepdims=True) @ values[n, group]
+        kv_head = head * keys.shape[1] // queries.shape[1]
+        scores = SCALE * queries[n, head] @ keys[n, kv_head].T
+        weights = np.where(visible, np.exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
+        out[n, head] = weights / weights.sum(axis=-1, keepdims=True) @ values[n, kv_head]
     return out
 
 
-def original(
+def mlx_attention(
     mask: mx.array | str | None, queries: mx.array, keys: mx.array, values: mx.array
 ) -> mx.array:
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=SCALE, mask=mask)
 
 
-def slopes(run: Callable[..., mx.array], given: list[mx.array]) -> list[np.ndarray]:
+def our_attention(
+    mask: mx.array | str | None, queries: mx.array, keys: mx.array, values: mx.array
+) -> mx.array:
+    return attention(queries, keys, values, SCALE, mask)
+
+
+def gradients(run: Callable[..., mx.array], inputs: list[mx.array]) -> list[np.ndarray]:
+    """Those of queries, keys and values."""
+    *primals, d_out = inputs
+
     def total(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        return (run(queries, keys, values) * given[3]).sum()
+        return (run(queries, keys, values) * d_out).sum()
 
-    return [np.array(g) for g in mx.grad(total, argnums=(0, 1, 2))(*given[:3])]
+    return [np.array(g) for g in mx.grad(total, argnums=(0, 1, 2))(*primals)]
 
 
-@pytest.mark.parametrize("kept", [0, module.KEPT])
-@pytest.mark.parametrize("block", [1, module.BLOCK_CPU])
+@pytest.mark.parametrize("saved_scores", [0, module.MAX_SAVED_SCORES])
+@pytest.mark.parametrize("tile_scores", [1, module.TILE_SCORES_CPU])
 @pytest.mark.parametrize("kind", [None, "causal", "window"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradient(
     shape: tuple[int, int, int, int],
     kind: str | None,
-    block: int,
-    kept: int,
+    tile_scores: int,
+    saved_scores: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for constant, value in {"BLOCK_CPU": block, "BLOCK_GPU": block, "KEPT": kept}.items():
-        monkeypatch.setattr(module, constant, value)
-    monkeypatch.setattr(module, "ROWS", 16)
+    set_tile_scores(monkeypatch, tile_scores)
+    monkeypatch.setattr(module, "MAX_SAVED_SCORES", saved_scores)
+    monkeypatch.setattr(module, "MIN_TILE_ROWS", 16)
     new, old = shape[:2]
-    mask, given = mask_of(kind, new, old), arrays(shape)
-    seen = np.tri(new, old + new, old, dtype=bool) if kind == "causal" else np.ones((), bool)
-    seen = np.array(mask) if isinstance(mask, mx.array) else seen
+    mask, inputs = make_mask(kind, new, old), random_inputs(shape)
+    visible = np.tri(new, old + new, old, dtype=bool) if kind == "causal" else np.ones((), bool)
+    visible = np.array(mask) if isinstance(mask, mx.array) else visible
 
-    expected = in_float64(*(np.array(a, np.float64) for a in given[:3]), seen)
-    np.testing.assert_allclose(attention(*given[:3], SCALE, mask), expected, atol=2e-6)
+    expected = attention_in_float64(*(np.array(a, np.float64) for a in inputs[:3]), visible)
+    np.testing.assert_allclose(our_attention(mask, *inputs[:3]), expected, atol=2e-6)
 
-    found = slopes(lambda q, k, v: attention(q, k, v, SCALE, mask), given)
-    for ours, theirs in zip(found, slopes(partial(original, mask), given), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max() + 1e-6)
+    ours, theirs = (gradients(partial(f, mask), inputs) for f in (our_attention, mlx_attention))
+    for actual, wide in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(actual, wide, atol=2e-5 * np.abs(wide).max() + 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision_is_as_near_to_float32_as_mlx_is(
     dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK_CPU", 1)
-    given = arrays((150, 20, 4, 2))
-    exact = slopes(lambda q, k, v: attention(q, k, v, SCALE, "causal"), given)
+    set_tile_scores(monkeypatch, 1)
+    inputs = random_inputs((150, 20, 4, 2))
+    exact = gradients(partial(our_attention, "causal"), inputs)
 
     def errors(run: Callable[..., mx.array]) -> np.ndarray:
-        def through(*arrays: mx.array) -> mx.array:
-            return run(*(array.astype(dtype) for array in arrays))
+        def rounded(*arrays: mx.array) -> mx.array:
+            return run("causal", *(array.astype(dtype) for array in arrays))
 
-        return np.array([np.std(f - e) for f, e in zip(slopes(through, given), exact, strict=True)])
+        pairs = zip(gradients(rounded, inputs), exact, strict=True)
+        return np.array([np.std(actual - expected) for actual, expected in pairs])
 
-    ours = errors(lambda q, k, v: attention(q, k, v, SCALE, "causal"))
-    assert (ours < 1.1 * errors(partial(original, "causal"))).all()
+    assert (errors(our_attention) < 1.1 * errors(mlx_attention)).all()
 
 
 @given(st.integers(1, 3000), st.integers(0, 3000), st.integers(1, 64))
-def test_blocks_cover_every_row_once_and_see_no_more_than_they_need(
+def test_tiles_cover_every_row_once_and_see_no_more_than_they_need(
     new: int, old: int, heads: int
 ) -> None:
-    blocks = blocks_of((1, heads, new, 8), old + new, causal=True)
-    edges = [0, *(block.stop for block in blocks)]
-    assert [(block.start, block.stop) for block in blocks] == list(pairwise(edges))
+    tiles = split_into_tiles((1, heads, new, 8), old + new, causal=True)
+    edges = [0, *(tile.stop for tile in tiles)]
+    assert [(tile.start, tile.stop) for tile in tiles] == list(pairwise(edges))
     assert edges[-1] == new
-    for block in blocks:
-        assert block.keys == old + block.stop
-        rows = block.stop - block.start
-        assert 0 < rows <= max(module.ROWS, module.BLOCK_CPU / heads / (old + new))
+    tile_scores = module.TILE_SCORES_GPU if module.is_gpu() else module.TILE_SCORES_CPU
+    for tile in tiles:
+        assert tile.num_keys == old + tile.stop
+        assert (
+            0
+            < tile.stop - tile.start
+            <= max(module.MIN_TILE_ROWS, tile_scores / heads / (old + new))
+        )
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "KEPT", 0)
+    set_tile_scores(monkeypatch, module.TILE_SCORES_CPU)  # a GPU's tiles hold all of these scores
+    monkeypatch.setattr(module, "MAX_SAVED_SCORES", 0)
 
     def peak(length: int) -> int:
-        given = arrays((length, 0, 4, 2), n=1)
-        mx.eval(given)
+        inputs = random_inputs((length, 0, 4, 2), n=1)
+        mx.eval(inputs)
         mx.clear_cache()
         mx.reset_peak_memory()
-        slopes(lambda q, k, v: attention(q, k, v, SCALE, "causal"), given)
+        gradients(partial(our_attention, "causal"), inputs)
         return mx.get_peak_memory() - mx.get_active_memory()
 
     assert peak(4096) < 2.2 * peak(2048)

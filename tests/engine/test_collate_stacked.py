@@ -1,6 +1,4 @@
-"""Every pair once an epoch, in a seeded order, in rows whose padding is never scored."""
-
-from collections import Counter
+"""Pairs in rows whose padding is never scored."""
 
 import mlx.core as mx
 import numpy as np
@@ -10,59 +8,47 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo.data.encode import EncodedPair, TokenizedSequence
-from mlx_simpo.data.order import epoch_steps, steps_per_epoch
 from mlx_simpo.engine.collate_stacked import collate_stacked
-from mlx_simpo.engine.plan import PAD_MULTIPLE, plan_stacked
+from mlx_simpo.engine.plan import PAD_MULTIPLE
 from mlx_simpo.engine.reference import average_logps
 
 
 def pair(prompt: int, chosen: int, rejected: int, index: int = 0) -> EncodedPair:
     """A pair of so many tokens, none of which is 0 (what padding is)."""
     rng = np.random.default_rng([prompt, chosen, rejected, index])
-    sides = (
-        TokenizedSequence(rng.integers(1, 500, prompt + answer).astype(np.int32), prompt)
-        for answer in (chosen, rejected)
+    sequences = (
+        TokenizedSequence(rng.integers(1, 500, prompt + response).astype(np.int32), prompt)
+        for response in (chosen, rejected)
     )
-    return EncodedPair(*sides, index=index)
+    return EncodedPair(*sequences, index=index)
 
 
-def pairs(count: int) -> list[EncodedPair]:
+def some_pairs(count: int) -> list[EncodedPair]:
     return [pair(1 + i % 5, 1 + (7 * i) % 23, 1 + (5 * i) % 19, i) for i in range(count)]
-
-
-def epoch(count: int, step_pairs: int, seed: int = 1, number: int = 0) -> list[list[int]]:
-    """The indices of an epoch's pairs, step by step."""
-    return [step.tolist() for step in epoch_steps(count, step_pairs, seed, number)]
-
-
-def flat(steps: list) -> list[int]:
-    return [index for step in steps for index in step]
 
 
 SIZE = st.integers(1, 40)
 PAIRS = st.lists(st.builds(pair, SIZE, SIZE, SIZE), min_size=1, max_size=6)
-EPOCH = (st.integers(0, 50), st.integers(1, 30))
 
 
 @given(PAIRS)
 @settings(deadline=None, max_examples=60)
-def test_rows_are_all_chosen_then_all_rejected(given_pairs: list[EncodedPair]) -> None:
-    batch = collate_stacked(given_pairs)
-    assert batch.pairs == tuple(given_pairs)
-    sides = [p.chosen for p in given_pairs] + [p.rejected for p in given_pairs]
+def test_rows_are_all_chosen_then_all_rejected(pairs: list[EncodedPair]) -> None:
+    batch = collate_stacked(pairs)
+    assert batch.pairs == tuple(pairs)
+    sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
     rows, starts, ends = batch.tokens.tolist(), batch.score_start.tolist(), batch.score_end.tolist()
-    assert len(rows) == len(starts) == len(ends) == len(sides)
-    for row, start, end, side in zip(rows, starts, ends, sides, strict=True):
-        assert row[:end] == side.tokens.tolist()
-        assert row[start:end] == side.tokens[side.score_start :].tolist()
+    for row, start, end, sequence in zip(rows, starts, ends, sequences, strict=True):
+        assert row[:end] == sequence.tokens.tolist()
+        assert row[start:end] == sequence.tokens[sequence.score_start :].tolist()
         assert not any(row[end:])
 
 
 @given(PAIRS)
 @settings(deadline=None, max_examples=60)
-def test_padding_goes_to_the_next_multiple(given_pairs: list[EncodedPair]) -> None:
-    width = collate_stacked(given_pairs).tokens.shape[1]
-    longest = max(max(len(p.chosen.tokens), len(p.rejected.tokens)) for p in given_pairs)
+def test_padding_goes_to_the_next_multiple(pairs: list[EncodedPair]) -> None:
+    width = collate_stacked(pairs).tokens.shape[1]
+    longest = max(max(len(p.chosen.tokens), len(p.rejected.tokens)) for p in pairs)
     assert width % PAD_MULTIPLE == 0
     assert 0 <= width - longest < PAD_MULTIPLE
 
@@ -74,85 +60,16 @@ def test_width(longest: int, width: int) -> None:
 
 
 def test_everything_is_int32() -> None:
-    batch = collate_stacked(pairs(2))
-    assert {batch.tokens.dtype, batch.score_start.dtype, batch.score_end.dtype} == {mx.int32}
+    assert {array.dtype for array in collate_stacked(some_pairs(2)).arrays} == {mx.int32}
 
 
 def test_padding_is_never_scored() -> None:
     """Whatever stands there, and however much of it."""
-    model, batch = tiny_model(), collate_stacked(pairs(3))
-    expected = average_logps(model, batch.tokens, batch.score_start, batch.score_end).tolist()
+    model, batch = tiny_model(), collate_stacked(some_pairs(3))
+    expected = average_logps(model, *batch.arrays).tolist()
     padding = mx.arange(batch.tokens.shape[1])[None] >= batch.score_end[:, None]
     wider = mx.pad(
         mx.where(padding, 7, batch.tokens), [(0, 0), (0, PAD_MULTIPLE)], constant_values=9
     )
-    found = average_logps(model, wider, batch.score_start, batch.score_end).tolist()
-    assert found == pytest.approx(expected, abs=1e-5)
-
-
-@given(*EPOCH, st.integers(0, 5))
-@settings(deadline=None, max_examples=80)
-def test_every_pair_once_an_epoch(count: int, size: int, number: int) -> None:
-    assert Counter(flat(epoch(count, size, number=number))) == Counter(range(count))
-
-
-@given(*EPOCH)
-@settings(deadline=None, max_examples=80)
-def test_sizes_of_steps(count: int, size: int) -> None:
-    """All are full but the last: no pair is dropped and none repeated to fill a step."""
-    steps = epoch(count, size)
-    assert len(steps) == steps_per_epoch(count, size)
-    assert [len(step) for step in steps] == [size] * (count // size) + [count % size] * (
-        count % size > 0
-    )
-
-
-@given(*EPOCH, st.integers(0, 2**32))
-@settings(deadline=None, max_examples=40)
-def test_the_same_seed_and_epoch_give_the_same_order(count: int, size: int, seed: int) -> None:
-    assert epoch(count, size, seed) == epoch(count, size, seed)
-
-
-def test_seeds_and_epochs_have_orders_of_their_own() -> None:
-    # (1, 0) and (0, 1) too: the order does not come from the sum of seed and epoch.
-    orders = {tuple(flat(epoch(40, 1, seed, n))) for seed in range(4) for n in range(4)}
-    assert len(orders) == 16
-    assert tuple(range(40)) not in orders
-
-
-def test_the_order_does_not_depend_on_numpys_global_state() -> None:
-    np.random.seed(0)
-    first = epoch(30, 4)
-    np.random.seed(1)
-    assert epoch(30, 4) == first
-
-
-def test_every_place_of_the_epoch_is_drawn_alike() -> None:
-    first = Counter(i for seed in range(400) for i in epoch(10, 2, seed)[0])
-    assert sum(first.values()) == 800
-    # 80 expected of each, standard deviation 8.
-    assert all(48 <= first[i] <= 112 for i in range(10))
-
-
-@given(PAIRS, st.integers(1, 4), st.integers(1, 400))
-@settings(deadline=None, max_examples=80)
-def test_pairs_of_like_length_share_a_micro_batch(
-    given_pairs: list[EncodedPair], size: int, max_tokens: int
-) -> None:
-    batches = plan_stacked(given_pairs, size)
-    assert sorted(flat(batches)) == list(range(len(given_pairs)))
-    lengths = [given_pairs[place].length for place in flat(batches)]
-    assert lengths == sorted(lengths)
-    assert all(len(batch) == size for batch in batches[:-1])
-    bounded = plan_stacked(given_pairs, size, max_tokens)
-    assert flat(bounded) == flat(batches)
-    for batch in bounded:
-        positions = collate_stacked([given_pairs[place] for place in batch]).tokens.size
-        assert len(batch) <= size
-        assert positions <= max_tokens or len(batch) == 1
-
-
-def test_no_pairs_no_steps() -> None:
-    assert epoch(0, 4) == []
-    assert steps_per_epoch(0, 4) == 0
-    assert plan_stacked([], 4) == []
+    actual = average_logps(model, wider, batch.score_start, batch.score_end).tolist()
+    assert actual == pytest.approx(expected, abs=1e-5)

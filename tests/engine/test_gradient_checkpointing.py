@@ -1,4 +1,4 @@
-"""Gradient checkpointing gives the very gradients of the plain backward pass, with dropout too."""
+"""Gradient checkpointing gives the same gradients as the plain backward pass, with dropout too."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,14 +34,14 @@ def gradients(model: nn.Module, *, compiled: bool = False) -> dict[str, np.ndarr
     function = nn.value_and_grad(model, loss)
     if compiled:
         function = mx.compile(function, inputs=state, outputs=state)
-    value, found = function()
-    mx.eval(value, found)
-    return {"loss": np.array(value), **{n: np.array(g) for n, g in tree_flatten(found)}}
+    value, gradient = function()
+    mx.eval(value, gradient)
+    return {"loss": np.array(value), **{n: np.array(g) for n, g in tree_flatten(gradient)}}
 
 
-def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def assert_equal(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(actual[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -53,23 +53,23 @@ def test_gradients_equal_those_without(lora: dict, compiled: bool) -> None:
         assert_equal(gradients(model, compiled=compiled), expected)
 
 
-def slope_errors(model: nn.Module, *, compiled: bool = False) -> list[float]:
+def gradient_errors(model: nn.Module, *, compiled: bool = False) -> list[float]:
     """Relative errors of some gradients against differences of the loss with the same masks. (The
     masks are others than without checkpointing, whose gradients are no oracle here.)"""
     name = "model.layers.0.mlp.up_proj.lora_b"
     start = dict(tree_flatten(model.trainable_parameters()))[name]
-    found = gradients(model, compiled=compiled)[name]
+    actual = gradients(model, compiled=compiled)[name]
     errors = []
-    for place in [(0, 3), (2, 17), (3, 40)]:
+    for index in [(0, 3), (2, 17), (3, 40)]:
         losses = []
         for step in (1e-2, -1e-2):
             moved = np.array(start)
-            moved[place] += step
+            moved[index] += step
             model.load_weights([(name, mx.array(moved))], strict=False)
             losses.append(gradients(model)["loss"].astype(np.float64))
         model.load_weights([(name, start)], strict=False)
-        slope = (losses[0] - losses[1]) / 2e-2
-        errors.append(abs(found[place] - slope) / abs(slope))
+        expected = (losses[0] - losses[1]) / 2e-2
+        errors.append(abs(actual[index] - expected) / abs(expected))
     return errors
 
 
@@ -77,15 +77,17 @@ def slope_errors(model: nn.Module, *, compiled: bool = False) -> list[float]:
 def test_dropout_draws_the_same_mask_again(compiled: bool) -> None:
     model = model_with_lora(dropout=0.4)
     with gradient_checkpointing(model):
-        assert max(slope_errors(model, compiled=compiled)) < 0.02
+        assert max(gradient_errors(model, compiled=compiled)) < 0.02
 
 
 def test_a_fresh_mask_in_the_second_run_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted bug is what mx.checkpoint does with mlx's own dropout layer."""
-    monkeypatch.setattr(checkpointing._Keys, "next", lambda keys: None)  # the global random state
+    monkeypatch.setattr(
+        checkpointing._DropoutKeys, "next", lambda keys: None
+    )  # the global random state
     model = model_with_lora(dropout=0.4)
     with gradient_checkpointing(model):
-        assert max(slope_errors(model)) > 0.1
+        assert max(gradient_errors(model)) > 0.1
 
 
 def test_other_models_and_the_model_itself_are_left_as_they_were() -> None:

@@ -1,53 +1,61 @@
 """The head as a product, a scale and a softcap; the model's own code where it is more than that."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.architectures import ARCHITECTURES, with_lora
 from helpers.tiny import tiny_model
 
-from mlx_simpo.engine import head as module
-from mlx_simpo.engine.head import head_logits, resolve_head
+from mlx_simpo.engine.head import (
+    MODELS_OWN_CODE,
+    Head,
+    is_head_frozen,
+    model_logits,
+    resolve_head,
+    weights_outside_layers,
+)
 from mlx_simpo.engine.token_logps import token_logps
 
-GEMMA2 = {"query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}
-COHERE = {"logit_scale": 0.25, "layer_norm_eps": 1e-5}
+GEMMA2, COHERE = ARCHITECTURES["gemma2"], ARCHITECTURES["cohere"]
+GEMMA2 = {**GEMMA2, "final_logit_softcapping": 5.0}
 
 
-def not_capped(logits: mx.array) -> mx.array:
-    """What a softcap of 5 was put on, but for the last thousandth."""
+def without_softcap(logits: mx.array) -> mx.array:
+    """What a softcap of 5 was applied to, but for the last thousandth."""
     return 5 * mx.arctanh(mx.clip(logits / 5, -0.999, 0.999))
 
 
-@pytest.fixture(autouse=True)
-def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_as_said", {})
-
-
 @pytest.mark.parametrize(
-    ("name", "settings", "scale", "softcap"),
-    [("llama", {}, 1.0, 0.0), ("gemma2", GEMMA2, 1.0, 5.0), ("cohere", COHERE, 0.25, 0.0)],
+    ("name", "settings", "expected"),
+    [
+        ("llama", {}, Head(1.0, 0.0, is_projection=True)),
+        ("llama", {"tie_word_embeddings": False}, Head(1.0, 0.0, is_projection=True)),
+        ("gemma2", GEMMA2, Head(1.0, 5.0, is_projection=True)),
+        ("cohere", COHERE, Head(0.25, 0.0, is_projection=True)),
+        ("granite", ARCHITECTURES["granite"], Head(0.25, 0.0, is_projection=True)),
+    ],
 )
-def test_the_usual_settings_are_read(
-    name: str, settings: dict[str, Any], scale: float, softcap: float
-) -> None:
+def test_the_usual_settings_are_read(name: str, settings: dict[str, Any], expected: Head) -> None:
     model = tiny_model(name, **settings)
     head = resolve_head(model)
-    assert (head.scale, head.softcap) == (scale, softcap)
-    rows = 5 * mx.random.normal((7, 32), key=mx.random.key(0))
-    np.testing.assert_allclose(head.logits(rows), head_logits(model, rows), rtol=1e-5, atol=1e-5)
+    assert head == expected
+    hidden = 5 * mx.random.normal((7, 32), key=mx.random.key(0))
+    logits = model_logits(model, hidden)
+    np.testing.assert_allclose(head.logits(model, hidden), logits, rtol=1e-5, atol=1e-5)
 
 
-def another(kind: type, change: Any) -> type:
-    """A kind of model whose logits are changed after all that its settings say."""
+def subclass_with_changed_logits(model_class: type, change: Callable) -> type:
+    """A kind of model whose logits are changed after all that its settings describe."""
 
-    class Another(kind):
-        def __call__(self, *given: Any, **more: Any) -> mx.array:
-            return change(kind.__call__(self, *given, **more))
+    class Changed(model_class):
+        def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+            return change(model_class.__call__(self, *args, **kwargs))
 
-    return Another
+    return Changed
 
 
 @pytest.mark.parametrize(
@@ -55,23 +63,57 @@ def another(kind: type, change: Any) -> type:
     [
         ("llama", {}, lambda logits: 1.01 * logits, mx.float32),
         ("llama", {}, lambda logits: 30 * mx.tanh(logits / 30), mx.float32),
-        ("gemma2", GEMMA2, not_capped, mx.float32),
-        ("gemma2", GEMMA2, not_capped, mx.bfloat16),
+        ("gemma2", GEMMA2, without_softcap, mx.float32),
+        ("gemma2", GEMMA2, without_softcap, mx.bfloat16),
     ],
 )
-def test_what_no_setting_says_is_noticed(
-    name: str, settings: dict[str, Any], change: Any, dtype: mx.Dtype
+def test_what_no_setting_describes_is_noticed(
+    name: str, settings: dict[str, Any], change: Callable, dtype: mx.Dtype
 ) -> None:
     model = tiny_model(name, **settings)
     model.model.embed_tokens.weight *= 0.05  # a softcap does next to nothing to small logits
     model.set_dtype(dtype)
-    model.__class__ = another(type(model), change)
+    model.__class__ = subclass_with_changed_logits(type(model), change)
     head = resolve_head(model)
-    assert (head.scale, head.softcap, head.weight) == (1.0, 0.0, None)
+    assert head == MODELS_OWN_CODE
     if dtype == mx.float32:
-        rows = mx.random.normal((7, 32), key=mx.random.key(0))
+        hidden = mx.random.normal((7, 32), key=mx.random.key(0))
         targets = mx.arange(7, dtype=mx.int32)
-        plain = nn.log_softmax(head_logits(model, rows), axis=-1)
-        expected = mx.take_along_axis(plain, targets[:, None], axis=-1)[:, 0]
-        found = token_logps(model, rows, targets, training=False)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        logps = nn.log_softmax(model_logits(model, hidden), axis=-1)
+        expected = mx.take_along_axis(logps, targets[:, None], axis=-1)[:, 0]
+        actual = token_logps(model, head, hidden, targets, training=False)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_two_models_of_a_kind_are_told_apart() -> None:
+    """What was learned of one model is not believed of another of the same class and settings."""
+    plain, doubled = tiny_model(), tiny_model()
+
+    model_class: Any = type(plain)
+
+    class Scaled(model_class):
+        def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+            return self.factor * model_class.__call__(self, *args, **kwargs)
+
+    for model, factor in ((plain, 1.0), (doubled, 2.0)):
+        model.__class__ = Scaled
+        model.factor = factor
+    assert resolve_head(plain).is_projection
+    assert resolve_head(doubled) == MODELS_OWN_CODE
+
+
+def test_a_trunk_without_an_embedding_runs_the_models_own_code() -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    del model.model["embed_tokens"]
+    assert resolve_head(model) == MODELS_OWN_CODE
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_outside_layers_are_those_of_head_embedding_and_norm(tied: bool) -> None:
+    model = with_lora(tiny_model("llama", tie_word_embeddings=tied))
+    assert weights_outside_layers(model) == {}
+    assert is_head_frozen(model)
+    model.unfreeze()
+    names = {"model.embed_tokens.weight", "model.norm.weight"}
+    assert weights_outside_layers(model).keys() == names | (set() if tied else {"lm_head.weight"})
+    assert not is_head_frozen(model)

@@ -3,9 +3,9 @@
     make golden        (in the parity environment: torch, trl, liger-kernel)
 
 For each case of objective_cases.py: the loss, and its gradients with respect to the average
-log-probabilities, as TRL's CPOTrainer.cpo_loss and Liger's LigerFusedLinearSimPOFunction give them
-in float32 on the CPU. TRL's hinge has no margin term: it is given chosen − gamma_beta_ratio, which
-is the official hinge. Liger has no hinge.
+log-probabilities, as TRL's CPOTrainer.cpo_loss and Liger's LigerFusedLinearSimPOFunction compute
+them in float32 on the CPU. TRL's hinge has no margin term: with chosen − gamma_beta_ratio as its
+input it is the official hinge. Liger has no hinge.
 """
 
 import json
@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).with_name("objective.json")
 
 
 def trl_loss(case: Case) -> dict[str, Any]:
-    """Loss and gradients by TRL."""
+    """Compute loss and gradients with TRL."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from trl.experimental.cpo import CPOTrainer
 
@@ -40,7 +40,7 @@ def trl_loss(case: Case) -> dict[str, Any]:
 
 
 def liger_loss(case: Case) -> dict[str, Any]:
-    """Loss and gradients by Liger."""
+    """Compute loss and gradients with Liger."""
     from liger_kernel.chunked_loss.simpo_loss import LigerFusedLinearSimPOFunction
 
     chosen, rejected = leaves(case)

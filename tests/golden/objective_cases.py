@@ -1,6 +1,6 @@
 """The inputs on which SimPO's loss is compared with TRL's and Liger's: random average
-log-probabilities and the settings of the published recipes. NumPy only, so that the ordinary tests
-and the parity tests use the same."""
+log-probabilities, and the settings of the published recipes. NumPy only, so that the ordinary tests
+and the parity tests share them."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """Settings of one comparison and the seed of its inputs."""
+    """The settings of one comparison, and the seed of its inputs."""
 
     beta: float
     gamma_beta_ratio: float
@@ -25,8 +25,8 @@ class Case(NamedTuple):
         )
 
     def inputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """(chosen, rejected) average log-probabilities, float32 [pairs]: everyday ones, and in
-        every fifth place one far out, where a careless log-sigmoid overflows."""
+        """(chosen, rejected) average log-probabilities, float32 [pairs]: ordinary ones, and every
+        fifth an extreme one, for which a naive log-sigmoid overflows."""
         rng = np.random.default_rng(self.seed)
         chosen, rejected = -rng.gamma(2.0, 0.8, (2, self.pairs)).astype(np.float32)
         rejected[::5] -= rng.choice([-60.0, 60.0], rejected[::5].shape).astype(np.float32)

@@ -87,7 +87,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def written_report(*, terminal: bool = False) -> tuple[Display, io.StringIO]:
+def captured_display(*, terminal: bool = False) -> tuple[Display, io.StringIO]:
     """A report, and what it has written so far."""
     text = io.StringIO()
     console = Console(file=text, width=100, force_terminal=terminal, highlight=False)

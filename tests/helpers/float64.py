@@ -53,7 +53,7 @@ def llama_logits(
 
     weights: the parameters by their flat names, as from dict(tree_flatten(model.parameters())) of
     an mlx-lm llama (mlx_lm/models/llama.py). Without an "lm_head" the head is the embedding. What
-    is not computed here (biases, quantized layers, DoRA) is a ValueError, never left out.
+    is not computed here (biases, quantized layers, DoRA) is a ValueError, never ignored.
     """
     if strange := [n for n in weights if not n.endswith((".weight", ".lora_a", ".lora_b"))]:
         raise ValueError(f"neither a plain weight nor LoRA: {strange}")

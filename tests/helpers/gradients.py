@@ -16,12 +16,12 @@ def run(model: nn.Module, engine: Engine, pairs: Sequence[EncodedPair]) -> dict[
     arrays = engine.collate(pairs).arrays
     weights = mx.array(np.random.default_rng(1).normal(size=2 * len(pairs)), mx.float32)
 
-    def total(model: nn.Module) -> tuple[mx.array, mx.array]:
-        found = engine.logps(model, arrays, training=True)
-        return (found * weights).sum(), found
+    def weighted_sum(model: nn.Module) -> tuple[mx.array, mx.array]:
+        logps = engine.logps(model, arrays, training=True)
+        return (logps * weights).sum(), logps
 
-    (_, found), gradient = nn.value_and_grad(model, total)(model)
-    return {"logps": np.array(found)} | {k: np.array(g) for k, g in tree_flatten(gradient)}
+    (_, logps), gradient = nn.value_and_grad(model, weighted_sum)(model)
+    return {"logps": np.array(logps)} | {k: np.array(g) for k, g in tree_flatten(gradient)}
 
 
 def greatest_difference(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:

@@ -1,4 +1,4 @@
-"""Two right Metal kernels, and how a spoilt one and what must be found in it are written down."""
+"""Two correct Metal kernels, and the form in which planted bugs are written down."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-# The sum of each row of x: every thread adds up some elements, then a tree over threadgroup memory.
+# The sum of each row of x: every thread adds up some elements, then a tree adds up the threads.
 SUM = """
     uint row = threadgroup_position_in_grid.x;
     uint lid = thread_position_in_threadgroup.x;
@@ -23,8 +23,8 @@ SUM = """
     if (lid == 0) out[row] = buf[0];
 """
 
-# log Σ exp of each row of x, in one pass: a greatest value and a sum for each thread, then for each
-# simdgroup, then for the threadgroup.
+# log Σ exp of each row of x, in one pass: max and sum of each thread, then of each simdgroup, then
+# of the threadgroup.
 LOGSUMEXP = """
     uint row = threadgroup_position_in_grid.x;
     uint lid = thread_position_in_threadgroup.x;
@@ -35,40 +35,43 @@ LOGSUMEXP = """
     float m = -INFINITY, s = 0.0f;
     for (uint i = lid; i < x_shape[1]; i += n) {
         float v = float(xs[i]);
-        float greater = metal::max(m, v);
-        s = s * metal::exp(m - greater) + metal::exp(v - greater);
-        m = greater;
+        float new_m = metal::max(m, v);
+        s = s * metal::exp(m - new_m) + metal::exp(v - new_m);
+        m = new_m;
     }
-    float greatest = metal::simd_max(m);
-    s = m == -INFINITY ? 0.0f : s * metal::exp(m - greatest);
+    float group_m = metal::simd_max(m);
+    s = m == -INFINITY ? 0.0f : s * metal::exp(m - group_m);
     s = metal::simd_sum(s);
-    if (lane == 0) { part_m[group] = greatest; part_s[group] = s; }
+    if (lane == 0) { part_m[group] = group_m; part_s[group] = s; }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (group == 0) {
         uint groups = (n + 31) / 32;
         float pm = lane < groups ? part_m[lane] : -INFINITY;
         float ps = lane < groups ? part_s[lane] : 0.0f;
-        float of_all = metal::simd_max(pm);
-        ps = pm == -INFINITY ? 0.0f : ps * metal::exp(pm - of_all);
+        float row_m = metal::simd_max(pm);
+        ps = pm == -INFINITY ? 0.0f : ps * metal::exp(pm - row_m);
         ps = metal::simd_sum(ps);
-        if (lane == 0) out[row] = of_all + metal::log(ps);
+        if (lane == 0) out[row] = row_m + metal::log(ps);
     }
 """
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel, how it is launched, and what must be found: nothing, a MetalError of that kind, or
-    "wrong-result" where only the numbers tell."""
+    """A kernel and the kind of problem that the Metal host must report for it.
+
+    kind: of the MetalError; "wrong-result" where only the numbers show it; None if the kernel is
+        correct. launch: dtype and shape of x, and arguments of `launch_rows`.
+    """
 
     title: str
-    found: str | None
+    kind: str | None
     source: str
     launch: dict[str, Any] = field(default_factory=dict)
 
 
 def changed(source: str, *replacements: tuple[str, str]) -> str:
-    """The source with the first of each text replaced, which must be there."""
+    """Return the source with the first occurrence of each text replaced; none may be missing."""
     for old, new in replacements:
         assert old in source, old
         source = source.replace(old, new, 1)
@@ -83,8 +86,10 @@ def float64(array: mx.array) -> np.ndarray:
     return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
-def by_rows(source: str, x: mx.array, threads: int = 128, outputs: int | None = None) -> mx.array:
-    """What a kernel with an input x and an output of float32 makes of x, a threadgroup a row."""
+def launch_rows(
+    source: str, x: mx.array, threads: int = 128, outputs: int | None = None
+) -> mx.array:
+    """Run a kernel with the input x, one threadgroup per row, and return its float32 output."""
     kernel = mx.fast.metal_kernel("rows", ["x"], ["out"], source)
     (out,) = kernel(
         inputs=[x],

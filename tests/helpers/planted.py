@@ -1,21 +1,21 @@
-"""Ways to spoil a Metal kernel that the Metal host must notice, and right kernels that it must not
-blame."""
+"""Bugs planted in Metal kernels, which the Metal host must report, and correct kernels, which it
+must accept."""
 
 from helpers.metal_kernels import LOGSUMEXP, SUM, Case, changed
 
-ONE_THREAD_EACH = {"shape": (1, 32), "threads": 32, "outputs": 32}  # for kernels without rows
+ELEMENTWISE = {"shape": (1, 32), "threads": 32, "outputs": 32}  # for kernels without rows
 INDEX = "uint i = thread_position_in_grid.x; "
 IN_ARRAY = INDEX + (
     "threadgroup float b[32]; b[i] = x[i]; simdgroup_barrier(mem_flags::mem_threadgroup);"
 )
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 IN_LOOP = BARRIER + " // in the loop"
-FLUSH = "if (lid < o) buf[lid] += buf[lid + o];"
+TREE_STEP = "if (lid < o) buf[lid] += buf[lid + o];"
 SIMD_SUM = "s = metal::simd_sum(s);\n    if"
 
 
 def butterfly(mask: int) -> str:
-    """simd_sum by shuffles, from the lane that many lanes away on."""
+    """Return simd_sum written as shuffles between lanes that are ``mask`` apart, half of it, …"""
     return f"for (ushort k = {mask}; k; k /= 2) s += metal::simd_shuffle_xor(s, k);\n    if"
 
 
@@ -29,7 +29,7 @@ BOUNDS = [
     Case("write past the end", "out-of-bounds", changed(SUM, ("out[row]", "out[row + 1]"))),
     Case("negative index", "out-of-bounds", changed(SUM, ("out[row]", "out[(int)row - 1]"))),
     Case(
-        "an index wrong by 50 million",
+        "index off by 50 million",
         "out-of-bounds",
         changed(SUM, ("buf[lid] = s;", "buf[lid] = s + 0.0f * x[50000000 + lid];")),
     ),
@@ -44,7 +44,7 @@ BOUNDS = [
         ),
     ),
     Case(
-        "array of a thread overrun",
+        "array of a thread too small",
         "out-of-bounds",
         changed(
             SUM,
@@ -58,10 +58,10 @@ BOUNDS = [
         "unsigned index below zero",
         "out-of-bounds",
         INDEX + "uint n = i - i; out[i] = x[metal::min(i + 40u, n - 1)];",
-        ONE_THREAD_EACH,
+        ELEMENTWISE,
     ),
     Case(
-        "vector that reaches past the end",
+        "read of a vector past the end",
         "out-of-bounds",
         INDEX + "out[i] = dot(((const device float4*)x)[i], float4(1.0f));",
         {"shape": (1, 30), "threads": 8, "outputs": 8},
@@ -83,21 +83,21 @@ RACES = [
         changed(SUM, (BARRIER, BARRIER.replace("mem_threadgroup", "mem_device"))),
     ),
     Case(
-        "barrier of a simdgroup only",
+        "barrier of the simdgroup only",
         "race",
         changed(SUM, (BARRIER, "simdgroup_barrier(mem_flags::mem_threadgroup);")),
     ),
     Case(
-        "barrier of a simdgroup for other memory",
+        "barrier of the simdgroup, for other memory",
         "race",
         changed(IN_ARRAY, ("mem_threadgroup", "mem_device")) + "out[i] = b[31 - i];",
-        ONE_THREAD_EACH,
+        ELEMENTWISE,
     ),
     Case(
-        "between lanes",
+        "no barrier between lanes",
         "race",
         INDEX + "threadgroup float b[32]; b[i] = x[i]; out[i] = b[31 - i];",
-        ONE_THREAD_EACH,
+        ELEMENTWISE,
     ),
     Case(
         "two threadgroups write one element",
@@ -110,16 +110,16 @@ RACES = [
         "race",
         IN_ARRAY + "float v = b[31 - i]; b[i] = v; simdgroup_barrier(mem_flags::mem_threadgroup);"
         "out[i] = b[i];",
-        ONE_THREAD_EACH,
+        ELEMENTWISE,
     ),
     Case(
-        "simd_sum taken for a barrier",
+        "simd_sum used as a barrier",
         "race",
         IN_ARRAY + "float v = simd_sum(b[0]); if (i == 0) b[0] = v; out[i] = v;",
-        ONE_THREAD_EACH,
+        ELEMENTWISE,
     ),
     Case(
-        "write after reads of two simdgroups, barrier for no memory",
+        "write after reads by two simdgroups, barrier for no memory",
         "race",
         INDEX + "threadgroup float b[1]; if (i == 0) b[0] = x[0];"
         f"{BARRIER} float v = i % 32 == 0 ? b[0] : 0.0f; threadgroup_barrier(mem_flags::mem_none);"
@@ -127,14 +127,14 @@ RACES = [
         {"shape": (1, 64), "threads": 64, "outputs": 64},
     ),
     Case(
-        "output read without a barrier for it",
+        "output read without a barrier for device memory",
         "race",
         INDEX + f"out[i] = x[i]; {BARRIER} if (i == 0) out[0] = out[5];",
-        ONE_THREAD_EACH,
+        ELEMENTWISE,
     ),
 ]
 
-MEETING = [
+DIVERGENCE = [
     Case(
         "return before a barrier",
         "divergent-barrier",
@@ -143,23 +143,27 @@ MEETING = [
     Case(
         "barrier in a branch",
         "divergent-barrier",
-        changed(SUM, (FLUSH, "if (lid < o) { buf[lid] += buf[lid + o];"), (IN_LOOP, BARRIER + "}")),
+        changed(
+            SUM,
+            (TREE_STEP, "if (lid < o) { buf[lid] += buf[lid + o];"),
+            (IN_LOOP, BARRIER + "}"),
+        ),
     ),
     Case(
         "return from a loop with a barrier",
         "divergent-barrier",
-        changed(SUM, (FLUSH, FLUSH + " if (lid > 100 && o < 32) return;")),
+        changed(SUM, (TREE_STEP, TREE_STEP + " if (lid > 100 && o < 32) return;")),
     ),
     Case(
-        "a barrier for each half",
+        "one barrier for each half",
         "divergent-barrier",
         changed(SUM, (BARRIER, f"if (lid < 64) {BARRIER} else\n {BARRIER}")),
     ),
     Case(
-        "return before a simdgroup's barrier",
+        "return before a barrier of the simdgroup",
         "divergent-barrier",
         INDEX + "out[i] = x[i]; if (i > 9) return; simdgroup_barrier(mem_flags::mem_none);",
-        ONE_THREAD_EACH,
+        ELEMENTWISE,
     ),
     Case(
         "simd operation in a branch",
@@ -169,7 +173,7 @@ MEETING = [
     Case("width 64 assumed", "absent-lane", changed(LOGSUMEXP, (SIMD_SUM, butterfly(32)))),
     Case("width 16 assumed", "wrong-result", changed(LOGSUMEXP, (SIMD_SUM, butterfly(8)))),
     Case(
-        "half a simdgroup",
+        "half a simdgroup missing",
         "absent-lane",
         changed(LOGSUMEXP, (SIMD_SUM, butterfly(16))),
         {"threads": 48},
@@ -182,7 +186,7 @@ MEETING = [
             ("lane < groups ? part_s", "lane < 1 ? part_s"),
         ),
     ),
-    Case("a tree over 96 threads", "wrong-result", SUM, {"threads": 96}),
+    Case("tree over 96 threads, no power of two", "wrong-result", SUM, {"threads": 96}),
 ]  # fmt: skip
 
 VALUES = [
@@ -196,19 +200,19 @@ VALUES = [
         ),
     ),
     Case(
-        "left by another threadgroup",
+        "value left behind by another threadgroup",
         "uninitialised-read",
         changed(SUM, ("buf[lid] = s;", "if (row == 0 || lid < 64) buf[lid] = s;")),
     ),
     Case(
-        "a row never written",
+        "row never written",
         "unwritten-output",
         changed(SUM, ("if (lid == 0) out", "if (lid == 0 && row != 2) out")),
     ),
     Case(
-        "output added to", "uninitialised-read", changed(SUM, ("out[row] =", "out[row] +="))
+        "addition to an output", "uninitialised-read", changed(SUM, ("out[row] =", "out[row] +="))
     ),
-    Case("variable never set", "wrong-result", changed(SUM, ("float s = 0.0f;", "float s;"))),
+    Case("variable without a value", "wrong-result", changed(SUM, ("float s = 0.0f;", "float s;"))),
     Case(
         "misaligned vector",
         "undefined-behaviour",
@@ -216,50 +220,48 @@ VALUES = [
         {"shape": (1, 64), "threads": 8, "outputs": 8},
     ),
     Case(
-        "32-bit index too large",
+        "index that overflows 32 bits",
         "overflow",
         "int i = thread_position_in_grid.x; int j = (i + 70000) * 70000;"
         "out[i] = x[i] + (j == 12345);",
-        ONE_THREAD_EACH,
+        ELEMENTWISE,
     ),
     Case("threadgroup memory over 32 KiB", "threadgroup-memory",
          changed(SUM, ("buf[256]", "buf[9000]"))),
     Case("two arrays over 32 KiB", "threadgroup-memory",
          changed(SUM, ("buf[256]", "buf[5000], more[5000]"))),
-    Case("a loop without end", "runaway", INDEX + "while (x[0] == x[0]) out[i] = x[i];",
-         ONE_THREAD_EACH),
+    Case("endless loop", "runaway", INDEX + "while (x[0] == x[0]) out[i] = x[i];",
+         ELEMENTWISE),
 ]  # fmt: skip
 
 LANGUAGE = [
     Case(
-        "float to bfloat by itself",
+        "implicit conversion of float to bfloat",
         "compile",
         INDEX + "T t = 1.0f; out[i] = t + x[i];",
-        {"dtype": "bfloat16", **ONE_THREAD_EACH},
+        {"dtype": "bfloat16", **ELEMENTWISE},
     ),
-    Case(
-        "max of float and int", "compile", INDEX + "out[i] = metal::max(x[i], 0);", ONE_THREAD_EACH
-    ),
-    Case("double", "compile", INDEX + "double d = x[i]; out[i] = d;", ONE_THREAD_EACH),
+    Case("max of float and int", "compile", INDEX + "out[i] = metal::max(x[i], 0);", ELEMENTWISE),
+    Case("double", "compile", INDEX + "double d = x[i]; out[i] = d;", ELEMENTWISE),
 ]
 
-RIGHT = [
+CORRECT = [
     Case("sum", None, SUM),
     Case("log-sum-exp", None, LOGSUMEXP),
     Case(
-        "output read after a barrier for it",
+        "output read after a barrier for device memory",
         None,
         INDEX + "out[i] = x[i]; threadgroup_barrier(mem_flags::mem_device);"
         "if (i == 0) out[0] = out[5];",
-        ONE_THREAD_EACH,
+        ELEMENTWISE,
     ),
-    Case("lanes with a barrier between", None, IN_ARRAY + "out[i] = b[31 - i];", ONE_THREAD_EACH),
+    Case("barrier between lanes", None, IN_ARRAY + "out[i] = b[31 - i];", ELEMENTWISE),
     Case(
-        "write after a barrier for all reads",
+        "write after a barrier that orders all reads",
         None,
         IN_ARRAY + "float v = b[0] + b[31 - i]; simdgroup_barrier(mem_flags::mem_threadgroup);"
         "b[i] = v; if (i == 0) b[0] += 1.0f; out[i] = b[i];",
-        ONE_THREAD_EACH,
+        ELEMENTWISE,
     ),
     Case(
         "write after barriers for reads by all",
@@ -270,7 +272,7 @@ RIGHT = [
         {"shape": (1, 64), "threads": 64, "outputs": 64},
     ),
     Case(
-        "a barrier for both memories",
+        "one barrier for both kinds of memory",
         None,
         INDEX + "threadgroup float b[64]; b[i] = x[i]; out[i] = x[i];"
         "threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);"
@@ -279,6 +281,6 @@ RIGHT = [
         "b[i] = v; out[i] = b[i];",
         {"shape": (1, 64), "threads": 64, "outputs": 64},
     ),
-    Case("half a simdgroup has returned", None, INDEX + "if (i >= 16) { out[i] = 0; return; }"
-         "out[i] = simd_sum(x[i]);", ONE_THREAD_EACH),
+    Case("simd_sum after half of the simdgroup has returned", None,
+         INDEX + "if (i >= 16) { out[i] = 0; return; } out[i] = simd_sum(x[i]);", ELEMENTWISE),
 ]  # fmt: skip

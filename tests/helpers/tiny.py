@@ -127,16 +127,16 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 
 def token_pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> EncodedPair:
-    """Answers of so many random tokens behind the same prompt; no token is 0."""
+    """Responses of so many random tokens behind the same prompt; no token is 0."""
     rng = np.random.default_rng([prompt, chosen, rejected, seed])
     before = rng.integers(1, 500, prompt)
-    sides = (
+    sequences = (
         TokenizedSequence(
             np.concatenate([before, rng.integers(1, 500, n)]).astype(np.int32), prompt
         )
         for n in (chosen, rejected)
     )
-    return EncodedPair(*sides)
+    return EncodedPair(*sequences)
 
 
 def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list, list]:

@@ -1,27 +1,33 @@
-"""MLX's operations against float64, over the matrix that the kernel is held to."""
+"""MLX operations against float64, with the same rows of logits as the kernel."""
 
 import mlx.core as mx
 import pytest
-from helpers.logit_rows import DTYPES, SHAPES, assert_right, case, hard_rows
+from helpers.logit_rows import DTYPES, SHAPES, assert_correct, case, hard_rows
 
-from mlx_simpo.kernels.built_in import built_in
+from mlx_simpo.kernels.built_in import mlx_response_logps
 
 
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 @pytest.mark.parametrize("scale", [1.0, 1 / 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "rows"), SHAPES)
-def test_matrix(size: int, rows: int, dtype: mx.Dtype, scale: float, softcap: float) -> None:
-    given = case(size, rows, dtype, scale, softcap)
-    found = built_in(*given[:2], scale=scale, softcap=softcap, gradient=True)
-    assert_right(found, given)
-    without = built_in(*given[:2], scale=scale, softcap=softcap, gradient=False)
-    assert without[1] is None
-    assert mx.array_equal(without[0], found[0], equal_nan=True)
+def test_values_and_gradients(
+    size: int, rows: int, dtype: mx.Dtype, scale: float, softcap: float
+) -> None:
+    inputs = case(size, rows, dtype, scale, softcap)
+    settings = {"scale": scale, "softcap": softcap}
+    outputs = mlx_response_logps(inputs.raw_logits, inputs.targets, **settings, gradient=True)
+    assert_correct(outputs, inputs)
+    only_values = mlx_response_logps(inputs.raw_logits, inputs.targets, **settings, gradient=False)
+    assert only_values[1] is None
+    assert mx.array_equal(only_values[0], outputs[0], equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [2, 33, 1027])
 def test_hard_rows(size: int, dtype: mx.Dtype) -> None:
-    given = hard_rows(size, dtype)
-    assert_right(built_in(*given[:2], scale=1.0, softcap=0.0, gradient=True), given)
+    inputs = hard_rows(size, dtype)
+    outputs = mlx_response_logps(
+        inputs.raw_logits, inputs.targets, scale=1.0, softcap=0.0, gradient=True
+    )
+    assert_correct(outputs, inputs)

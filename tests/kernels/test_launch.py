@@ -1,4 +1,4 @@
-"""The Metal kernel itself, executed on this machine (see metal_host), through its own launcher."""
+"""The kernel through its own launcher: on the GPU, or executed on the CPU by metal_host."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -9,11 +9,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.devices import on_cpu, on_gpu, on_stand_in_gpu
 from helpers.gradients import greatest_difference, run
-from helpers.logit_rows import DTYPES, Case, assert_right, case, hard_rows
+from helpers.logit_rows import DTYPES, Case, assert_correct, case, hard_rows
 from helpers.tiny import tiny_model
 from helpers.tiny import token_pair as pair
-from metal_host import MetalError, missing, stand_in
+from metal_host import MetalError
 from metal_host.address_spaces import address_spaces, clang
 from metal_host.signature import signature
 from mlx.utils import tree_flatten
@@ -25,32 +26,37 @@ from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
 from mlx_simpo.errors import SimPOError
 from mlx_simpo.kernels import choice, launch
 from mlx_simpo.model.lora import attach_lora
-from mlx_simpo.training.step import GradientFunction, make_step, step_gradients
+from mlx_simpo.training.step import GradientFunction, collate_step, step_gradients
 
 KERNEL = Path(launch.__file__).with_name("response_logps.metal")
 
 
 @pytest.fixture
-def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The launcher believes that it runs on Metal, and its kernels run here."""
-    if reason := missing():
-        pytest.skip(reason)
-    monkeypatch.setattr(launch, "backend", lambda: "Metal")
-    monkeypatch.setattr(choice, "backend", lambda: "Metal")
-    with stand_in(seeds=(0, 1, 7)):
-        launch._kernel.cache_clear()
-        choice.check.cache_clear()
+def cpu() -> Iterator[None]:
+    with on_cpu():
         yield
-    launch._kernel.cache_clear()
-    choice.check.cache_clear()
 
 
-def launched(given: Case, *, gradient: bool = True) -> tuple[mx.array, mx.array | None]:
-    return launch.launch(
-        given.products,
-        given.targets,
-        scale=given.scale,
-        softcap=given.softcap,
+@pytest.fixture
+def gpu() -> Iterator[None]:
+    with on_gpu():
+        yield
+
+
+@pytest.fixture
+def stand_in_gpu() -> Iterator[None]:
+    """For tests that a real GPU cannot run: of wrong kernels, and of float32 matrix products, whose
+    factors a GPU may round."""
+    with on_stand_in_gpu():
+        yield
+
+
+def launched(inputs: Case, *, gradient: bool = True) -> tuple[mx.array, mx.array | None]:
+    return launch.kernel_response_logps(
+        inputs.raw_logits,
+        inputs.targets,
+        scale=inputs.scale,
+        softcap=inputs.softcap,
         gradient=gradient,
     )
 
@@ -64,40 +70,43 @@ def launched(given: Case, *, gradient: bool = True) -> tuple[mx.array, mx.array 
         *[(1027, 7), (32_000, 3), (151_936, 1), (262_144, 1)],
     ],
 )
-def test_matrix(size: int, rows: int, dtype: mx.Dtype, softcap: float, metal: None) -> None:
-    given = case(size, rows, dtype, 1 / 16 if rows == 7 else 1.0, softcap)
-    found = launched(given)
-    assert_right(found, given)
-    without = launched(given, gradient=False)
-    assert without[1] is None
-    assert mx.array_equal(without[0], found[0], equal_nan=True)
-    again = launched(given)
-    assert all(mx.array_equal(a, b, equal_nan=True) for a, b in zip(found, again, strict=True))
+def test_values_and_gradients(
+    size: int, rows: int, dtype: mx.Dtype, softcap: float, gpu: None
+) -> None:
+    inputs = case(size, rows, dtype, 1 / 16 if rows == 7 else 1.0, softcap)
+    outputs = launched(inputs)
+    assert_correct(outputs, inputs)
+    only_values = launched(inputs, gradient=False)
+    assert only_values[1] is None
+    assert mx.array_equal(only_values[0], outputs[0], equal_nan=True)
+    again = launched(inputs)
+    assert all(mx.array_equal(a, b, equal_nan=True) for a, b in zip(outputs, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [2, 33, 1027])
-def test_hard_rows(size: int, dtype: mx.Dtype, metal: None) -> None:
-    given = hard_rows(size, dtype)
-    assert_right(launched(given), given)
+def test_hard_rows(size: int, dtype: mx.Dtype, gpu: None) -> None:
+    inputs = hard_rows(size, dtype)
+    assert_correct(launched(inputs), inputs)
 
 
-def test_rows_of_a_larger_array(metal: None) -> None:
-    given = case(33)
-    wide = mx.concatenate([given.products, given.products], axis=1)[:, :33]
-    for one, two in zip(launched(given._replace(products=wide)), launched(given), strict=True):
+def test_rows_of_a_larger_array(gpu: None) -> None:
+    """A slice is not contiguous: its rows are further apart than they are long."""
+    inputs = case(33)
+    wide = mx.concatenate([inputs.raw_logits, inputs.raw_logits], axis=1)[:, :33]
+    for one, two in zip(launched(inputs._replace(raw_logits=wide)), launched(inputs), strict=True):
         assert mx.array_equal(one, two, equal_nan=True)
 
 
-def test_the_wrong_shape_or_dtype_is_refused() -> None:
-    given = case(33)
-    for products, targets, words in (
-        (given.products.astype(mx.int32), given.targets, "logits are .*int32"),
-        (given.products, given.targets.astype(mx.int64), "targets .*int64"),
-        (mx.zeros((1025, 2)), mx.zeros((1025,), mx.int32), "1025 rows of 2 logits"),
+def test_a_wrong_shape_or_dtype_is_an_error() -> None:
+    inputs = case(33)
+    for raw_logits, targets, words in (
+        (inputs.raw_logits.astype(mx.int32), inputs.targets, "logits are .*int32"),
+        (inputs.raw_logits, inputs.targets.astype(mx.int64), "targets .*int64"),
+        (mx.zeros((1025, 2)), mx.zeros((1025,), mx.int32), "1025 rows of 2 logits are too many"),
     ):
         with pytest.raises(ValueError, match=words):
-            launched(given._replace(products=products, targets=targets))
+            launched(inputs._replace(raw_logits=raw_logits, targets=targets))
 
 
 @pytest.mark.skipif(clang() is None, reason="address spaces are checked by clang++ 19 or newer")
@@ -105,98 +114,156 @@ def test_the_wrong_shape_or_dtype_is_refused() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(1, 2), (3, 33), (9, 1027)])
 def test_address_spaces(rows: int, size: int, dtype: mx.Dtype, gradient: bool) -> None:
-    """Small inputs are put into ``constant``; a pointer that could not lead there is refused."""
-    text = launch.text("Metal", gradient=gradient)
-    described = signature(
-        text["name"],
-        text["source"],
-        text["input_names"],
+    """MLX puts small inputs into ``constant``; a pointer to ``device`` would not compile there."""
+    definition = launch.kernel_definition("Metal", gradient=gradient)
+    kernel_signature = signature(
+        definition["name"],
+        definition["source"],
+        definition["input_names"],
         [(dtype, (rows, size)), (mx.int32, (rows,)), (mx.float32, (2,))],
-        text["output_names"],
+        definition["output_names"],
         [mx.float32, dtype][: 1 + gradient],
         [("T", dtype)],
     )
-    assert address_spaces(described, text["source"], text["header"]) == ""
+    assert address_spaces(kernel_signature, definition["source"], definition["header"]) == ""
 
 
 # --- the choice ------------------------------------------------------------------------------
 
 
-def test_on_a_cpu_mlx_runs_and_says_why() -> None:
-    assert choice.choose().name == "mlx"
-    assert "CPU" in choice.choose().note
-    assert "logps.impl=mlx" in choice.choose("mlx").note
+def test_on_a_cpu_mlx_operations_run(cpu: None) -> None:
+    implementation = choice.choose_implementation()
+    assert implementation.name == "mlx"
+    assert implementation.note == "MLX's own operations, as MLX runs on the CPU"
     with pytest.raises(SimPOError, match=r"logps\.impl is kernel, but MLX runs on the CPU"):
-        choice.choose("kernel")
+        choice.choose_implementation("kernel")
 
 
-def test_on_metal_the_kernel_runs_once_it_is_checked(metal: None) -> None:
-    chosen = choice.choose()
-    assert chosen.name == "kernel"
-    assert "Metal kernel" in chosen.note
-    assert choice.choose("mlx").name == "mlx"
+@pytest.mark.parametrize("name", ["auto", "kernel"])
+def test_on_a_gpu_the_kernel_runs_once_it_is_checked(
+    name: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+    monkeypatch.setattr(choice, "check_kernel", checked.append)
+    implementation = choice.choose_implementation(name)
+    assert implementation.name == "kernel"
+    assert implementation.response_logps is launch.kernel_response_logps
+    assert checked == [launch.backend()]
+    assert f"the {launch.backend()} kernel" in implementation.note
+
+
+def test_the_kernel_passes_its_check(gpu: None) -> None:
+    choice.check_kernel.cache_clear()
+    assert choice.choose_implementation().name == "kernel"
+    assert choice.check_kernel.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("device", [on_cpu, on_gpu])
+def test_mlx_operations_run_wherever_they_are_asked_for(device: Any) -> None:
+    with device():
+        implementation = choice.choose_implementation("mlx")
+    assert implementation.response_logps is choice.BUILT_IN.response_logps
+    assert implementation.note == "MLX's own operations, as logps.impl=mlx asks"
+
+
+def replace_in_kernel(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch a kernel from now on whose text has ``new`` where ``old`` was, which occurs once."""
+    text = KERNEL.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    (tmp_path / KERNEL.name).write_text(text.replace(old, new), encoding="utf-8")
+    monkeypatch.setattr(launch, "_FOLDER", tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "words"),
+    ("old", "new", "words"),
     [
-        ("relative(value, total.greatest) / total.sum", "relative(value, 0.0f)", "is off by"),
+        ("exp_minus_max(value, total.max_value)", "exp_minus_max(value, 0.0f)", "is off by"),
         ("T(0.0f)", "T(1.0f)", "is off by"),
-        ("return {greatest,", "return {gratest,", "does not run"),
+        ("return {max_value,", "return {max_valve,", "does not run"),
     ],
 )
-def test_a_wrong_kernel_is_refused(
-    right: str, wrong: str, words: str, metal: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_kernel_is_an_error(
+    old: str,
+    new: str,
+    words: str,
+    stand_in_gpu: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    text = KERNEL.read_text()
-    assert text.count(right) == 1
-    (tmp_path / KERNEL.name).write_text(text.replace(right, wrong))
-    monkeypatch.setattr(launch, "_FOLDER", tmp_path)
-    with pytest.raises(SimPOError, match=f"(?s)Metal kernel .*{words}.*logps.impl=mlx"):
-        choice.choose()
+    replace_in_kernel(old, new, tmp_path, monkeypatch)
+    with pytest.raises(SimPOError, match=f"(?s)the Metal kernel .*{words}.*logps.impl=mlx"):
+        choice.choose_implementation()
 
 
-# What each of these does is not always seen in the numbers; the executor sees it.
+# --- mutants ---------------------------------------------------------------------------------
+
+LOOP = "start < size;\n       start += int(position.count) * READS) {\n    float"
+
+# What is changed in the kernel, and which kinds of problem the executor must report for it; none
+# where only the numbers show it. (Some of those that are reported give the right numbers.)
 MUTANTS = {
-    "no barrier": ("  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);\n", ""),
-    "barrier for other memory": ("mem_flags::mem_threadgroup", "mem_flags::mem_device"),
+    "no barrier": (
+        "  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);\n",
+        "",
+        {"race", "uninitialised-read"},
+    ),
+    "barrier for other memory": ("mem_flags::mem_threadgroup", "mem_flags::mem_device", {"race"}),
     "tail not guarded": (
-        "start + i < size ? logit(float(products[start + i]), scale, softcap) : -INFINITY",
-        "logit(float(products[start + i]), scale, softcap)",
+        "start + i < size ? logit(float(raw_logits[start + i]), scale, softcap) : -INFINITY",
+        "logit(float(raw_logits[start + i]), scale, softcap)",
+        {"out-of-bounds"},
     ),
-    "gradient beyond the row": ("v < start + READS && v < size", "v < start + READS"),
-    "a tail left out": (
-        "start < size; start += int(place.count) * READS) {\n    for",
-        "start + READS <= size; start += int(place.count) * READS) {\n    for",
+    "gradient beyond the row": (
+        "v < start + READS && v < size",
+        "v < start + READS",
+        {"out-of-bounds", "race"},
     ),
-    "absent simdgroups read": ("place.lane < place.simdgroups", "true"),
-    "one simdgroup only": ("place.lane < place.simdgroups", "place.lane < 1"),
-    "a barrier some miss": ("  if (place.lane == 0) {\n", "  if (place.lane != 0) return own; {\n"),
-    "a row that writes nothing": (
-        "    return;\n  }\n\n  Total total",
-        "    return;\n  }\n  if (target == 0) return;\n  Total total",
+    "tail not read": (LOOP, LOOP.replace("start < size", "start + READS <= size"), set()),
+    "absent simdgroups read": (
+        "position.lane < position.simdgroups",
+        "true",
+        {"uninitialised-read"},
     ),
-    "left out without a word": ("      *logp = 0.0f;\n", ""),
-    "next row's logit": ("products[target]", "products[target + 1]"),
+    "only one simdgroup": (
+        "position.lane < position.simdgroups",
+        "position.lane < 1",
+        set(),
+    ),
+    "barrier that some threads skip": (
+        "  if (position.lane == 0) {\n",
+        "  if (position.lane != 0) return own; {\n",
+        {"divergent-barrier"},
+    ),
+    "row not written": (
+        "    return;\n  }\n\n  MaxAndSum total",
+        "    return;\n  }\n  if (target == 0) return;\n  MaxAndSum total",
+        {"unwritten-output"},
+    ),
+    "ignored row not written": ("      *logp = 0.0f;\n", "", {"unwritten-output"}),
+    "next token's logit": ("raw_logits[target]", "raw_logits[target + 1]", set()),
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_is_noticed(
-    name: str, metal: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("old", "new", "kinds"), MUTANTS.values(), ids=MUTANTS)
+def test_a_mutant_shows_in_its_own_way(
+    old: str,
+    new: str,
+    kinds: set[str],
+    stand_in_gpu: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right, wrong = MUTANTS[name]
-    text = KERNEL.read_text()
-    assert text.count(right) == 1
-    (tmp_path / KERNEL.name).write_text(text.replace(right, wrong))
-    monkeypatch.setattr(launch, "_FOLDER", tmp_path)
-    given = case(1027)
-    try:
-        found = launched(given)
-    except MetalError:
-        return
-    with pytest.raises(AssertionError):
-        assert_right(found, given)
+    """A mutant that fails for another reason, such as a typing mistake, would prove nothing."""
+    replace_in_kernel(old, new, tmp_path, monkeypatch)
+    inputs = case(1027)
+    if kinds:
+        with pytest.raises(MetalError) as error:
+            launched(inputs)
+        assert error.value.kinds == kinds, error.value
+    else:
+        outputs = launched(inputs)
+        with pytest.raises(AssertionError):
+            assert_correct(outputs, inputs)
 
 
 # --- a whole step ----------------------------------------------------------------------------
@@ -211,12 +278,12 @@ def test_a_mutant_is_noticed(
     ],
 )
 def test_a_step_through_the_kernel_equals_the_reference(
-    model_type: tuple[str, dict[str, Any]], metal: None
+    model_type: tuple[str, dict[str, Any]], stand_in_gpu: None
 ) -> None:
     model = tiny_model(model_type[0], **model_type[1])
     attach_lora(model, LoRAConfig(rank=4), seed=0)
     pairs = [pair(12, 5, 7), pair(9, 3, 8)]
-    kernel = shared_prefix_engine(choice.choose("kernel"))
+    kernel = shared_prefix_engine(model, choice.choose_implementation("kernel"))
     expected = run(model, REFERENCE, pairs)
     for checkpointing in (nullcontext, gradient_checkpointing):
         with checkpointing(model):
@@ -224,16 +291,19 @@ def test_a_step_through_the_kernel_equals_the_reference(
 
 
 def test_micro_batches_and_chunks_through_the_kernel(
-    metal: None, monkeypatch: pytest.MonkeyPatch
+    stand_in_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An optimizer step of SimPO: a pair at a time in small chunks, and plainly in one."""
+    """One optimizer step of SimPO: pair by pair in small chunks, and all pairs at once."""
     model = tiny_model()
     attach_lora(model, LoRAConfig(rank=4), seed=0)
     pairs = [pair(12, 5, 90), pair(9, 70, 8), pair(4, 1, 1)]
     gradients = []
-    for engine, size in ((REFERENCE, 3), (shared_prefix_engine(choice.choose("kernel")), 1)):
-        monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 1)
-        step = make_step(pairs, engine, TrainConfig(batch_size=size))
+    for engine, size in (
+        (REFERENCE, 3),
+        (shared_prefix_engine(model, choice.choose_implementation("kernel")), 1),
+    ):
+        monkeypatch.setattr(logps, "MAX_CHUNK_LOGITS", 1)
+        step = collate_step(pairs, engine, TrainConfig(batch_size=size))
         function = GradientFunction(model, asdict(ObjectiveConfig()), engine, compiled=False)
         _, gradient = step_gradients(function, step)
         gradients.append({name: np.array(value) for name, value in tree_flatten(gradient)})

@@ -1,9 +1,9 @@
 """Executes custom Metal kernels on a Linux CPU, thread by thread, and checks every access.
 
 Metal Shading Language is C++ with qualifiers, and MLX makes a kernel's text at run time. That text
-goes through g++ instead, and what it gives is executed with real barriers. docs/metal_host.md says
-what is found in this way and what is not. Read signature.py, build.py, kernel.py and launch.py in
-this order; then runtime.cpp, threads.h and memory.h.
+is compiled by g++ instead, and the result is executed with real barriers. README.md says which bugs
+are detected in this way and which are not. Read signature.py, build.py, kernel.py and launch.py in
+this order, then runtime.cpp, threads.h and memory.h.
 """
 
 from .build import MetalError, missing

@@ -1,5 +1,5 @@
-// What types.h has, for clang++ -fsyntax-only with address spaces that are part of a type: there
-// the functions of a class take no object in an address space. Nothing here is executed.
+// In place of types.h, for clang++ -fsyntax-only with address spaces as part of types: a class's
+// functions do not take objects in an address space there. Nothing here is executed.
 #pragma once
 
 typedef __bf16 bfloat;
@@ -13,9 +13,9 @@ template <class V>
 bool all(V);
 }  // namespace metal
 
-// What address_spaces.py makes of float4(a, b, c, d), which clang does not know in C++.
+// Replaces float4(a, b, c, d), which clang does not know in C++ (see address_spaces.py).
 template <class V, class... Items>
 V msl_make(Items...);
-// float[2][3] as the beginning of a declaration.
+// Makes float[2][3] the beginning of a declaration.
 template <class T>
 using msl_type = T;

@@ -1,4 +1,4 @@
-"""The check of device, threadgroup and constant, which g++ does not know, by clang where it is."""
+"""Checks device, threadgroup and constant, which g++ does not know, with clang if installed."""
 
 import re
 import shutil
@@ -23,23 +23,28 @@ CONSTRUCTORS = re.compile(
 
 @cache
 def clang() -> str | None:
-    """A clang++ of version 19 or newer, or None."""
+    """Return the name of a clang++ of version 19 or newer, or None."""
     for name in filter(shutil.which, CLANGS):
-        ran = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
-        version = re.search(r"version (\d+)", ran.stdout)
+        process = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
+        version = re.search(r"version (\d+)", process.stdout)
         if version and int(version[1]) >= 19:
             return name
     return None
 
 
-def address_spaces(described: Signature, source: str, header: str = "") -> str:
-    """What clang has to say about pointers of a kernel with that signature: nothing if they are
-    right. A kernel's inputs under eight elements are ``constant``, so ask for both sizes."""
+def address_spaces(kernel_signature: Signature, source: str, header: str = "") -> str:
+    """Return clang's errors about the pointers of a kernel with that signature, or an empty string.
+
+    Inputs under eight elements are ``constant``, so check signatures for both sizes.
+
+    Raises:
+        RuntimeError: there is no clang++ 19 or newer.
+    """
     compiler = clang()
     if compiler is None:
-        raise RuntimeError("address spaces are checked by clang++ 19 or newer, which is not here")
-    text = CONSTRUCTORS.sub(r"msl_make<\1>(", host_text(described, source, header))
-    ran = subprocess.run(
+        raise RuntimeError("checking address spaces needs clang++ 19 or newer; install it")
+    text = CONSTRUCTORS.sub(r"msl_make<\1>(", host_text(kernel_signature, source, header))
+    process = subprocess.run(
         [compiler, *FLAGS, "-"], input=text, capture_output=True, text=True, check=False
     )
-    return ran.stderr if ran.returncode else ""
+    return process.stderr if process.returncode else ""

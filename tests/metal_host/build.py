@@ -1,4 +1,4 @@
-"""Metal text to a Linux library: what g++ is told, how it compiles it, and where that is kept."""
+"""Compiles a kernel's Metal text to a Linux library, and caches it."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 RUNTIME = [HERE / n for n in ("runtime.cpp", "threads.h", "memory.h", "report.h", "host.h")]
 HEADERS = [HERE / n for n in ("msl.h", "types.h", "simd.h", "host.h")]
 
-OLDEST_COMPILER = 12  # the first that knows _Float16 and can mark variables that were never set
+OLDEST_COMPILER = 12  # the first with _Float16 and -ftrivial-auto-var-init
 RUNTIME_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions"]
 KERNEL_FLAGS = [
     "-std=gnu++17",
@@ -24,14 +24,14 @@ KERNEL_FLAGS = [
     "-fvisibility=hidden",
     "-O1",
     "-g",
-    # Every access outside of a thread's own variables calls the runtime, and undefined behaviour
-    # does. A loop that g++ made into one memset would be one access.
+    # Every access outside of a thread's own variables, and undefined behaviour, calls the runtime.
+    # A loop that g++ turns into one memset would count as one access.
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
     "-fsanitize=bounds,alignment,null,shift,integer-divide-by-zero,signed-integer-overflow,bool",
     "-fno-sanitize-recover=all",
     "-fno-tree-loop-distribute-patterns",
-    # A variable that was never set has a value that shows.
+    # Variables that are never set get a value that shows in the results.
     "-ftrivial-auto-var-init=pattern",
     # Metal has no double, exceptions or type information.
     "-fsingle-precision-constant",
@@ -44,9 +44,9 @@ KERNEL_FLAGS = [
     "-w",
 ]
 
-# msl.h stands for all of them.
+# msl.h takes the place of all of them.
 INCLUDES = re.compile(r"^[ \t]*#[ \t]*(include[ \t]*<metal_\w+>|pragma[ \t]+once).*", re.MULTILINE)
-# threadgroup float a[32], b[2][8]; a pointer has a star, which matches nowhere here.
+# threadgroup float a[32], b[2][8]; but not a pointer: nothing here matches its star.
 THREADGROUP_ARRAYS = re.compile(
     r"""\bthreadgroup \s+
     (?P<type> [A-Za-z_][\w:]* (?: \s* <[^;(){}]*?> )? ) \s+
@@ -55,14 +55,14 @@ THREADGROUP_ARRAYS = re.compile(
     ;""",
     re.VERBOSE,
 )
-# Any other way to declare one: g++ would make it a variable of each thread.
+# Any other declaration of one: g++ would make it a variable of each thread.
 STRAY = re.compile(r"\bthreadgroup\s+[A-Za-z_][\w:]*(\s*<[^;(){}]*?>)?\s+[A-Za-z_]\w*\s*[\[=;,]")
 
 
 class MetalError(RuntimeError):
-    """A kernel that does not compile, or whose execution is not as it should be.
+    """A kernel does not compile, or a check of its execution has failed.
 
-    ``kinds`` are the kinds of what was found, such as "race" or "out-of-bounds".
+    ``kinds`` are the kinds of its problems, such as "race" or "out-of-bounds".
     """
 
     def __init__(self, kernel: str, problems: list[tuple[str, str]]) -> None:
@@ -72,18 +72,18 @@ class MetalError(RuntimeError):
 
 
 @cache
-def _said_by(*command: str) -> str:
+def _output_of(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @cache
 def missing() -> str | None:
-    """Why no kernel can be executed on this machine, or None."""
+    """Return why kernels cannot be executed on this machine, or None if they can."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return "the Metal host needs Linux on x86-64"
     if not shutil.which("g++"):
         return f"the Metal host needs g++ {OLDEST_COMPILER}, which is not installed"
-    version = _said_by("g++", "-dumpversion").strip()
+    version = _output_of("g++", "-dumpversion").strip()
     is_new = int(version.split(".")[0]) >= OLDEST_COMPILER
     return None if is_new else f"the Metal host needs g++ {OLDEST_COMPILER}, not {version}"
 
@@ -92,12 +92,12 @@ def _declare_arrays(match: re.Match[str]) -> str:
     arrays = [
         re.fullmatch(r"\s*(\w+)\s*(.*?)\s*", a, re.DOTALL) for a in match["arrays"].split(",")
     ]
-    declared = [f"MSL_THREADGROUP({a[1]}, {match['type']}{a[2]});" for a in arrays if a]
-    return " ".join(declared) + "\n" * match[0].count("\n")
+    declarations = [f"MSL_THREADGROUP({a[1]}, {match['type']}{a[2]});" for a in arrays if a]
+    return " ".join(declarations) + "\n" * match[0].count("\n")
 
 
 def _argument(position: int, parameter: Parameter) -> str:
-    """What the function is given for a parameter, of ``buffers`` and ``thread``."""
+    """Return the C++ expression that is passed for a parameter."""
     if parameter.kind == "attribute":
         value = f"thread_.{parameter.name}"
         return f"uint3({value}.x, {value}.y, {value}.z)" if parameter.type == "uint3" else value
@@ -106,13 +106,17 @@ def _argument(position: int, parameter: Parameter) -> str:
 
 
 def host_text(signature: Signature, source: str, header: str) -> str:
-    """The C++ for g++. Lines keep their numbers, in files called "header" and "source"."""
+    """Return the C++ text for g++. Lines keep their numbers, in files called "header" and "source".
+
+    Raises:
+        MetalError: a threadgroup variable is declared where Metal does not allow it.
+    """
     header = INCLUDES.sub("", header)
     body = THREADGROUP_ARRAYS.sub(_declare_arrays, source)
     for file, text in {"header": header, "source": body}.items():
-        if found := STRAY.search(text):
-            where = f"{file}:{text.count(chr(10), 0, found.start()) + 1}"
-            problem = f"{where}: threadgroup variables are a kernel's own and have no initial value"
+        if stray := STRAY.search(text):
+            where = f"{file}:{text.count(chr(10), 0, stray.start()) + 1}"
+            problem = f"{where}: threadgroup variables belong in the kernel, without initial values"
             raise MetalError(signature.name, [("compile", problem)])
     arguments = [_argument(i, p) for i, p in enumerate(signature.parameters)]
     return f"""#include "msl.h"
@@ -130,36 +134,44 @@ MSL_UNCHECKED void metal_host::call_kernel(void* const* buffers, const Attribute
 
 
 def _cache_folder() -> Path:
-    """This user's own: a library in a folder that others can write to must not be loaded."""
+    """Return this user's own folder: no library may be loaded from one that others can write to.
+
+    Raises:
+        PermissionError: other users can write to the folder.
+    """
     folder = Path(tempfile.gettempdir()) / f"metal_host-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     state = folder.lstat()
     if state.st_uid != os.getuid() or state.st_mode & 0o077 or folder.is_symlink():
-        raise PermissionError(f"{folder} is open to others: remove it")
+        raise PermissionError(f"other users can access {folder}: remove it and try again")
     return folder
 
 
-def _kept(name: str, suffix: str, *parts: str) -> Path:
-    """The file for what is compiled from the parts: another one if any of them has changed."""
+def _cached_file(name: str, suffix: str, *parts: str) -> Path:
+    """Return the path for what is compiled from ``parts``, which differs if any of them does."""
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     readable = re.sub(r"\W", "", name)[:40]
     return _cache_folder() / f"{readable}-{digest}{suffix}"
 
 
 def _compile(kernel: str, output: Path, arguments: list[str], text: str | None = None) -> None:
-    """Runs g++ and puts its output in its place at once, for other processes may want it too."""
+    """Run g++ and move its output into place in one step, since other processes may look for it.
+
+    Raises:
+        MetalError: the text does not compile.
+    """
     fresh = output.with_name(f"{os.getpid()}-{output.name}")
     command = ["g++", *arguments, "-o", str(fresh)]
-    ran = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise MetalError(kernel, [("compile", ran.stderr)])
+    process = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise MetalError(kernel, [("compile", process.stderr)])
     fresh.replace(output)
 
 
 @cache
 def _runtime() -> Path:
     texts = [path.read_text(encoding="utf-8") for path in RUNTIME]
-    built = _kept("runtime", ".o", *texts, *RUNTIME_FLAGS, _said_by("g++", "--version"))
+    built = _cached_file("runtime", ".o", *texts, *RUNTIME_FLAGS, _output_of("g++", "--version"))
     if not built.exists():
         _compile("runtime", built, [*RUNTIME_FLAGS, "-c", str(RUNTIME[0])])
     return built
@@ -167,13 +179,13 @@ def _runtime() -> Path:
 
 @cache
 def library(name: str, text: str) -> Path:
-    """The library made of a kernel's C++ text and the runtime."""
+    """Return the library that is linked from a kernel's C++ text and the runtime."""
     runtime = _runtime()
     headers = [path.read_text(encoding="utf-8") for path in HEADERS]
-    built = _kept(name, ".so", text, *headers, *KERNEL_FLAGS, runtime.name)
+    built = _cached_file(name, ".so", text, *headers, *KERNEL_FLAGS, runtime.name)
     if not built.exists():
-        # "none": the runtime is no C++ text. The libraries are named for else g++ would add the
-        # sanitizer's own.
+        # "-x none", as the runtime is an object file. The libraries are listed so that g++ does not
+        # add those of the sanitizer.
         inputs = [f"-I{HERE}", "-x", "c++", "-", "-x", "none", str(runtime)]
         link = ["-shared", "-Wl,-Bsymbolic,--no-undefined"]
         libraries = ["-nodefaultlibs", "-lstdc++", "-lm", "-lc", "-lgcc"]
@@ -182,8 +194,8 @@ def library(name: str, text: str) -> Path:
 
 
 def line_of(library: Path, offset: int) -> str:
-    """Where an instruction comes from: "header:12, from source:3" if a function was inlined."""
-    found = _said_by("addr2line", "-i", "-e", str(library), hex(offset)).split("\n")
-    places = [re.sub(r" \(.*", "", Path(place).name) for place in found if place]
-    ours = [place for place in places if not place.startswith("msl.h")]
-    return ", from ".join(ours or places)
+    """Return the line of an instruction; "header:12, from source:3" if a call was inlined."""
+    lines = _output_of("addr2line", "-i", "-e", str(library), hex(offset)).split("\n")
+    lines = [re.sub(r" \(.*", "", Path(line).name) for line in lines if line]
+    in_kernel = [line for line in lines if not line.startswith("msl.h")]
+    return ", from ".join(in_kernel or lines)

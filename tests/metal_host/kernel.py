@@ -1,4 +1,4 @@
-"""A kernel as mx.fast.metal_kernel makes it, for the host."""
+"""A stand-in for mx.fast.metal_kernel whose kernels are executed on the host."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ _seeds: tuple[int, ...] = SEEDS
 
 
 def _to_numpy(array: mx.array) -> np.ndarray:
-    """The same elements; NumPy has no bfloat16, its bits stand for it."""
+    """Return the same elements; NumPy has no bfloat16, so those come as their bits."""
     return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
@@ -30,7 +30,8 @@ def _to_mlx(bits: np.ndarray, dtype: mx.Dtype, shape: Sequence[int]) -> mx.array
 
 
 def _spread_out(array: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, list[int]]:
-    """The array with its axes exchanged in memory and room between rows; strides in elements."""
+    """Lay an array out with shuffled axes and gaps between rows; return memory and strides (in
+    elements)."""
     strides, size = [0] * array.ndim, 1
     for axis in generator.permutation(array.ndim):
         strides[axis] = size
@@ -42,25 +43,25 @@ def _spread_out(array: np.ndarray, generator: np.random.Generator) -> tuple[np.n
 
 
 def _empty(size: int, dtype: mx.Dtype, init_value: Scalar | None) -> np.ndarray:
-    """What an output holds before the kernel runs, as unsigned integers."""
+    """Return the content of an output before the kernel runs, as unsigned integers."""
     bits = np.dtype(f"uint{8 * dtype.size}")
     if init_value is not None:
         return _to_numpy(mx.full((size,), init_value, dtype)).view(bits)
     return np.full(size * dtype.size, launch.NEVER_WRITTEN, np.uint8).view(bits)
 
 
-def _refuse_gradient(*_: object) -> None:
-    raise ValueError("a custom kernel has no gradient, as MLX says too: give it one")
+def _raise_no_gradient(*_: object) -> None:
+    raise ValueError("a custom kernel has no gradient, as in MLX: define one for its caller")
 
 
-def _check_sizes(what: str, given: Sequence[Any], names: Sequence[str]) -> None:
-    if len(given) != len(names):
-        raise ValueError(f"expected {len(names)} {what}, one for each name, but got {len(given)}")
+def _check_sizes(what: str, values: Sequence[Any], names: Sequence[str]) -> None:
+    if len(values) != len(names):
+        raise ValueError(f"expected {len(names)} {what}, one for each name, but got {len(values)}")
 
 
 @dataclass(frozen=True)
 class MetalKernel:
-    """What metal_kernel returns; call it as the result of mx.fast.metal_kernel."""
+    """The result of metal_kernel; called like the result of mx.fast.metal_kernel."""
 
     name: str
     input_names: Sequence[str]
@@ -82,22 +83,24 @@ class MetalKernel:
         verbose: bool = False,
         stream: object = None,
     ) -> list[mx.array]:
-        """The outputs, evaluated; ``verbose`` and ``stream`` change nothing.
+        """Execute the kernel and return its outputs, evaluated.
+
+        ``verbose`` and ``stream`` are accepted and have no effect.
 
         Raises:
             MetalError: the kernel does not compile, or a check of its execution has failed.
-            ValueError: it cannot be called like this.
+            ValueError: the number of inputs or outputs, the grid or the threadgroup is not valid.
         """
         _check_sizes("inputs", inputs, self.input_names)
         _check_sizes("output shapes", output_shapes, self.output_names)
         _check_sizes("output types", output_dtypes, self.output_names)
         if min(*grid, *threadgroup) < 1:
-            raise ValueError(f"no threads: grid {grid}, threadgroup {threadgroup}")
+            raise ValueError(f"there are no threads in grid {grid} and threadgroup {threadgroup}")
         if math.prod(threadgroup) > MAX_THREADS:
             raise ValueError(f"a threadgroup has at most {MAX_THREADS} threads, not {threadgroup}")
 
         def execute(*arrays: mx.array) -> list[mx.array]:
-            described = signature(
+            kernel_signature = signature(
                 self.name,
                 self.source,
                 self.input_names,
@@ -110,51 +113,51 @@ class MetalKernel:
                 _empty(math.prod(shape), dtype, init_value)
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
             ]
-            made = launch.run(
+            results = launch.run(
                 self.name,
-                host_text(described, self.source, self.header),
-                self._buffers(described, arrays, outputs, init_value is not None),
+                host_text(kernel_signature, self.source, self.header),
+                self._buffers(kernel_signature, arrays, outputs, init_value is not None),
                 grid,
                 threadgroup,
                 _seeds,
             )
             return [
                 _to_mlx(bits, dtype, shape)
-                for bits, dtype, shape in zip(made, output_dtypes, output_shapes, strict=True)
+                for bits, dtype, shape in zip(results, output_dtypes, output_shapes, strict=True)
             ]
 
-        # Without it gradients through the kernel would be zero, not an error.
+        # Without a vjp, gradients through the kernel would be zero instead of an error.
         differentiable: Any = mx.custom_function(execute)
-        differentiable.vjp(_refuse_gradient)
+        differentiable.vjp(_raise_no_gradient)
         return differentiable(*map(mx.array, inputs))
 
     def _buffers(
         self,
-        described: Signature,
+        kernel_signature: Signature,
         arrays: Sequence[mx.array],
         outputs: Sequence[np.ndarray],
         is_initialised: bool,
     ) -> list[launch.Buffer]:
-        """What the function's parameters are given, but for the attributes."""
+        """Return the arguments of the function, except for the attributes."""
         inputs = self._inputs(arrays)
         return [
             launch.Buffer(p.name, outputs[p.index], True, is_initialised)
             if p.kind == "output"
             else launch.Buffer(p.name, inputs[p.index][p.kind])
-            for p in described.parameters
+            for p in kernel_signature.parameters
             if p.kind != "attribute"
         ]
 
     def _inputs(self, arrays: Sequence[mx.array]) -> list[dict[str, np.ndarray]]:
-        """For each input what its parameters may be given, by their kind."""
+        """Return the possible arguments for each input, by the kind of parameter."""
         generator = np.random.default_rng(0)
-        found = []
+        arguments = []
         for array in map(_to_numpy, arrays):
             strides = [s // array.itemsize for s in np.empty_like(array, order="C").strides]
             memory = np.ascontiguousarray(array).reshape(-1)
             if not self.ensure_row_contiguous and array.ndim:
                 memory, strides = _spread_out(array, generator)
-            found.append(
+            arguments.append(
                 {
                     "input": memory,
                     "shape": np.array(array.shape, np.int32),
@@ -162,7 +165,7 @@ class MetalKernel:
                     "ndim": np.array([array.ndim], np.int32),
                 }
             )
-        return found
+        return arguments
 
 
 def metal_kernel(
@@ -174,24 +177,26 @@ def metal_kernel(
     ensure_row_contiguous: bool = True,
     atomic_outputs: bool = False,
 ) -> MetalKernel:
-    """The same as mx.fast.metal_kernel, for a kernel that is executed, and checked, on the host.
+    """Create a kernel as mx.fast.metal_kernel does, to be executed and checked on the host.
 
     Raises:
-        NotImplementedError: outputs are atomic.
+        NotImplementedError: ``atomic_outputs`` is set.
     """
     if atomic_outputs:
-        raise NotImplementedError("kernels with atomic outputs are not executed here")
+        raise NotImplementedError("kernels with atomic outputs cannot be executed here")
     return MetalKernel(name, input_names, output_names, source, header, ensure_row_contiguous)
 
 
 @contextmanager
 def stand_in(seeds: Sequence[int] = SEEDS) -> Iterator[None]:
-    """Within it mx.fast.metal_kernel is ``metal_kernel``, and nothing is compiled by mx.compile:
-    these kernels run where they are called, not where a graph is evaluated.
+    """Replace mx.fast.metal_kernel by ``metal_kernel``, and turn mx.compile off: these kernels run
+    when they are called, not when a graph is evaluated.
 
-    A kernel that was made outside of it stays what it is: empty what keeps one, before and after.
+    Kernels that were created before keep running as they did: clear caches of kernels before
+    entering and after leaving.
 
-    seeds: the orders of threads in which each kernel runs, see launch.run.
+    Args:
+        seeds: the orders of threads in which each kernel runs, see `launch.run`.
     """
     global _seeds
     before, _seeds = (mx.fast.metal_kernel, _seeds), tuple(seeds)

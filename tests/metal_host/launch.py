@@ -1,4 +1,4 @@
-"""Arrays to a compiled kernel and back: one run for each seed, which must agree."""
+"""Runs a compiled kernel on arrays: once for each seed, with the same results."""
 
 import ctypes
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ import numpy as np
 from .build import MetalError, library, line_of
 
 MAX_REPORTS = 8
-MAX_ACCESSES = 2_000_000_000  # of one run; a loop that never ends is found by it
-NEVER_WRITTEN = 0xFF  # what outputs are filled with: as floats NaN
+MAX_ACCESSES = 2_000_000_000  # in one run; how endless loops are detected
+NEVER_WRITTEN = 0xFF  # the bytes that outputs are filled with; NaN as a float
 
 Triple = tuple[int, int, int]
 
 
 @dataclass
 class Buffer:
-    """A kernel's argument: ``data``, one-dimensional, is copied to it, and an output's back."""
+    """An argument: one-dimensional ``data`` that is copied in, and for an output back out."""
 
     name: str
     data: np.ndarray
@@ -32,7 +32,7 @@ class _Triple(ctypes.Structure):
     _fields_ = [(axis, c_uint32) for axis in "xyz"]
 
 
-# As in runtime.cpp and memory.h, which say what the fields mean.
+# As in runtime.cpp and report.h, which explain the fields.
 class _Buffer(ctypes.Structure):
     _fields_ = [
         ("data", c_void_p),
@@ -69,11 +69,11 @@ class _Launch(ctypes.Structure):
 
 @cache
 def _loaded(path: Path) -> ctypes.PyDLL:
-    # PyDLL keeps other Python threads waiting: a library runs one kernel at a time.
+    # PyDLL keeps the GIL: a library can run only one kernel at a time.
     return ctypes.PyDLL(str(path))
 
 
-def _described(buffer: Buffer, data: np.ndarray) -> _Buffer:
+def _as_struct(buffer: Buffer, data: np.ndarray) -> _Buffer:
     return _Buffer(
         data.ctypes.data,
         data.nbytes,
@@ -85,7 +85,7 @@ def _described(buffer: Buffer, data: np.ndarray) -> _Buffer:
 
 
 def _problem(path: Path, report: _Report) -> tuple[str, str]:
-    """Its kind, and the line it is about, if any, with what is said of it."""
+    """Return a problem's kind and message, which begins with the kernel's line if that is known."""
     message = report.message.decode()
     if report.file:
         message = f"{Path(report.file.decode()).name}:{report.line}: {message}"
@@ -97,25 +97,30 @@ def _problem(path: Path, report: _Report) -> tuple[str, str]:
 def _run_once(
     name: str, path: Path, buffers: Sequence[Buffer], grid: Triple, group: Triple, seed: int
 ) -> list[np.ndarray]:
-    """The outputs of one run; a MetalError if anything was found."""
+    """Run the kernel once and return its outputs.
+
+    Raises:
+        MemoryError: the buffers do not fit into memory.
+        MetalError: a check has failed.
+    """
     copies = [buffer.data.copy() for buffer in buffers]
-    described = (_Buffer * len(buffers))(*map(_described, buffers, copies))
+    structs = (_Buffer * len(buffers))(*map(_as_struct, buffers, copies))
     reports = (_Report * MAX_REPORTS)()
     launch = _Launch(
         _Triple(*grid),
         _Triple(*group),
         seed,
         MAX_ACCESSES,
-        described,
+        structs,
         reports,
         len(buffers),
         MAX_REPORTS,
     )
-    found = _loaded(path).launch(ctypes.byref(launch))
-    if found < 0:
-        raise MemoryError(f"kernel {name!r}: its buffers do not fit into memory")
-    if found:
-        raise MetalError(name, [_problem(path, report) for report in reports[:found]])
+    count = _loaded(path).launch(ctypes.byref(launch))
+    if count < 0:
+        raise MemoryError(f"the buffers of kernel {name!r} do not fit into memory")
+    if count:
+        raise MetalError(name, [_problem(path, report) for report in reports[:count]])
     return [data for buffer, data in zip(buffers, copies, strict=True) if buffer.is_output]
 
 
@@ -127,13 +132,15 @@ def run(
     threadgroup: Triple,
     seeds: Sequence[int],
 ) -> list[np.ndarray]:
-    """The outputs of the kernel whose C++ is ``text``.
+    """Run the kernel whose C++ is ``text`` once per seed and return its outputs.
 
-    grid: the number of threads along x, y and z.
-    threadgroup: the number of those in a group, where the grid is not smaller.
-    seeds: one run for each; 0 is the order of indices, 1 the reverse, others are random.
+    Args:
+        grid: the number of threads along x, y and z.
+        threadgroup: the number of threads of a threadgroup, cut off where the grid is smaller.
+        seeds: the order of threads in each run: 0 is by index, 1 the reverse, others are random.
 
     Raises:
+        MemoryError: the buffers do not fit into memory.
         MetalError: it does not compile, a check has failed, or the outputs of two seeds differ.
     """
     path = library(name, text)
@@ -145,7 +152,7 @@ def run(
         for label, first, other in zip(labels, outputs[0], others, strict=True):
             different = np.flatnonzero(first != other)
             if len(different):
-                problem = f"output {label!r} differs from element {different[0]} on"
+                problem = f"output {label!r} differs, first at element {different[0]},"
                 problem += f" between the orders of seeds {seeds[0]} and {seed}"
                 raise MetalError(name, [("order-dependent", problem)])
     return outputs[0]

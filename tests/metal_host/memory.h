@@ -1,8 +1,8 @@
 // The memory that a kernel may use, and the checks of every access to it.
 //
-// Two accesses to one place, one of them a write, are a race unless one thread makes both or a
-// barrier that names the memory lies between them: a simdgroup's barrier for its own threads, a
-// threadgroup's for all of its threads, nothing for threads of different threadgroups.
+// Two accesses to one element, at least one of them a write, are a race unless the same thread makes
+// both or a barrier that names this kind of memory lies between them: a simdgroup's barrier for its
+// own threads, a threadgroup's for all of its threads, nothing for threads of two threadgroups.
 #pragma once
 #include <sys/mman.h>
 
@@ -27,17 +27,17 @@ struct Clock {
 Clock clocks[SPACES];
 
 struct Access {
-  uint32_t epoch;  // 0: there was none
+  uint32_t epoch;  // 0: no access yet
   uint16_t thread, step;
 };
 
-// What is remembered of one element: the last write, and of the reads what can still make a later
-// write a race.
+// What is remembered of one element: the last write, and as much of the reads as a later write can
+// race with.
 struct Cell {
   Access write, read;
-  bool by_other_threadgroup;  // was read, ever
-  bool by_simdgroups;         // was read by several in the epoch of `read`
-  bool by_lanes;              // was read by several lanes of one in the step of `read`
+  bool by_other_threadgroup;  // has been read by one, at any time
+  bool by_simdgroups;         // has been read by several in the epoch of `read`
+  bool by_lanes;              // has been read by several lanes of one in the step of `read`
 };
 
 struct Region {
@@ -47,19 +47,18 @@ struct Region {
   size_t item_bytes;
   char name[64];
   int line;  // of a threadgroup array's declaration
-  int cell_shift;  // a cell holds 2 to this many bytes: an element, of large ones 4 bytes
+  int cell_shift;  // a cell covers 2^cell_shift bytes: an element, or 4 bytes of a larger one
   std::vector<Cell> cells;
 
   size_t index(uintptr_t address) const { return (address - begin) / item_bytes; }
   const char* what() const { return space == DEVICE ? "buffer" : "threadgroup array"; }
 };
-// Addresses stay as they are when a threadgroup array is added.
+// A deque: regions keep their addresses when a threadgroup array is added.
 std::deque<Region> regions;
 Region* last_read = nullptr;
 Region* last_written = nullptr;
 
-// A 32-bit index that is wrong stays in the addresses kept free on both sides, and never reaches
-// another buffer.
+// Free addresses on both sides of a buffer, so that no wrong 32-bit index reaches another one.
 constexpr size_t GAP = size_t(1) << 34;
 constexpr size_t pages(size_t bytes) { return (bytes + 4095) & ~size_t(4095); }
 
@@ -89,7 +88,7 @@ void remove_regions() {
 
 bool same_simdgroup(const Access& access) { return access.thread / SIMD_WIDTH == self->simdgroup; }
 
-// Whether nothing has put the earlier access before what the running thread does now.
+// Whether nothing orders the earlier access before what the running thread does now.
 bool unordered(const Access& earlier, const Clock& clock, Space space) {
   if (!earlier.epoch) return false;
   if (earlier.epoch < clock.start) return space == DEVICE;  // another threadgroup's
@@ -97,7 +96,7 @@ bool unordered(const Access& earlier, const Clock& clock, Space space) {
   return !same_simdgroup(earlier) || earlier.step == clock.step[self->simdgroup];
 }
 
-// The same of all earlier reads of a cell.
+// The same for all earlier reads of a cell.
 bool reads_unordered(const Cell& cell, const Clock& clock, Space space) {
   const Access& read = cell.read;
   if (cell.by_other_threadgroup || unordered(read, clock, space)) return true;
@@ -129,7 +128,7 @@ void report_race(const Region& region, uintptr_t address, const char* now, const
   report("race", where, Then::go_on, "%s of %s '%s' element %zu, and an earlier %s by %s%s%s", now,
          region.what(), region.name, region.index(address), before,
          elsewhere ? "another threadgroup" : who,
-         elsewhere ? "" : ", between them no barrier with ", elsewhere ? "" : barrier);
+         elsewhere ? "" : ", not ordered by a barrier with ", elsewhere ? "" : barrier);
 }
 
 void check_cell(Region& region, Cell& cell, uintptr_t address, bool write, Where where) {
@@ -148,7 +147,7 @@ void check_cell(Region& region, Cell& cell, uintptr_t address, bool write, Where
     cell.write = now;
     return;
   }
-  // What a threadgroup leaves in its arrays is not there for the next one.
+  // Values that a threadgroup leaves in its arrays do not count as written for the next one.
   uint32_t since = space == DEVICE ? 1 : clock.start;
   if (!region.initialised && cell.write.epoch < since)
     report("uninitialised-read", where, Then::go_on, "%s '%s' element %zu was never written",
@@ -166,7 +165,7 @@ __attribute__((noinline)) Region* find_region(uintptr_t address) {
   return nullptr;
 }
 
-// An access that begins or ends in no region, told by the nearest one.
+// Reports an access outside of all regions, in terms of the nearest one.
 __attribute__((noinline)) void report_outside(uintptr_t address, size_t bytes, bool write,
                                               Where where) {
   const char* what = write ? "write" : "read";
@@ -186,7 +185,7 @@ __attribute__((noinline)) void report_outside(uintptr_t address, size_t bytes, b
 void check_access(const void* pointer, size_t bytes, bool write, void* instruction) {
   auto address = (uintptr_t)pointer;
   if (!self || address - (uintptr_t)self->stack < STACK_BYTES) return;
-  // The address after the call: the line is that of the byte before it.
+  // The return address is after the call; the byte before it has the line of the call.
   Where where = {"", 0, (char*)instruction - 1};
   if (++accesses > max_accesses)
     report("runaway", where, Then::abort, "more than %zu accesses to memory", max_accesses);

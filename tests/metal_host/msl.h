@@ -1,7 +1,7 @@
-// The part of Metal's <metal_stdlib> that kernels here use, as C++17 for g++ on x86-64.
+// The part of Metal's <metal_stdlib> that kernels here use, in C++17 for g++ on x86-64.
 //
 // It includes no mathematical header: ::exp or ::abs would join the overloads below and accept
-// calls that are ambiguous in Metal. What is not here does not compile, which is a report too.
+// calls that are ambiguous in Metal. What is missing here does not compile, and is reported so.
 #pragma once
 #include <type_traits>
 
@@ -56,24 +56,24 @@ constexpr bool is_floating_point_v =
 
 template <class T>
 struct numeric_limits;
-#define MSL_FLOAT_LIMITS(T, greatest, step)                              \
-  template <>                                                            \
-  struct numeric_limits<T> {                                             \
-    static constexpr T max() { return T(greatest); }                     \
-    static constexpr T lowest() { return T(-greatest); }                 \
-    static constexpr T infinity() { return T(INFINITY); }                \
-    static constexpr T quiet_NaN() { return T(NAN); }                    \
-    static constexpr T epsilon() { return T(step); }                     \
+#define MSL_FLOAT_LIMITS(T, largest, step)                              \
+  template <>                                                           \
+  struct numeric_limits<T> {                                            \
+    static constexpr T max() { return T(largest); }                     \
+    static constexpr T lowest() { return T(-largest); }                 \
+    static constexpr T infinity() { return T(INFINITY); }               \
+    static constexpr T quiet_NaN() { return T(NAN); }                   \
+    static constexpr T epsilon() { return T(step); }                    \
   };
 MSL_FLOAT_LIMITS(float, 3.40282347e+38f, 1.1920929e-07f)
 MSL_FLOAT_LIMITS(half, 65504.0f, 9.765625e-4f)
 MSL_FLOAT_LIMITS(bfloat, 3.38953139e+38f, 7.8125e-3f)
-#define MSL_INTEGER_LIMITS(T, least, greatest)        \
+#define MSL_INTEGER_LIMITS(T, smallest, largest)      \
   template <>                                         \
   struct numeric_limits<T> {                          \
-    static constexpr T min() { return least; }        \
-    static constexpr T lowest() { return least; }     \
-    static constexpr T max() { return greatest; }     \
+    static constexpr T min() { return smallest; }     \
+    static constexpr T lowest() { return smallest; }  \
+    static constexpr T max() { return largest; }      \
   };
 MSL_INTEGER_LIMITS(uchar, 0, 255)
 MSL_INTEGER_LIMITS(int, -__INT_MAX__ - 1, __INT_MAX__)
@@ -110,7 +110,7 @@ namespace metal {
 using ::as_type;
 
 // --- mathematics ----------------------------------------------------------------------------
-// One overload for each type, so that max(float, int) is ambiguous as it is in Metal.
+// One overload per type, so that max(float, int) is ambiguous, as it is in Metal.
 
 #define MSL_UNARY(name, expression)                                       \
   inline float name(float x) { return expression; }                       \
@@ -170,11 +170,11 @@ MSL_BINARY(max, __builtin_fmaxf(x, y))
 MSL_BINARY(copysign, __builtin_copysignf(x, y))
 MSL_BINARY(divide, x / y)
 
-#define MSL_OF_FLOATS(T)                                                              \
+#define MSL_OF_FLOATS(T)                                                                  \
   inline T fma(T a, T b, T c) { return T(__builtin_fmaf(float(a), float(b), float(c))); } \
-  inline T clamp(T x, T least, T most) { return min(max(x, least), most); }           \
-  inline bool isnan(T x) { return __builtin_isnan(float(x)); }                        \
-  inline bool isinf(T x) { return __builtin_isinf(float(x)) != 0; }                   \
+  inline T clamp(T x, T least, T most) { return min(max(x, least), most); }               \
+  inline bool isnan(T x) { return __builtin_isnan(float(x)); }                            \
+  inline bool isinf(T x) { return __builtin_isinf(float(x)) != 0; }                       \
   inline bool isfinite(T x) { return __builtin_isfinite(float(x)); }
 MSL_OF_FLOATS(float)
 MSL_OF_FLOATS(half)
@@ -206,8 +206,8 @@ constexpr T select(T if_false, T if_true, bool condition) {
   return condition ? if_true : if_false;
 }
 
-// How a GPU's fast and precise variants differ cannot be told here.
-#define MSL_VARIANTS                                                                              \
+// The fast and precise variants of a GPU are the same here.
+#define MSL_VARIANTS                                                                               \
   using metal::exp, metal::exp2, metal::exp10, metal::log, metal::log2, metal::log10, metal::sqrt, \
       metal::rsqrt, metal::sin, metal::cos, metal::tanh, metal::pow, metal::fabs, metal::floor,    \
       metal::ceil, metal::round, metal::rint, metal::trunc, metal::abs, metal::fmod, metal::fmin,  \
@@ -229,10 +229,10 @@ T& msl_threadgroup(const char* name, int line = __builtin_LINE()) {
   return *static_cast<T*>(metal_host::threadgroup_array(name, sizeof(T), sizeof(Item), line));
 }
 
-// MLX's own header, which comes before every custom kernel, has this.
+// As in MLX's own header, which precedes every custom kernel.
 using namespace metal;
 
-// --- words of the language: nothing is included after them ----------------------------------
+// --- keywords of the language: no includes after them ---------------------------------------
 
 #ifdef MSL_ADDRESS_SPACES
 #define device __attribute__((address_space(1)))
@@ -243,12 +243,12 @@ using namespace metal;
 #define device
 #define constant
 #define threadgroup
-// What build.py makes of "threadgroup float name[2][3];", with float[2][3] for the dots.
+// Replaces "threadgroup float name[2][3];" (see build.py), with float[2][3] for the dots.
 #define MSL_THREADGROUP(name, ...) auto& name = msl_threadgroup<__VA_ARGS__>(#name)
 #endif
 #define thread
 #define kernel gnu::noinline
 
-// What Metal has not.
+// What Metal does not have.
 #pragma GCC poison double std new delete goto virtual throw try catch
 #pragma GCC poison printf malloc free memcpy memset

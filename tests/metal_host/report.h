@@ -1,4 +1,4 @@
-// Who runs, and what was found.
+// The running thread, and the problems reported so far.
 #pragma once
 #include <stdarg.h>
 #include <stdio.h>
@@ -6,8 +6,8 @@
 
 #include "host.h"
 
-// Where the linker has put this library: its constants may be read, and the kernel's addresses are
-// reported as distances from the beginning.
+// Where the linker has put this library: its constants may be read, and addresses of the kernel are
+// reported as offsets from the beginning.
 extern "C" __attribute__((visibility("hidden"))) char __ehdr_start[], _end[];
 
 namespace metal_host {
@@ -21,18 +21,18 @@ struct Fiber {
   void* stack_pointer;
   State state;
   int thread, simdgroup;  // in the threadgroup
-  Place place;            // where it waits
+  CallSite site;            // where it waits
   int flags;              // of the barrier at which it waits
-  alignas(MAX_VALUE) unsigned char value[MAX_VALUE];  // its own, at a simd operation
+  alignas(MAX_VALUE) unsigned char value[MAX_VALUE];  // passed to a simd operation
   Attributes attributes;
 };
-Fiber* self = nullptr;               // the one that runs
-const Triple* threadgroup = nullptr;  // the position of the one that runs
+Fiber* self = nullptr;               // the running one
+const Triple* threadgroup = nullptr;  // the position of the running one
 
 struct Report {
   char kind[32], message[400], file[64];
-  int32_t line;     // 0: look it up from the offset
-  uint64_t offset;  // of the instruction in this library; 0: there is none
+  int32_t line;     // 0: to be looked up from the offset
+  uint64_t offset;  // of the instruction in this library; 0 if there is none
 };
 Report* reports;
 int report_count, max_reports;
@@ -47,7 +47,7 @@ struct Where {
 };
 constexpr Where NOWHERE = {"", 0, nullptr};
 
-// A loop, or another thread, has been there before.
+// Whether a loop or another thread has reported the same before.
 bool is_known(const Report& fresh) {
   for (int i = 0; i < report_count; i++) {
     const Report& other = reports[i];

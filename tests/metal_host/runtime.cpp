@@ -1,7 +1,7 @@
-// Executes a compiled kernel: the grid, its buffers, and what g++ adds to a kernel.
+// Executes a compiled kernel: its grid, its buffers, and the calls that g++ adds to it.
 //
-// Kernels are compiled with -fsanitize=thread and undefined, and linked with this file in place of
-// the sanitizers' libraries: the functions that g++ makes them call are at the end.
+// Kernels are compiled with the thread and undefined-behaviour sanitizers and linked with this file
+// in place of their libraries: the functions that g++ makes them call are at the end.
 #include <xmmintrin.h>
 
 #include "threads.h"
@@ -77,7 +77,7 @@ struct Launch {
   int32_t buffer_count, max_reports;
 };
 
-bool place_buffers(const Launch& launch) {
+bool copy_buffers_in(const Launch& launch) {
   for (int i = 0; i < launch.buffer_count; i++) {
     const Buffer& b = launch.buffers[i];
     Region* region = add_region(b.name, b.bytes, b.item_bytes, DEVICE, b.writable);
@@ -98,7 +98,7 @@ bool make_stacks() {
   return true;
 }
 
-// The number of reports, or -1 where there is not memory enough.
+// Returns the number of reports, or -1 if there is not enough memory.
 extern "C" __attribute__((visibility("default"))) int launch(const Launch* what) {
   seed = what->seed, max_accesses = what->max_accesses;
   reports = what->reports, max_reports = what->max_reports;
@@ -106,10 +106,10 @@ extern "C" __attribute__((visibility("default"))) int launch(const Launch* what)
   accesses = 0, report_count = 0, aborted = false;
   memset(clocks, 0, sizeof clocks);
   kernel_buffers.clear();
-  bool memory = make_stacks() && place_buffers(*what);
+  bool memory = make_stacks() && copy_buffers_in(*what);
   if (memory) {
     unsigned control = _mm_getcsr();
-    _mm_setcsr(control | 0x8040);  // denormals are zero, as a GPU may have it
+    _mm_setcsr(control | 0x8040);  // denormals are zero, as they may be on a GPU
     run_grid(what->grid, what->group);
     _mm_setcsr(control);
     if (!aborted) check_all_written();
@@ -123,7 +123,7 @@ extern "C" __attribute__((visibility("default"))) int launch(const Launch* what)
 
 }  // namespace metal_host
 
-// --- what g++ makes a kernel call -----------------------------------------------------------
+// --- calls that g++ adds to a kernel --------------------------------------------------------
 
 using metal_host::check_access;
 using metal_host::report;
@@ -146,7 +146,7 @@ void __tsan_write_range(void* p, size_t bytes) {
   if (bytes) check_access(p, bytes, true, __builtin_return_address(0));
 }
 
-// All data that g++ hands over begins with the place.
+// All data that g++ passes begins with the location.
 struct Location {
   const char* file;
   uint32_t line, column;

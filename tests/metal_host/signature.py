@@ -1,6 +1,6 @@
-"""The Metal function that mx.fast.metal_kernel makes of a kernel's source, word for word.
+"""The Metal function into which mx.fast.metal_kernel turns a kernel's source, word for word.
 
-After mlx/backend/common/metal_kernel.cpp of MLX 0.32; the tests compare it with what MLX prints.
+After mlx/backend/common/metal_kernel.cpp of MLX 0.32; tests compare it with what MLX prints.
 """
 
 import math
@@ -23,9 +23,9 @@ TYPES = {
     mx.float16: "float16_t",
     mx.bfloat16: "bfloat16_t",
     mx.float32: "float",
-}  # no complex64: no kernel here needs it
+}  # not complex64, which no kernel here needs
 
-# In MLX's order.
+# In MLX's order, which is that of the parameters.
 ATTRIBUTES = {
     "dispatch_quadgroups_per_threadgroup": "uint",
     "dispatch_simdgroups_per_threadgroup": "uint",
@@ -50,20 +50,20 @@ ATTRIBUTES = {
 }
 
 Kind = Literal["input", "shape", "strides", "ndim", "output", "attribute"]  # of a parameter
-# What MLX adds for an input x where the source speaks of x_shape, x_strides or x_ndim.
+# What MLX adds for an input x if the source mentions x_shape, x_strides or x_ndim.
 EXTRAS: dict[Kind, str] = {
     "shape": "const constant int*",
     "strides": "const constant int64_t*",
     "ndim": "const constant int&",
 }
 
-Array = tuple[mx.Dtype, tuple[int, ...]]  # an input's type and shape
+Array = tuple[mx.Dtype, tuple[int, ...]]  # dtype and shape of an input
 Template = Sequence[tuple[str, bool | int | mx.Dtype]]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of the function; ``index`` is that of the input or output it belongs to."""
+    """A parameter of the function; ``index`` is that of the input or output that it belongs to."""
 
     kind: Kind
     type: str
@@ -73,7 +73,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """The function's name, template and parameters."""
+    """Name, template and parameters of the function."""
 
     name: str
     template: str  # "template <typename T, int N>\n", or nothing
@@ -82,14 +82,14 @@ class Signature:
 
     @property
     def declaration(self) -> str:
-        """Everything that MLX puts before the source."""
+        """The text that MLX puts before the source."""
         buffers = [p for p in self.parameters if p.kind != "attribute"]
         attributes = [p for p in self.parameters if p.kind == "attribute"]
         arrays = sum(p.kind in ("input", "output") for p in buffers)
         lines = [f"{self.template}[[kernel]] void {self.name}(\n"]
         for i, p in enumerate(buffers):
-            # MLX means the last buffer, but counts without the extras: a kernel without attributes
-            # that has both extras and several outputs does not compile with MLX either.
+            # MLX looks for the last buffer, but does not count the extras: with MLX, too, a kernel
+            # without attributes that has extras and several outputs does not compile.
             last = p.kind == "output" and not attributes and i >= arrays - 1
             lines.append(f"  {p.type} {p.name} [[buffer({i})]]" + (") {\n" if last else ",\n"))
         lines += [f"  {p.type} {p.name} [[{p.name}]],\n" for p in attributes]
@@ -98,7 +98,7 @@ class Signature:
         return "".join(lines)
 
     def text(self, source: str, header: str = "") -> str:
-        """The whole text that MLX compiles."""
+        """Return the whole text that MLX compiles."""
         text = f"{header}{self.declaration}{source}\n}}\n"
         if self.template:
             function = self.name + self.arguments
@@ -108,14 +108,22 @@ class Signature:
 
 
 def type_name(dtype: mx.Dtype) -> str:
-    """A type's name in Metal; a ValueError for those that kernels here do not use."""
+    """Return the name of a dtype in Metal.
+
+    Raises:
+        ValueError: kernels with this dtype cannot be executed here.
+    """
     if dtype not in TYPES:
-        raise ValueError(f"kernels with {dtype} are not executed here")
+        raise ValueError(f"kernels with {dtype} cannot be executed here")
     return TYPES[dtype]
 
 
 def _template_argument(value: bool | int | mx.Dtype) -> tuple[str, str]:
-    """How a template's parameter is declared, and the argument."""
+    """Return the declaration of a template's parameter, without its name, and the argument.
+
+    Raises:
+        ValueError: the argument is no dtype, int or bool.
+    """
     if isinstance(value, bool):
         return "bool", str(int(value))
     if isinstance(value, int):
@@ -128,15 +136,15 @@ def _template_argument(value: bool | int | mx.Dtype) -> tuple[str, str]:
 def _input_parameters(index: int, name: str, array: Array, source: str) -> list[Parameter]:
     dtype, shape = array
     space = "constant" if math.prod(shape) < 8 else "device"
-    how = "*" if shape else "&"
-    found = [Parameter("input", f"const {space} {type_name(dtype)}{how}", name, index)]
+    suffix = "*" if shape else "&"
+    parameters = [Parameter("input", f"const {space} {type_name(dtype)}{suffix}", name, index)]
     if shape:
-        found += [
+        parameters += [
             Parameter(kind, type, f"{name}_{kind}", index)
             for kind, type in EXTRAS.items()
             if f"{name}_{kind}" in source
         ]
-    return found
+    return parameters
 
 
 def signature(
@@ -148,9 +156,15 @@ def signature(
     output_dtypes: Sequence[mx.Dtype],
     template: Template = (),
 ) -> Signature:
-    """The signature for one call. Names are looked for in ``source`` alone, not in the header."""
+    """Return the signature of a kernel for one call.
+
+    As in MLX, names are looked for in ``source`` alone, not in the header.
+
+    Raises:
+        ValueError: a dtype or template argument that cannot be used here.
+    """
     declared = [(_template_argument(value), label) for label, value in template]
-    parameters = ", ".join(f"{how} {label}" for (how, _), label in declared)
+    template_parameters = ", ".join(f"{kind} {label}" for (kind, _), label in declared)
     arguments = ", ".join(argument for (_, argument), _ in declared)
     words = ["custom_kernel", name]
     if declared:
@@ -159,15 +173,15 @@ def signature(
         size = "c" if math.prod(shape) < 8 else ""
         words.append(type_name(dtype) + (size if shape else "s"))
     words += [type_name(dtype) for dtype in output_dtypes]
-    found: list[Parameter] = []
+    parameters: list[Parameter] = []
     for i, (label, array) in enumerate(zip(input_names, inputs, strict=True)):
-        found += _input_parameters(i, label, array, source)
+        parameters += _input_parameters(i, label, array, source)
     for i, (label, dtype) in enumerate(zip(output_names, output_dtypes, strict=True)):
-        found.append(Parameter("output", f"device {type_name(dtype)}*", label, i))
-    found += [Parameter("attribute", type, a) for a, type in ATTRIBUTES.items() if a in source]
+        parameters.append(Parameter("output", f"device {type_name(dtype)}*", label, i))
+    parameters += [Parameter("attribute", type, a) for a, type in ATTRIBUTES.items() if a in source]
     return Signature(
         "_".join(words),
-        f"template <{parameters}>\n" if declared else "",
+        f"template <{template_parameters}>\n" if declared else "",
         f"<{arguments}>" if declared else "",
-        tuple(found),
+        tuple(parameters),
     )

@@ -1,7 +1,7 @@
-// Metal's barriers, and the operations of a simdgroup's lanes with each other.
+// Metal's barriers, and operations between the lanes of a simdgroup.
 #pragma once
 
-// Functions that meet other lanes read what belongs to the runtime: no checks within.
+// For functions that exchange values between lanes: they read memory of the runtime, unchecked.
 #define MSL_UNCHECKED __attribute__((noinline, no_sanitize("thread"), no_sanitize("undefined")))
 
 namespace metal {
@@ -12,12 +12,12 @@ enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_te
 constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
 
 using metal_host::here;
-using metal_host::Place;
-inline void threadgroup_barrier(mem_flags flags, Place place = here("threadgroup_barrier")) {
-  metal_host::threadgroup_barrier(int(flags), place);
+using metal_host::CallSite;
+inline void threadgroup_barrier(mem_flags flags, CallSite site = here("threadgroup_barrier")) {
+  metal_host::threadgroup_barrier(int(flags), site);
 }
-inline void simdgroup_barrier(mem_flags flags, Place place = here("simdgroup_barrier")) {
-  metal_host::simdgroup_barrier(int(flags), place);
+inline void simdgroup_barrier(mem_flags flags, CallSite site = here("simdgroup_barrier")) {
+  metal_host::simdgroup_barrier(int(flags), site);
 }
 
 // --- simdgroups -----------------------------------------------------------------------------
@@ -30,29 +30,29 @@ METAL_FUNC const T& msl_value(const metal_host::Lanes& lanes, int lane) {
   return *reinterpret_cast<const T*>(lanes.value[lane]);
 }
 template <class T>
-METAL_FUNC const metal_host::Lanes& msl_exchange(const T& x, Place place) {
+METAL_FUNC const metal_host::Lanes& msl_exchange(const T& x, CallSite site) {
   static_assert(sizeof(T) <= metal_host::MAX_VALUE, "too large for a simd operation");
-  return metal_host::exchange(&x, sizeof(T), place);
+  return metal_host::exchange(&x, sizeof(T), site);
 }
 
 template <class T>
-MSL_UNCHECKED T msl_from_lane(T x, int lane, Place place) {
-  const metal_host::Lanes& lanes = msl_exchange(x, place);
+MSL_UNCHECKED T msl_from_lane(T x, int lane, CallSite site) {
+  const metal_host::Lanes& lanes = msl_exchange(x, site);
   if (lane >= 0 && lane < metal_host::SIMD_WIDTH && msl_active(lanes, lane))
     return msl_value<T>(lanes, lane);
-  metal_host::report_absent_lane(place, lane);
+  metal_host::report_absent_lane(site, lane);
   return x;
 }
-// For shuffles that leave the lanes at the edge as they are.
+// For shuffles that leave lanes at the edge unchanged.
 template <class T>
-MSL_UNCHECKED T msl_from_lane_or_own(T x, int lane, Place place) {
+MSL_UNCHECKED T msl_from_lane_or_own(T x, int lane, CallSite site) {
   bool outside = lane < 0 || lane >= metal_host::SIMD_WIDTH;
-  return msl_from_lane(x, outside ? metal_host::this_lane() : lane, place);
+  return msl_from_lane(x, outside ? metal_host::this_lane() : lane, site);
 }
-// In the order of a tree, over the active lanes: the same result in all of them.
+// Reduces the active lanes in the order of a tree; all of them get the same result.
 template <class T, class Operation>
-MSL_UNCHECKED T msl_reduce(T x, Operation operation, Place place) {
-  const metal_host::Lanes& lanes = msl_exchange(x, place);
+MSL_UNCHECKED T msl_reduce(T x, Operation operation, CallSite site) {
+  const metal_host::Lanes& lanes = msl_exchange(x, site);
   T partial[metal_host::SIMD_WIDTH];
   bool active[metal_host::SIMD_WIDTH];
   for (int i = 0; i < metal_host::SIMD_WIDTH; i++) {
@@ -71,8 +71,8 @@ MSL_UNCHECKED T msl_reduce(T x, Operation operation, Place place) {
 
 #define MSL_REDUCTION(name, expression)                                        \
   template <class T>                                                           \
-  T name(T x, Place place = here(#name)) {                                     \
-    return msl_reduce(x, [](T a, T b) { return expression; }, place);          \
+  T name(T x, CallSite site = here(#name)) {                                   \
+    return msl_reduce(x, [](T a, T b) { return expression; }, site);           \
   }
 MSL_REDUCTION(simd_sum, a + b)
 MSL_REDUCTION(simd_product, a * b)
@@ -81,15 +81,15 @@ MSL_REDUCTION(simd_min, min(a, b))
 MSL_REDUCTION(simd_and, a & b)
 MSL_REDUCTION(simd_or, a | b)
 MSL_REDUCTION(simd_xor, a ^ b)
-inline bool simd_all(bool x, Place place = here("simd_all")) { return simd_and(int(x), place); }
-inline bool simd_any(bool x, Place place = here("simd_any")) { return simd_or(int(x), place); }
+inline bool simd_all(bool x, CallSite site = here("simd_all")) { return simd_and(int(x), site); }
+inline bool simd_any(bool x, CallSite site = here("simd_any")) { return simd_or(int(x), site); }
 
 #define MSL_SHUFFLE(name, take, lane)                                          \
   template <class T>                                                           \
-  T name(T x, ushort n, Place place = here(#name)) {                           \
+  T name(T x, ushort n, CallSite site = here(#name)) {                         \
     int self = metal_host::this_lane();                                        \
     (void)self;                                                                \
-    return take(x, lane, place);                                               \
+    return take(x, lane, site);                                                \
   }
 MSL_SHUFFLE(simd_shuffle, msl_from_lane, n)
 MSL_SHUFFLE(simd_broadcast, msl_from_lane, n)
@@ -99,8 +99,8 @@ MSL_SHUFFLE(simd_shuffle_up, msl_from_lane_or_own, self - n)
 MSL_SHUFFLE(simd_shuffle_rotate_down, msl_from_lane, (self + n) % metal_host::SIMD_WIDTH)
 MSL_SHUFFLE(simd_shuffle_rotate_up, msl_from_lane, (self - n) & (metal_host::SIMD_WIDTH - 1))
 template <class T>
-MSL_UNCHECKED T simd_broadcast_first(T x, Place place = here("simd_broadcast_first")) {
-  const metal_host::Lanes& lanes = msl_exchange(x, place);
+MSL_UNCHECKED T simd_broadcast_first(T x, CallSite site = here("simd_broadcast_first")) {
+  const metal_host::Lanes& lanes = msl_exchange(x, site);
   return msl_value<T>(lanes, __builtin_ctz(lanes.active));
 }
 

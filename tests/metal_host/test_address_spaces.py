@@ -1,4 +1,4 @@
-"""Pointers that Metal would refuse are refused here too, where there is a clang that can tell."""
+"""Pointers that Metal rejects are rejected here too, where there is a clang that can tell."""
 
 import mlx.core as mx
 import pytest
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def of_rows(
+def rows_signature(
     source: str, shape: tuple[int, ...] = (4, 300), dtype: mx.Dtype = mx.float32
 ) -> Signature:
     return signature(
@@ -22,27 +22,27 @@ def of_rows(
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("source", [SUM, LOGSUMEXP], ids=["sum", "log-sum-exp"])
-def test_right_kernels(source: str, dtype: mx.Dtype) -> None:
-    assert address_spaces(of_rows(source, dtype=dtype), source) == ""
+def test_correct_kernels(source: str, dtype: mx.Dtype) -> None:
+    assert address_spaces(rows_signature(source, dtype=dtype), source) == ""
 
 
-def test_vectors_are_fine() -> None:
+def test_vectors() -> None:
     source = """
-        threadgroup vec<T, 4> kept[8], more[2][2];
+        threadgroup vec<T, 4> shared[8], more[2][2];
         uint i = thread_position_in_grid.x;
         const device vec<T, 4>* p = reinterpret_cast<const device vec<T, 4>*>(x);
         float4 f = max(float4(p[i].x, 1.0f, 2.0f, 3.0f), float4(0.0f));
-        kept[i % 8] = p[i];
-        more[0][1] = kept[0];
+        shared[i % 8] = p[i];
+        more[0][1] = shared[0];
         out[i] = dot(f, f) + simd_sum(float(more[0][1].x)) + (any(f > float4(1.0f)) ? 1 : 0);
     """
-    assert address_spaces(of_rows(source), source) == ""
+    assert address_spaces(rows_signature(source), source) == ""
 
 
-def test_few_elements_are_constant() -> None:
-    """const device T* xs = x is right for eight elements and wrong for seven."""
-    assert address_spaces(of_rows(LOGSUMEXP, (2, 4)), LOGSUMEXP) == ""
-    assert "source:7" in address_spaces(of_rows(LOGSUMEXP, (1, 7)), LOGSUMEXP)
+def test_inputs_under_eight_elements_are_constant() -> None:
+    """const device T* xs = x compiles for eight elements and not for seven."""
+    assert address_spaces(rows_signature(LOGSUMEXP, (2, 4)), LOGSUMEXP) == ""
+    assert "source:7" in address_spaces(rows_signature(LOGSUMEXP, (1, 7)), LOGSUMEXP)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,6 @@ def test_few_elements_are_constant() -> None:
 def test_wrong_pointers(statement: str) -> None:
     header = "inline float first(const device float* p) { return p[0]; }"
     source = changed(SUM, ("float s = 0.0f;", f"float s = 0.0f; {statement}"))
-    assert "source:6" in address_spaces(of_rows(source), source, header)
+    assert "source:6" in address_spaces(rows_signature(source), source, header)
     right = changed(SUM, ("float s = 0.0f;", "float s = 0.0f; first(x);"))
-    assert address_spaces(of_rows(right), right, header) == ""
+    assert address_spaces(rows_signature(right), right, header) == ""

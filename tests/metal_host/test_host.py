@@ -1,10 +1,10 @@
-"""The Metal host: planted bugs are found, right kernels are not blamed, results are Metal's."""
+"""The Metal host reports planted bugs, accepts correct kernels, and computes what Metal does."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.metal_kernels import LOGSUMEXP, Case, by_rows, float64, normal
-from helpers.planted import BOUNDS, LANGUAGE, MEETING, RACES, RIGHT, VALUES
+from helpers.metal_kernels import LOGSUMEXP, Case, float64, launch_rows, normal
+from helpers.planted import BOUNDS, CORRECT, DIVERGENCE, LANGUAGE, RACES, VALUES
 
 import metal_host.launch
 from metal_host import MetalError, metal_kernel, missing, stand_in
@@ -20,36 +20,36 @@ types = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
 def run_case(case: Case, seeds: tuple[int, ...]) -> tuple[mx.array, mx.array]:
-    """The case's x, and what its kernel makes of it."""
+    """Return the case's x and the output of its kernel."""
     launch = dict(case.launch)
     x = normal(*launch.pop("shape", (4, 300))).astype(getattr(mx, launch.pop("dtype", "float32")))
     with stand_in(seeds):
-        return x, by_rows(case.source, x, **launch)
+        return x, launch_rows(case.source, x, **launch)
 
 
 titles = {"ids": lambda case: case.title}
-BUGS = BOUNDS + RACES + MEETING + VALUES + LANGUAGE
+BUGS = BOUNDS + RACES + DIVERGENCE + VALUES + LANGUAGE
 
 
-@pytest.mark.parametrize("case", [c for c in BUGS if c.found != "wrong-result"], **titles)
-def test_a_bug_is_found_in_any_order(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [c for c in BUGS if c.kind != "wrong-result"], **titles)
+def test_a_bug_is_reported_in_any_order(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metal_host.launch, "MAX_ACCESSES", 1_000_000)
     for seed in (0, 1, 7):
         with pytest.raises(MetalError) as error:
             run_case(case, (seed,))
-        assert case.found in error.value.kinds, error.value
+        assert case.kind in error.value.kinds, error.value
 
 
-@pytest.mark.parametrize("case", [c for c in BUGS if c.found == "wrong-result"] + RIGHT, **titles)
-def test_numbers_tell_what_is_left(case: Case) -> None:
+@pytest.mark.parametrize("case", [c for c in BUGS if c.kind == "wrong-result"] + CORRECT, **titles)
+def test_the_remaining_bugs_show_in_the_results(case: Case) -> None:
     x, out = run_case(case, (0, 1, 7))
     if "outputs" not in case.launch:
-        truth = float64(x).sum(1) if "buf" in case.source else np.log(np.exp(float64(x)).sum(1))
-        assert np.allclose(float64(out), truth, atol=1e-4) == (case.found is None)
+        exact = float64(x).sum(1) if "buf" in case.source else np.log(np.exp(float64(x)).sum(1))
+        assert np.allclose(float64(out), exact, atol=1e-4) == (case.kind is None)
 
 
-def test_seeds_are_orders() -> None:
-    """The first thread that fails is the first that runs."""
+def test_each_seed_is_an_order_of_threads() -> None:
+    """Every thread reads out of bounds, so the one that is reported is the first that ran."""
     source = "uint i = thread_position_in_grid.x; out[i] = x[i + 1000];"
     case = Case("", "out-of-bounds", source, {"shape": (3, 64), "threads": 64})
     first = []
@@ -62,7 +62,7 @@ def test_seeds_are_orders() -> None:
     assert first[3] == first[4]
 
 
-# --- right kernels ---------------------------------------------------------------------------
+# --- correct kernels -------------------------------------------------------------------------
 
 
 @types
@@ -71,34 +71,34 @@ def test_seeds_are_orders() -> None:
 def test_log_sum_exp(dtype: mx.Dtype, shape: tuple[int, int], threads: int) -> None:
     x = normal(*shape, scale=8.0).astype(dtype)
     with stand_in():
-        out = by_rows(LOGSUMEXP, x, threads)
+        out = launch_rows(LOGSUMEXP, x, threads)
     assert np.allclose(float64(out), np.logaddexp.reduce(float64(x), axis=1), rtol=1e-6, atol=1e-6)
 
 
-def test_infinities_are_what_they_are() -> None:
+def test_log_sum_exp_of_infinities() -> None:
     x = mx.array([[np.inf, 1.0, -np.inf], [-np.inf] * 3, [1e4, 1e4, -1e4]])
     with stand_in():
-        out = float64(by_rows(LOGSUMEXP, x, 32))
+        out = float64(launch_rows(LOGSUMEXP, x, 32))
     assert np.isnan(out[0])  # inf - inf
     assert out[1] == -np.inf
     assert out[2] == pytest.approx(1e4 + np.log(2))
 
 
-def test_every_attribute_in_a_grid_of_three_dimensions() -> None:
-    """Of threadgroups that are cut off at all edges; the truth is worked out anew in NumPy."""
+def test_every_attribute_in_three_dimensions() -> None:
+    """In a grid that cuts threadgroups off at every edge."""
     grid, group = (37, 5, 3), (16, 2, 2)
     names = list(ATTRIBUTES)
     source = """
         uint3 p = thread_position_in_grid;
         uint i = (p.z * threads_per_grid.y + p.y) * threads_per_grid.x + p.x;
-        device uint* mine = out + i * 60;
-        mine[0] = x[0];
+        device uint* own = out + i * 60;
+        own[0] = x[0];
     """
     for k, name in enumerate(names):
         axes = [".x", ".y", ".z"] if ATTRIBUTES[name] == "uint3" else ["", None, None]
         for j, axis in enumerate(axes):
             value = "0" if axis is None else name + axis
-            source += f"mine[{3 * k + j}] = {value};\n"
+            source += f"own[{3 * k + j}] = {value};\n"
     kernel = metal_kernel("attributes", ["x"], ["out"], source)
     (out,) = kernel(
         inputs=[mx.zeros((9,), mx.uint32)],
@@ -115,14 +115,14 @@ def test_every_attribute_in_a_grid_of_three_dimensions() -> None:
 
 
 def attributes(p: np.ndarray, grid: np.ndarray, full: np.ndarray) -> dict[str, np.ndarray | int]:
-    """What the attributes of the thread at p are, by the Metal specification."""
+    """Return the attributes of the thread at position p, by the Metal specification."""
     group, inside = p // full, p % full
     size = np.minimum(full, grid - group * full)
     index = int((inside[2] * size[1] + inside[1]) * size[0] + inside[0])
-    threads, most = int(size.prod()), int(full.prod())
+    threads, full_threads = int(size.prod()), int(full.prod())
     return {
-        "dispatch_quadgroups_per_threadgroup": -(-most // 4),
-        "dispatch_simdgroups_per_threadgroup": -(-most // 32),
+        "dispatch_quadgroups_per_threadgroup": -(-full_threads // 4),
+        "dispatch_simdgroups_per_threadgroup": -(-full_threads // 32),
         "dispatch_threads_per_threadgroup": full,
         "grid_origin": np.zeros(3),
         "grid_size": grid,

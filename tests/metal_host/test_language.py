@@ -1,4 +1,4 @@
-"""The part of Metal's language and library that the Metal host has, against NumPy."""
+"""The part of Metal's language and library that the Metal host supports, against NumPy."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ LANES = np.arange(64) % 32
 
 
 def each(body: str, *inputs: mx.array, out: mx.Dtype, header: str = "") -> np.ndarray:
-    """What 64 threads, two simdgroups, write to out[i] of the inputs a, b and c."""
+    """Run ``body`` in 64 threads (two simdgroups) on inputs a, b and c, and return out."""
     kernel = metal_kernel(
         "each",
         list("abc"[: len(inputs)]),
@@ -24,7 +24,7 @@ def each(body: str, *inputs: mx.array, out: mx.Dtype, header: str = "") -> np.nd
         f"uint i = thread_position_in_grid.x; uint lane = thread_index_in_simdgroup; {body}",
         header,
     )
-    (made,) = kernel(
+    (output,) = kernel(
         inputs=inputs,
         template=[("T", inputs[0].dtype)],
         grid=(64, 1, 1),
@@ -32,12 +32,11 @@ def each(body: str, *inputs: mx.array, out: mx.Dtype, header: str = "") -> np.nd
         output_shapes=[(64,)],
         output_dtypes=[out],
     )
-    wide = made.astype(mx.float32) if out in FLOATS else made
-    return np.array(wide)
+    return np.array(output.astype(mx.float32) if out in FLOATS else output)
 
 
-def some(dtype: mx.Dtype, count: int = 64) -> tuple[mx.array, np.ndarray]:
-    """Numbers between 0.5 and 3, and the same in float64."""
+def numbers(dtype: mx.Dtype, count: int = 64) -> tuple[mx.array, np.ndarray]:
+    """Return numbers between 0.5 and 3, and the same in float64."""
     array = mx.array(np.random.default_rng(3).uniform(0.5, 3, count).astype(np.float32))
     array = array.astype(dtype)
     return array, np.array(array.astype(mx.float32)).astype(np.float64)
@@ -69,9 +68,9 @@ UNARY: dict[str, Callable] = {
 
 @types
 def test_functions_of_one_number(dtype: mx.Dtype) -> None:
-    """All in one kernel: each thread takes the sum of their differences from the truth."""
-    x, truth = some(dtype)
-    table = mx.array(np.stack([f(truth) for f in UNARY.values()], axis=1).astype(np.float32))
+    """All in one kernel: each thread writes the largest relative error of any function."""
+    x, exact = numbers(dtype)
+    table = mx.array(np.stack([f(exact) for f in UNARY.values()], axis=1).astype(np.float32))
     calls = "".join(
         f"worst = max(worst, fabs(float({space}{name}(x)) / b[i * {len(UNARY)} + {k}] - 1.0f));"
         for k, name in enumerate(UNARY)
@@ -82,13 +81,13 @@ def test_functions_of_one_number(dtype: mx.Dtype) -> None:
         f"T x = a[i]; float worst = 0.0f; {calls} out[i] = worst;", x, table, out=mx.float32
     )
     assert worst.max() < {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}[dtype]
-    made = each("out[i] = T(floor(a[i]) - trunc(-a[i]));", x, out=dtype)
-    assert np.array_equal(made, 2 * np.floor(truth))
+    actual = each("out[i] = T(floor(a[i]) - trunc(-a[i]));", x, out=dtype)
+    assert np.array_equal(actual, 2 * np.floor(exact))
 
 
 @types
 def test_functions_of_several_numbers(dtype: mx.Dtype) -> None:
-    x, a = some(dtype)
+    x, a = numbers(dtype)
     y, b = x[::-1], a[::-1]
     rounded = {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}[dtype]
     expected = {
@@ -102,8 +101,8 @@ def test_functions_of_several_numbers(dtype: mx.Dtype) -> None:
         "T(isnan(T(NAN))) + T(isinf(-T(INFINITY))) * T(2)": np.full(64, 3.0),
         "T(a[i] * 2 + b[i] - 1)": a * 2 + b - 1,
     }
-    for text, truth in expected.items():
-        assert np.allclose(each(f"out[i] = {text};", x, y, out=dtype), truth, rtol=2 * rounded), (
+    for text, exact in expected.items():
+        assert np.allclose(each(f"out[i] = {text};", x, y, out=dtype), exact, rtol=2 * rounded), (
             text
         )
 
@@ -120,16 +119,16 @@ def test_integers() -> None:
             np.arange(64) * 4 + LANES * 100
         ),
     }
-    for text, truth in expected.items():
-        assert np.array_equal(each(f"out[i] = {text};", a, out=mx.int32), truth), text
+    for text, exact in expected.items():
+        assert np.array_equal(each(f"out[i] = {text};", a, out=mx.int32), exact), text
     bytes_ = mx.arange(64, dtype=mx.uint8) * 5
-    made = each("out[i] = uchar(a[i] + 1);", bytes_, out=mx.uint8)
-    assert np.array_equal(made, np.array(bytes_) + 1)
+    actual = each("out[i] = uchar(a[i] + 1);", bytes_, out=mx.uint8)
+    assert np.array_equal(actual, np.array(bytes_) + 1)
 
 
 @types
 def test_vectors(dtype: mx.Dtype) -> None:
-    x, truth = some(dtype, 256)
+    x, exact = numbers(dtype, 256)
     body = """
         vec<T, 4> v = reinterpret_cast<const device vec<T, 4>*>(a)[i];
         metal::float4 f = float4(v) * 2 + float4(1, 0, 0, 0);
@@ -138,7 +137,7 @@ def test_vectors(dtype: mx.Dtype) -> None:
         float2 top = max(float2(f.x, f.y), float2(3.0f));
         out[i] = dot(f, float4(1.0f)) + top.x - top.y + (any(f > 100.0f) ? 1e9f : 0.0f);
     """
-    f = truth.reshape(64, 4) * 2 + [1, 0, 0, 0]
+    f = exact.reshape(64, 4) * 2 + [1, 0, 0, 0]
     f[:, 3] -= f[:, 0]
     f += 0.5
     top = np.maximum(f[:, :2], 3)
@@ -147,7 +146,7 @@ def test_vectors(dtype: mx.Dtype) -> None:
 
 @types
 def test_wide_reads_of_a_struct(dtype: mx.Dtype) -> None:
-    """Eight elements at once, the way that a kernel reads a row of logits."""
+    """Eight elements at once, as a kernel may read a row of logits."""
     header = "template <typename T> struct alignas(4 * sizeof(T)) Eight { T items[8]; };\n"
     body = """
         Eight<T> e = *(const device Eight<T>*)(a + 8 * i);
@@ -155,25 +154,25 @@ def test_wide_reads_of_a_struct(dtype: mx.Dtype) -> None:
         for (int k = 0; k < 8; k++) sum += float(e.items[k]);
         out[i] = sum;
     """
-    x, truth = some(dtype, 512)
-    made = each(body, x, out=mx.float32, header=header)
-    assert np.allclose(made, truth.reshape(64, 8).sum(1), rtol=1e-6)
+    x, exact = numbers(dtype, 512)
+    actual = each(body, x, out=mx.float32, header=header)
+    assert np.allclose(actual, exact.reshape(64, 8).sum(1), rtol=1e-6)
 
 
 def test_bits_and_roundings() -> None:
-    # Ties between two bfloats, the greatest float, infinity, and NaN with few and with all bits.
+    # Ties between two bfloats, the largest float, −∞, and NaN with one bit set and with all.
     special = [0x3F808000, 0x3F818000, 0xBF808000, 0x7F7FFFFF, 0xFF800000, 0x7F800001, 0x7FFFFFFF]
     random = np.random.default_rng(0).integers(0, 2**32, 64 - len(special))
     words = mx.array(np.append(special, random).astype(np.uint32))
     floats = words.view(mx.float32)
-    made = each("out[i] = as_type<uint>(as_type<float>(a[i]));", words, out=mx.uint32)
-    assert np.array_equal(made, np.array(words))
+    actual = each("out[i] = as_type<uint>(as_type<float>(a[i]));", words, out=mx.uint32)
+    assert np.array_equal(actual, np.array(words))
     for dtype in (mx.bfloat16, mx.float16):
         name = str(dtype).removeprefix("mlx.core.") + "_t"
-        made = each(f"out[i] = float({name}(a[i]));", floats, out=mx.float32)
-        truth = np.array(floats.astype(dtype).astype(mx.float32))
-        normal = ~(np.abs(truth) < 1e-4)  # denormals are flushed
-        assert np.array_equal(made[normal], truth[normal], equal_nan=True), dtype
+        actual = each(f"out[i] = float({name}(a[i]));", floats, out=mx.float32)
+        exact = np.array(floats.astype(dtype).astype(mx.float32))
+        normal = ~(np.abs(exact) < 1e-4)  # denormals are flushed
+        assert np.array_equal(actual[normal], exact[normal], equal_nan=True), dtype
 
 
 def test_denormals_are_zero() -> None:
@@ -203,34 +202,34 @@ BY_LANES = {
 @types
 @pytest.mark.parametrize("text", BY_LANES)
 def test_simd_operations(text: str, dtype: mx.Dtype) -> None:
-    x, truth = some(dtype)
-    expected = np.ravel(BY_LANES[text](truth.reshape(2, 32)))
+    x, exact = numbers(dtype)
+    expected = np.ravel(BY_LANES[text](exact.reshape(2, 32)))
     close = {mx.float32: 1e-6, mx.float16: 2e-3, mx.bfloat16: 2e-2}[dtype]
     assert np.allclose(each(f"out[i] = {text};", x, out=dtype), expected, rtol=close)
 
 
-# --- what Metal refuses ----------------------------------------------------------------------
+# --- what Metal rejects ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "text", ["min(a[i], 1)", "max(1, a[i])", "clamp(a[i], 0, 1)", "std::exp(a[i])", "expm1(a[i])"]
 )
-def test_what_does_not_compile(text: str) -> None:
+def test_calls_that_do_not_compile(text: str) -> None:
     with pytest.raises(MetalError) as error:
-        each(f"out[i] = {text};", some(mx.float32)[0], out=mx.float32)
+        each(f"out[i] = {text};", numbers(mx.float32)[0], out=mx.float32)
     assert error.value.kinds == {"compile"}
     assert "source:1" in str(error.value)
 
 
-def test_threadgroup_memory_belongs_in_the_kernel() -> None:
+def test_threadgroup_variables_belong_in_the_kernel() -> None:
     header = "inline void f() {\n  threadgroup float b[4];\n}"
     with pytest.raises(MetalError, match="header:2: threadgroup variables"):
-        each("out[i] = a[i];", some(mx.float32)[0], out=mx.float32, header=header)
+        each("out[i] = a[i];", numbers(mx.float32)[0], out=mx.float32, header=header)
     with pytest.raises(MetalError, match="source:2: threadgroup variables"):
         each("\n threadgroup float b[64] = {0.0f}; out[i] = b[i];", mx.zeros(64), out=mx.float32)
 
 
 def test_constants_outside_of_functions() -> None:
     header = "constant float TABLE[3] = {1.0f, 2.0f, 4.0f};\n"
-    made = each("out[i] = TABLE[i % 3];", some(mx.float32)[0], out=mx.float32, header=header)
-    assert np.array_equal(made, np.resize([1, 2, 4], 64))
+    actual = each("out[i] = TABLE[i % 3];", numbers(mx.float32)[0], out=mx.float32, header=header)
+    assert np.array_equal(actual, np.resize([1, 2, 4], 64))

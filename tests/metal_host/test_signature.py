@@ -37,7 +37,7 @@ INPUTS = {
 
 
 def make_mlx_print(definition: dict[str, Any], call: dict[str, Any], folder: Path) -> None:
-    """The text it would compile: exporting a function prints it, and needs no GPU."""
+    """Let MLX print the text that it would compile: exporting a function does, without a GPU."""
     kernel = mx.fast.metal_kernel(**definition)
 
     def function(*inputs: mx.array) -> list[mx.array]:
@@ -50,7 +50,7 @@ def make_mlx_print(definition: dict[str, Any], call: dict[str, Any], folder: Pat
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 @pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
 @pytest.mark.parametrize("outputs", [1, 2])
-def test_the_text_is_mlxs(
+def test_the_text_is_that_of_mlx(
     source: str,
     template: list,
     header: str,
@@ -90,16 +90,18 @@ def test_the_text_is_mlxs(
     ],
 )
 def test_small_inputs_are_constant(shape: tuple[int, ...], type: str) -> None:
-    made = signature("k", "y[0] = 0;", ["x"], [(mx.float32, shape)], ["y"], [mx.float32])
-    assert made.parameters[0].type == type
+    kernel_signature = signature(
+        "k", "y[0] = 0;", ["x"], [(mx.float32, shape)], ["y"], [mx.float32]
+    )
+    assert kernel_signature.parameters[0].type == type
 
 
 def test_names_in_the_header_add_nothing() -> None:
-    made = signature("k", "y[0] = 0;", ["x"], [(mx.float32, (9,))], ["y"], [mx.float32])
-    assert [p.name for p in made.parameters] == ["x", "y"]
-    assert "x_shape" in made.text("y[0] = 0;", "// x_shape thread_position_in_grid")
+    kernel_signature = signature("k", "y[0] = 0;", ["x"], [(mx.float32, (9,))], ["y"], [mx.float32])
+    assert [p.name for p in kernel_signature.parameters] == ["x", "y"]
+    assert "x_shape" in kernel_signature.text("y[0] = 0;", "// x_shape thread_position_in_grid")
 
 
-def test_what_no_template_takes() -> None:
+def test_a_template_argument_of_another_type_is_an_error() -> None:
     with pytest.raises(ValueError, match="a template argument must be"):
         signature("k", "", [], [], ["y"], [mx.float32], [("T", 1.5)])  # type: ignore[list-item]

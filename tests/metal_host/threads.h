@@ -9,7 +9,7 @@
 
 #include "memory.h"
 
-// Keeps what the callee must keep on this stack, and goes on with another one.
+// Saves the callee-saved registers on this stack and continues on another one.
 extern "C" void switch_stack(void** old_stack_pointer, void* new_stack_pointer);
 asm(R"(
 .text
@@ -30,7 +30,7 @@ namespace metal_host {
 std::vector<void*> kernel_buffers;
 Fiber fibers[MAX_THREADS];
 Lanes lanes_of[MAX_THREADS / SIMD_WIDTH];
-int thread_count;  // of the threadgroup that runs: fewer at the edge of the grid
+int thread_count;  // in the running threadgroup: fewer at the edge of the grid
 void* scheduler;   // its stack pointer while a fiber runs
 
 // --- fibers ---------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ void leave_fiber() {
 
 void leave_kernel() {
   aborted = true;
-  if (self) leave_fiber();  // which is never resumed
+  if (self) leave_fiber();  // never resumed
 }
 
 void fiber_main() {
@@ -51,10 +51,10 @@ void fiber_main() {
   leave_fiber();
 }
 
-// Makes the fiber's stack look as if fiber_main had been about to begin when it was left.
+// Makes the fiber's stack look as if it had been left just before fiber_main.
 void begin(Fiber& fiber) {
   void** top = (void**)(fiber.stack + STACK_BYTES);
-  *--top = nullptr;  // where a caller's address would be: keeps the stack aligned
+  *--top = nullptr;  // in place of a return address: keeps the stack aligned
   *--top = (void*)fiber_main;
   for (int i = 0; i < 6; i++) *--top = nullptr;  // the registers of switch_stack
   fiber.stack_pointer = top;
@@ -67,8 +67,8 @@ void resume(Fiber& fiber) {
   self = nullptr;
 }
 
-void wait(State state, Place place, int flags) {
-  self->state = state, self->place = place, self->flags = flags;
+void wait(State state, CallSite site, int flags) {
+  self->state = state, self->site = site, self->flags = flags;
   leave_fiber();
 }
 
@@ -76,28 +76,28 @@ bool waits(const Fiber& fiber) {
   return fiber.state != State::ready && fiber.state != State::done;
 }
 
-bool same_place(const Fiber& a, const Fiber& b) {
-  return a.place.line == b.place.line && !strcmp(a.place.file, b.place.file) &&
-         !strcmp(a.place.function, b.place.function);
+bool same_site(const Fiber& a, const Fiber& b) {
+  return a.site.line == b.site.line && !strcmp(a.site.file, b.site.file) &&
+         !strcmp(a.site.function, b.site.function);
 }
 
 // --- what a kernel calls --------------------------------------------------------------------
 
-const Lanes& exchange(const void* value, size_t bytes, Place place) {
+const Lanes& exchange(const void* value, size_t bytes, CallSite site) {
   memcpy(self->value, value, bytes);
-  wait(State::at_operation, place, 0);
+  wait(State::at_operation, site, 0);
   return lanes_of[self->simdgroup];
 }
 
-void simdgroup_barrier(int flags, Place place) { wait(State::at_simdgroup_barrier, place, flags); }
+void simdgroup_barrier(int flags, CallSite site) { wait(State::at_simdgroup_barrier, site, flags); }
 
-void threadgroup_barrier(int flags, Place place) { wait(State::at_barrier, place, flags); }
+void threadgroup_barrier(int flags, CallSite site) { wait(State::at_barrier, site, flags); }
 
 int this_lane() { return self->thread % SIMD_WIDTH; }
 
-void report_absent_lane(Place place, int lane) {
-  report("absent-lane", {place.file, place.line, nullptr}, Then::go_on,
-         "%s in lane %d takes the value of lane %d, which is not there", place.function,
+void report_absent_lane(CallSite site, int lane) {
+  report("absent-lane", {site.file, site.line, nullptr}, Then::go_on,
+         "%s in lane %d takes the value of lane %d, which does not exist", site.function,
          this_lane(), lane);
 }
 
@@ -113,8 +113,8 @@ void* threadgroup_array(const char* name, size_t bytes, size_t item_bytes, int l
   Where where = {"source", line, nullptr};
   if (total > THREADGROUP_MEMORY)
     report("threadgroup-memory", where, Then::abort,
-           "'%s' makes it %zu bytes of threadgroup memory, there are %zu", name, total,
-           THREADGROUP_MEMORY);
+           "with '%s', the kernel uses %zu bytes of threadgroup memory; the limit is %zu", name,
+           total, THREADGROUP_MEMORY);
   Region* region = add_region(name, bytes, item_bytes, THREADGROUP, true);
   if (!region) report("no-memory", where, Then::abort, "threadgroup array '%s'", name);
   region->line = line;
@@ -126,7 +126,7 @@ void* threadgroup_array(const char* name, size_t bytes, size_t item_bytes, int l
 uint64_t seed;
 std::mt19937_64 generator;
 
-// 0 … n-1 in the seed's order: 0 forwards, 1 backwards, others at random.
+// 0 … n-1 in the order of the seed: 0 forwards, 1 backwards, others at random.
 std::vector<int> ordered(int n) {
   std::vector<int> order(n);
   for (int i = 0; i < n; i++) order[i] = seed == 1 ? n - 1 - i : i;
@@ -135,17 +135,17 @@ std::vector<int> ordered(int n) {
 }
 
 void report_divergence(const char* kind, const Fiber& a, const Fiber& b) {
-  Where where = {a.place.file, a.place.line, nullptr};
+  Where where = {a.site.file, a.site.line, nullptr};
   if (b.state == State::done)
     report(kind, where, Then::abort, "thread %d is at %s, thread %d has returned", a.thread,
-           a.place.function, b.thread);
+           a.site.function, b.thread);
   else
     report(kind, where, Then::abort, "thread %d is at %s, thread %d is at %s in %s:%d", a.thread,
-           a.place.function, b.thread, b.place.function, b.place.file, b.place.line);
+           a.site.function, b.thread, b.site.function, b.site.file, b.site.line);
 }
 
-// Lets a simdgroup's lanes pass the simd operation or barrier that they all wait at. False: there
-// is none, all have returned or are at a threadgroup's barrier.
+// Lets the lanes of a simdgroup pass the simd operation or barrier at which they all wait. False if
+// there is none: all have returned or wait at a barrier of the threadgroup.
 bool meet_in_simdgroup(Fiber* lanes, int count) {
   Fiber* first = nullptr;
   for (Fiber* lane = lanes; lane < lanes + count && !first; lane++)
@@ -155,8 +155,8 @@ bool meet_in_simdgroup(Fiber* lanes, int count) {
   Lanes& values = lanes_of[first->simdgroup];
   values.active = 0;
   for (int i = 0; i < count; i++) {
-    // Threads that have returned take no part in operations; a barrier waits for them for ever.
-    if (lanes[i].state == State::done ? barrier : !same_place(lanes[i], *first)) {
+    // Threads that have returned are absent from operations; a barrier would wait for them forever.
+    if (lanes[i].state == State::done ? barrier : !same_site(lanes[i], *first)) {
       report_divergence(barrier ? "divergent-barrier" : "divergent-simd", *first, lanes[i]);
       return false;
     }
@@ -182,13 +182,13 @@ void run_simdgroup(int simdgroup) {
   } while (meet_in_simdgroup(lanes, count));
 }
 
-// Lets all threads pass the barrier that they wait at. False: all have returned.
+// Lets all threads pass the barrier at which they wait. False if all have returned.
 bool meet_in_threadgroup() {
   Fiber* end = fibers + thread_count;
   Fiber* first = std::find_if(fibers, end, waits);
   if (first == end) return false;
   for (Fiber* fiber = fibers; fiber < end; fiber++) {
-    if (fiber->state == State::done || !same_place(*fiber, *first)) {
+    if (fiber->state == State::done || !same_site(*fiber, *first)) {
       report_divergence("divergent-barrier", *first, *fiber);
       return false;
     }

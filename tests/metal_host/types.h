@@ -1,7 +1,7 @@
 // bfloat and vectors for g++, which has neither.
 #pragma once
 
-// --- bfloat: to float by itself, from float only where it is asked for, as in Metal ---------
+// --- bfloat: implicitly to float, only explicitly from float, as in Metal -------------------
 
 template <class T>
 using msl_if_integer = std::enable_if_t<std::is_integral<T>::value>;
@@ -96,8 +96,8 @@ template <class T>
 struct msl_same {
   using type = T;
 };
-// The type of a vector's elements, from which no template argument is deduced: a number of another
-// type beside the vector is converted.
+// The type of a vector's elements, in a form from which no template argument is deduced, so that a
+// number of another type beside the vector is converted.
 template <class T>
 using msl_item = typename msl_same<T>::type;
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.commands import arrays, assert_same_arrays, small_run, written_report
+from helpers.commands import arrays, assert_same_arrays, captured_display, small_run
 from helpers.tiny import CHATML, INST, some_pairs, tiny_folder, write_jsonl
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load as mlx_lm_load
@@ -84,14 +84,14 @@ def test_every_way_of_loading_warns(adapter: Path, pairs_file: Path, tmp_path: P
     """evaluate, generate and lora.init_from, with another model than the adapter's."""
     other = tiny_folder(tmp_path / "another")
     warning = f"model was {load_config(adapter / 'config.yaml').model} in training and is {other}"
-    display, text = written_report()
+    display, text = captured_display()
     given = [f"model={other}", f"data.valid={pairs_file}"]
     evaluate(load_config(None, given), adapter, display)
     assert text.getvalue().count(warning) == 1
-    display, text = written_report()
+    display, text = captured_display()
     generate(load_config(None, given), "Hello", adapter, max_tokens=1, display=display)
     assert text.getvalue().count(warning) == 1
-    display, text = written_report()
+    display, text = captured_display()
     pairs = write_jsonl(tmp_path / "pairs.jsonl", some_pairs())
     more = small_run(other, pairs, tmp_path / "run", f"lora.init_from={adapter}")
     train(load_config(None, more), display)

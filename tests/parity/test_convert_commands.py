@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import written_report
+from helpers.commands import captured_display
 from parity.wrapped import MODELS
 from parity.zoo import ZOO, agree, mlx_adapter, mlx_logits, saved, torch_logits
 
@@ -45,7 +45,7 @@ def test_everything_verified(name: str, tmp_path: Path) -> None:
 def test_a_base_model_that_differs_by_itself_is_a_warning(name: str, tmp_path: Path) -> None:
     """A conversion could hide mistakes of that size."""
     base = saved(name, tmp_path / "base")
-    display, text = written_report()
+    display, text = captured_display()
     to_peft(mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft", verify=True, display=display)
     warned = "MLX and transformers on the base model itself" in text.getvalue()
     assert warned == (name == "gemma")

@@ -1,5 +1,6 @@
-"""Advice: each piece is given exactly when its condition holds, with the right figure."""
+"""Advice: each message is there exactly if its condition holds, with the right numbers."""
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +11,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_simpo import DataConfig, Evaluation, ObjectiveConfig, simpo_loss
 from mlx_simpo.data.encode import EncodedPair, TokenizedSequence
+from mlx_simpo.model.loading import LoadedModel
+from mlx_simpo.model.record import base_record
 from mlx_simpo.reporting.advice import (
+    adapter_mismatch,
     collapse,
     ignored_window,
     slow_blas,
@@ -19,11 +23,11 @@ from mlx_simpo.reporting.advice import (
     truncation,
 )
 
-# --- windows that mlx-lm leaves out -----------------------------------------------------------
+# --- sliding windows that mlx-lm ignores -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "max_length", "said"),
+    ("name", "settings", "max_length", "warns"),
     [
         ("mistral", {"sliding_window": 64}, 65, True),
         ("mistral", {"sliding_window": 64}, 64, False),
@@ -33,18 +37,21 @@ from mlx_simpo.reporting.advice import (
         ("gemma3_text", {"sliding_window": 64, "sliding_window_pattern": 2}, 65, False),
     ],
 )
-def test_a_window_that_is_left_out_matters_beyond_it(
-    name: str, settings: dict, max_length: int, said: bool
+def test_an_ignored_window_matters_for_longer_sequences(
+    name: str, settings: dict, max_length: int, warns: bool
 ) -> None:
     caches = make_prompt_cache(tiny_model(name, **settings))
-    found = ignored_window(tiny_config(name, **settings), caches, max_length)
-    assert (found is not None) is said
-    if found:
-        assert "sliding window of 64 tokens" in found
-        assert "data.max_length is 65" in found
+    message = ignored_window(tiny_config(name, **settings), caches, max_length)
+    assert message == (
+        "the model has a sliding window of 64 tokens, which mlx-lm ignores; the log-probabilities "
+        "of longer sequences (data.max_length is 65) differ from the original model's: set "
+        "data.max_length=64"
+        if warns
+        else None
+    )
 
 
-# --- the loss a run starts with --------------------------------------------------------------
+# --- the first loss --------------------------------------------------------------------------
 
 
 def undecided_loss(objective: ObjectiveConfig) -> float:
@@ -78,15 +85,10 @@ def test_the_starting_loss_is_that_of_an_undecided_model(objective: ObjectiveCon
 
 
 def test_the_starting_loss_names_the_margin() -> None:
-    advice = starting_loss(ObjectiveConfig(beta=2.5, gamma_beta_ratio=0.6))
-    assert advice is not None
-    assert advice.endswith("gamma = beta × gamma_beta_ratio = 1.5")
-
-
-def test_the_starting_loss_is_one_tidy_sentence() -> None:
-    advice = starting_loss(ObjectiveConfig())
-    assert advice is not None
-    assert advice == " ".join(advice.split())
+    assert starting_loss(ObjectiveConfig(beta=2.5, gamma_beta_ratio=0.6)) == (
+        "a model without a preference has a loss of 1.70 here, not 0.69: the target margin is "
+        "gamma = beta × gamma_beta_ratio = 1.5"
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,80 +96,98 @@ def test_the_starting_loss_is_one_tidy_sentence() -> None:
     [ObjectiveConfig(gamma_beta_ratio=0.0), ObjectiveConfig(loss_type="hinge")],
     ids=["no-margin", "hinge"],
 )
-def test_no_starting_loss_where_none_surprises(objective: ObjectiveConfig) -> None:
+def test_a_starting_loss_without_a_margin_needs_no_advice(objective: ObjectiveConfig) -> None:
     assert starting_loss(objective) is None
 
 
-# --- what was cut ----------------------------------------------------------------------------
+# --- truncation ------------------------------------------------------------------------------
 
 
 def pair(cut_prompt: int = 0, cut_response: int = 0) -> EncodedPair:
-    scored = TokenizedSequence(np.array([1, 2, 3], np.int32), 1)
-    return EncodedPair(scored, scored, cut_prompt=cut_prompt, cut_response=cut_response)
+    sequence = TokenizedSequence(np.array([1, 2, 3], np.int32), 1)
+    return EncodedPair(sequence, sequence, cut_prompt=cut_prompt, cut_response=cut_response)
 
 
 @pytest.mark.parametrize("pairs", [[], [pair()], [pair(), pair()]], ids=len)
-def test_nothing_cut_is_nothing_said(pairs: list[EncodedPair]) -> None:
+def test_without_truncation_there_is_no_message(pairs: list[EncodedPair]) -> None:
     assert truncation(pairs, DataConfig()) is None
 
 
 @pytest.mark.parametrize(
-    ("pairs", "prompts", "answers", "tokens"),
+    ("pairs", "prompts", "responses", "tokens"),
     [
         ([pair(), pair(1)], 1, 0, 1),
         ([pair(), pair(0, 4)], 0, 1, 4),
         ([pair(3, 5), pair(2), pair(0, 7), pair(1, 1), pair()], 3, 3, 19),
     ],
 )
-def test_what_was_cut_is_counted(
-    pairs: list[EncodedPair], prompts: int, answers: int, tokens: int
+def test_truncated_pairs_and_tokens_are_counted(
+    pairs: list[EncodedPair], prompts: int, responses: int, tokens: int
 ) -> None:
     assert truncation(pairs, DataConfig(max_length=600)) == (
-        f"longer than data.max_length=600: prompts of {prompts} pairs cut on the left, answers of "
-        f"{answers} pairs on the right, {tokens} tokens in all"
+        f"longer than data.max_length=600: prompts cut on the left in {prompts} pairs, responses "
+        f"cut on the right in {responses} pairs, {tokens} tokens in all"
     )
 
 
-# --- dtype -----------------------------------------------------------------------------------
+# --- slow models -----------------------------------------------------------------------------
 
 
-def on(monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType) -> None:
+def run_on(monkeypatch: pytest.MonkeyPatch, device: mx.DeviceType) -> None:
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_slow_on_a_cpu(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    on(monkeypatch, mx.cpu)
-    advice = slow_on_cpu(dtype, False)
-    assert advice is not None
-    assert f"computes in {dtype}" in advice
-    assert "dtype=float32" in advice
+    run_on(monkeypatch, mx.cpu)
+    expected = f"the model computes in {dtype}, which is slow on a CPU; set dtype=float32"
+    assert slow_on_cpu(dtype, False) == expected
 
 
 def test_a_missing_blas_matters_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_simpo.blas.missing", lambda: "none there")
-    on(monkeypatch, mx.cpu)
-    assert slow_blas() == "no OpenBLAS, this will be slow: none there"
-    on(monkeypatch, mx.gpu)
+    run_on(monkeypatch, mx.cpu)
+    assert slow_blas() == "MLX runs without OpenBLAS, which is slow: none there"
+    run_on(monkeypatch, mx.gpu)
     assert slow_blas() is None
 
 
-def test_quantized_is_slow_on_a_cpu_whatever_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    on(monkeypatch, mx.cpu)
-    assert "quantized" in (slow_on_cpu("float32", True) or "")
-    on(monkeypatch, mx.gpu)
+def test_a_quantized_model_is_slow_on_a_cpu_whatever_its_dtype(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_on(monkeypatch, mx.cpu)
+    assert "use a model that is not quantized" in (slow_on_cpu("float32", True) or "")
+    run_on(monkeypatch, mx.gpu)
     assert slow_on_cpu("float32", True) is None
 
 
 def test_float32_is_fast_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    on(monkeypatch, mx.cpu)
+    run_on(monkeypatch, mx.cpu)
     assert slow_on_cpu("float32", False) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_dtype_is_fast_on_a_gpu(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    on(monkeypatch, mx.gpu)
+    run_on(monkeypatch, mx.gpu)
     assert slow_on_cpu(dtype, False) is None
+
+
+# --- an adapter of another model -------------------------------------------------------------
+
+
+def loaded(name: str, revision: str | None) -> LoadedModel:
+    """A loaded model of which only the record is read."""
+    return LoadedModel(None, None, {}, "float32", Path(), name, revision)  # type: ignore[arg-type]
+
+
+def test_all_differences_of_an_adapters_model_are_in_one_message() -> None:
+    record = {"base": base_record(loaded("org/one", "abc"))}
+    assert adapter_mismatch(record, loaded("org/one", "abc")) is None
+    assert adapter_mismatch({}, loaded("org/two", "def"), "a template") is None
+    assert adapter_mismatch(record, loaded("org/two", "def")) == (
+        "the adapter may not fit: model was org/one in training and is org/two now; revision was "
+        "abc in training and is def now"
+    )
 
 
 # --- collapse --------------------------------------------------------------------------------
@@ -183,14 +203,14 @@ def test_a_small_fall_is_normal(after: float) -> None:
     assert collapse(evaluated(-1.0), evaluated(after)) is None
 
 
-def test_a_fall_of_the_rejected_answers_is_the_aim() -> None:
+def test_a_fall_of_the_rejected_responses_is_the_aim() -> None:
     before = evaluated(-1.0, **{"logps/rejected": -1.0})
     assert collapse(before, evaluated(-1.0, **{"logps/rejected": -9.0})) is None
 
 
-def test_a_fall_of_more_than_a_nat_a_token_is_told() -> None:
-    advice = collapse(evaluated(-1.0), evaluated(-3.5))
-    assert advice is not None
-    assert "2.5 nats a token less likely" in advice
-    assert "train.learning_rate" in advice
+def test_a_fall_of_more_than_1_nat_per_token_is_a_warning() -> None:
+    assert collapse(evaluated(-1.0), evaluated(-3.5)) == (
+        "the chosen responses have become 2.5 nats per token less likely; read some responses of "
+        "the model, and lower train.learning_rate if they repeat themselves"
+    )
     assert collapse(evaluated(-1.0), evaluated(-2.01)) is not None

@@ -1,14 +1,15 @@
-"""What a person sees: on stderr only, as it was written, with a bar where there is a terminal."""
+"""The terminal: stderr only, text as it is, and progress bars if it is a terminal."""
 
 import io
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from helpers.commands import written_report
+from helpers.commands import captured_display
+from rich.console import Console
 
 from mlx_simpo import Evaluation
-from mlx_simpo.reporting import display as report_module
+from mlx_simpo.reporting import display as display_module
 from mlx_simpo.reporting.display import EVALUATION_ROWS, Display, step_note
 
 Capture = pytest.CaptureFixture[str]
@@ -16,9 +17,9 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Moves the time that reports see forward."""
+    """A function that moves the time forward."""
     now = 100.0
-    monkeypatch.setattr(report_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: now)
 
     def forward(seconds: float) -> None:
         nonlocal now
@@ -34,22 +35,35 @@ def test_everything_goes_to_stderr(capsys: Capture, clock: Callable[[float], Non
     display = Display()
     display.note("a note")
     display.warn("a warning")
-    display.advise("some advice")
     with display.progress("Training", 2) as advance:
         clock(60)
         advance()
     display.evaluations({"before": evaluation(0.5)})
     captured = capsys.readouterr()
     assert captured.out == ""
-    for line in ("a note", "warning: a warning", "warning: some advice", "Training 1/2", "before"):
+    for line in ("a note", "warning: a warning", "Training 1/2", "before"):
         assert line in captured.err
 
 
-def test_nothing_to_say_is_nothing_written() -> None:
-    display, text = written_report()
+def test_no_message_is_nothing_written() -> None:
+    display, text = captured_display()
     display.note(None)
-    display.advise(None)
+    display.warn(None)
     assert text.getvalue() == ""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_quiet_console_shows_nothing(
+    terminal: bool, capsys: Capture, clock: Callable[[float], None]
+) -> None:
+    display = Display(Console(stderr=True, quiet=True, force_terminal=terminal))
+    display.note("a note")
+    display.warn("a warning")
+    with display.progress("Training", 2) as advance:
+        clock(60)
+        advance()
+    display.evaluations({"before": evaluation(0.5)})
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_long_line_is_not_broken(capsys: Capture) -> None:
@@ -64,17 +78,17 @@ def test_a_long_line_is_not_broken(capsys: Capture) -> None:
         "[/]",
         "x[0] = [1, 2]",
         "a\\[b]",
-        "pairs.jsonl:100: identical answers",
+        "pairs.jsonl:100: :smile:",
         "C:\\runs\\",
     ],
 )
 @pytest.mark.parametrize("write", [Display.note, Display.warn])
-def test_words_are_written_as_they_are(words: str, write: Callable, capsys: Capture) -> None:
+def test_text_is_written_as_it_is(words: str, write: Callable, capsys: Capture) -> None:
     write(Display(), words)
     assert capsys.readouterr().err.removeprefix("warning: ") == f"{words}\n"
 
 
-def test_what_no_terminal_can_write_is_escaped(capsys: Capture) -> None:
+def test_bytes_that_are_not_text_are_escaped(capsys: Capture) -> None:
     Display().note("odd \udcff name")
     assert capsys.readouterr().err == "odd \\udcff name\n"
 
@@ -83,7 +97,7 @@ def test_what_no_terminal_can_write_is_escaped(capsys: Capture) -> None:
 
 
 def test_a_short_task_writes_no_lines(clock: Callable[[float], None]) -> None:
-    display, text = written_report()
+    display, text = captured_display()
     with display.progress("Training", 3) as advance:
         for _ in range(3):
             clock(1)
@@ -92,7 +106,7 @@ def test_a_short_task_writes_no_lines(clock: Callable[[float], None]) -> None:
 
 
 def test_a_long_task_writes_a_line_every_few_seconds(clock: Callable[[float], None]) -> None:
-    display, text = written_report()
+    display, text = captured_display()
     with display.progress("Training", 12) as advance:
         for step in range(12):
             clock(2)
@@ -103,7 +117,7 @@ def test_a_long_task_writes_a_line_every_few_seconds(clock: Callable[[float], No
 
 
 def test_several_steps_at_once_and_no_note(clock: Callable[[float], None]) -> None:
-    display, text = written_report()
+    display, text = captured_display()
     with display.progress("Tokenizing", 9) as advance:
         advance(4)
         clock(60)
@@ -115,12 +129,12 @@ def test_several_steps_at_once_and_no_note(clock: Callable[[float], None]) -> No
 
 
 def last_frame(text: io.StringIO) -> str:
-    """What stands on the screen in the end: what follows the last erased line."""
+    """What the screen shows in the end: what follows the last erased line."""
     return text.getvalue().rpartition("\x1b[2K")[2]
 
 
 def test_a_terminal_has_a_bar() -> None:
-    display, text = written_report(terminal=True)
+    display, text = captured_display(terminal=True)
     with display.progress("Training", 4) as advance:
         advance(1, "loss 1.31")
         advance(2)
@@ -128,8 +142,8 @@ def test_a_terminal_has_a_bar() -> None:
     assert all(part in frame for part in ("Training", "━", "3/4", "loss 1.31"))
 
 
-def test_a_note_on_a_bar_is_the_latest() -> None:
-    display, text = written_report(terminal=True)
+def test_a_bar_shows_its_latest_note() -> None:
+    display, text = captured_display(terminal=True)
     with display.progress("Training", 4) as advance:
         advance(1, "loss 1.31")
         advance(1, "loss 1.25")
@@ -137,8 +151,8 @@ def test_a_note_on_a_bar_is_the_latest() -> None:
     assert "loss 1.31" not in last_frame(text)
 
 
-def test_a_bar_within_a_bar_goes_when_it_is_done() -> None:
-    display, text = written_report(terminal=True)
+def test_a_nested_bar_is_removed_when_it_is_done() -> None:
+    display, text = captured_display(terminal=True)
     with display.progress("Training", 4) as advance:
         with display.progress("Step 2", 2) as inner:
             inner(1)
@@ -152,7 +166,7 @@ def test_a_bar_within_a_bar_goes_when_it_is_done() -> None:
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_an_error_passes_through_and_the_next_bar_is_new(terminal: bool) -> None:
-    display, text = written_report(terminal=terminal)
+    display, text = captured_display(terminal=terminal)
     with pytest.raises(KeyError), display.progress("Before", 4):
         raise KeyError
     with display.progress("After", 4) as advance:
@@ -175,18 +189,18 @@ def rows(text: io.StringIO) -> dict[str, list[str]]:
     return {first: others for first, *others in filter(None, cells)}
 
 
-def test_evaluations_stand_side_by_side() -> None:
-    display, text = written_report()
+def test_evaluations_are_shown_side_by_side() -> None:
+    display, text = captured_display()
     display.evaluations({"before": evaluation(0.5), "after": evaluation(0.75)})
-    found = rows(text)
-    assert found["loss"] == ["0.5000", "0.7500"]
-    assert found["rewards/accuracies"] == ["50.0%", "75.0%"]
-    assert found["95 % interval"] == ["25.0% to 87.5%"] * 2
-    assert found["chosen_tokens"] == ["0.5", "0.8"]
+    cells = rows(text)
+    assert cells["loss"] == ["0.5000", "0.7500"]
+    assert cells["rewards/accuracies"] == ["50.0%", "75.0%"]
+    assert cells["95 % interval"] == ["25.0% to 87.5%"] * 2
+    assert cells["chosen_tokens"] == ["0.5", "0.8"]
 
 
 def test_a_metric_that_was_not_computed_has_no_row() -> None:
-    display, text = written_report()
+    display, text = captured_display()
     display.evaluations({"before": evaluation(0.5, "sft_loss")})
     assert rows(text).keys() == {*EVALUATION_ROWS, "95 % interval"} - {"sft_loss"}
 

@@ -1,4 +1,4 @@
-"""Answers: those of mlx_lm's own greedy generation, on the prompt that training used."""
+"""Responses: those of mlx_lm's own greedy generation, from prompts as in training."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +16,13 @@ from mlx_simpo.model.adapters import load_adapter, save_adapter
 from mlx_simpo.model.loading import load_model
 from mlx_simpo.model.lora import attach_lora
 from mlx_simpo.sampling import generate as generation_module
-from mlx_simpo.sampling.generate import answer
+from mlx_simpo.sampling.generate import generate_response
 
 PROMPT = "Why is the sky blue?"
 
 
 class Adapted(NamedTuple):
-    """A model folder and an adapter for it that changes what it says."""
+    """A model folder and an adapter for it that changes its responses."""
 
     model: str
     adapter: str
@@ -39,7 +39,7 @@ def adapted(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ada
 
 
 def greedy(model: nn.Module, tokenizer: Any, tokens: list[int], count: int) -> str:
-    """Greedy decoding without a cache, the long way."""
+    """Greedy decoding without a cache."""
     text = tokenizer.detokenizer
     for _ in range(count):
         token = int(model(mx.array([tokens]))[0, -1].argmax())
@@ -51,58 +51,60 @@ def greedy(model: nn.Module, tokenizer: Any, tokens: list[int], count: int) -> s
     return text.text.strip()
 
 
-def test_the_answer_is_mlx_lms_with_the_adapter(adapted: Adapted) -> None:
+def test_the_response_is_mlx_lms_with_the_adapter(adapted: Adapted) -> None:
     model, tokenizer = mlx_lm.load(adapted.model, adapter_path=adapted.adapter)[:2]
     text = tokenizer.apply_chat_template([user(PROMPT)], add_generation_prompt=True)
     expected = mlx_lm.generate(model, tokenizer, text, max_tokens=12).strip()
     loaded = load_model(adapted.model)
     encoder = Encoder(loaded.tokenizer, DataConfig())
-    base = answer(loaded.model, loaded.tokenizer, encoder, PROMPT, 12)
+    base = generate_response(loaded.model, loaded.tokenizer, encoder, PROMPT, 12)
     load_adapter(loaded.model, adapted.adapter)
-    assert answer(loaded.model, loaded.tokenizer, encoder, PROMPT, 12) == expected != base
+    assert (
+        generate_response(loaded.model, loaded.tokenizer, encoder, PROMPT, 12) == expected != base
+    )
 
 
-def test_the_answer_is_the_most_likely_one(adapted: Adapted) -> None:
+def test_the_response_is_decoded_greedily(adapted: Adapted) -> None:
     loaded = load_model(adapted.model)
     load_adapter(loaded.model, adapted.adapter)
     encoder = Encoder(loaded.tokenizer, DataConfig())
-    found = answer(loaded.model, loaded.tokenizer, encoder, PROMPT, 12)
+    response = generate_response(loaded.model, loaded.tokenizer, encoder, PROMPT, 12)
     tokens = encoder.prompt_tokens(PROMPT)
-    assert found == greedy(loaded.model, loaded.tokenizer, tokens, 12)
-    assert found
+    assert response == greedy(loaded.model, loaded.tokenizer, tokens, 12)
+    assert response
 
 
-def test_the_answer_does_not_depend_on_the_seed_nor_on_dropout(adapted: Adapted) -> None:
+def test_the_response_does_not_depend_on_the_seed_or_on_dropout(adapted: Adapted) -> None:
     loaded = load_model(adapted.model)
     load_adapter(loaded.model, adapted.adapter)
     encoder = Encoder(loaded.tokenizer, DataConfig())
-    answers = set()
+    responses = set()
     for seed in range(3):
         mx.random.seed(seed)
         loaded.model.train()
-        answers.add(answer(loaded.model, loaded.tokenizer, encoder, PROMPT, 12))
-    assert len(answers) == 1
+        responses.add(generate_response(loaded.model, loaded.tokenizer, encoder, PROMPT, 12))
+    assert len(responses) == 1
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_models_mode_is_kept(training: bool) -> None:
+def test_the_models_mode_is_restored(training: bool) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     model.train(training)
-    answer(model, tokenizer, Encoder(tokenizer, DataConfig()), PROMPT, 2)
+    generate_response(model, tokenizer, Encoder(tokenizer, DataConfig()), PROMPT, 2)
     assert model.training == training
 
 
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """What mlx_lm was asked to go on from; it answers with spaces around."""
-    asked: list[list[int]] = []
+    """The prompts that mlx_lm's generate is called with; its response has spaces around it."""
+    received: list[list[int]] = []
 
     def generate(model: nn.Module, tokenizer: Any, prompt: list[int], **options: Any) -> str:
-        asked.append(list(prompt))
-        return "  an answer\n"
+        received.append(list(prompt))
+        return "  a response\n"
 
     monkeypatch.setattr(generation_module, "generate", generate)
-    return asked
+    return received
 
 
 TOKENIZERS: dict[str, dict[str, Any]] = {
@@ -128,37 +130,37 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
 )
 def test_the_prompt_is_templated_once(name: str, text: str, prompts: list[list[int]]) -> None:
     tokenizer = tiny_tokenizer(**TOKENIZERS[name])
-    found = answer(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), PROMPT)
+    response = generate_response(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), PROMPT)
     (tokens,) = prompts
     assert tokenizer.decode(tokens) == text
-    assert found == "an answer"
+    assert response == "a response"
 
 
 def test_the_prompt_is_that_of_a_training_pair(prompts: list[list[int]], pairs_file: Path) -> None:
-    """Up to the assistant's header, which is where scoring begins."""
+    """With the assistant's header, after which the scored tokens begin."""
     tokenizer = tiny_tokenizer()
     encoder = Encoder(tokenizer, DataConfig())
     pair = encoder.encode(load_pairs(str(pairs_file)).pairs[3])
-    answer(tiny_model(), tokenizer, encoder, some_pairs()[3]["prompt"])
+    generate_response(tiny_model(), tokenizer, encoder, some_pairs()[3]["prompt"])
     assert prompts == [pair.chosen.tokens[: pair.chosen.score_start].tolist()]
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_an_answer_has_a_token_at_least(count: int, prompts: list[list[int]]) -> None:
+def test_max_tokens_below_1_is_an_error(count: int, prompts: list[list[int]]) -> None:
     tokenizer = tiny_tokenizer()
     with pytest.raises(SimPOError, match=f"max_tokens is {count}; it must be 1 or greater"):
-        answer(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), PROMPT, count)
+        generate_response(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), PROMPT, count)
     assert prompts == []
 
 
-def test_nothing_to_answer(prompts: list[list[int]]) -> None:
+def test_an_empty_prompt_is_an_error(prompts: list[list[int]]) -> None:
     tokenizer = tiny_tokenizer(None)
-    with pytest.raises(SimPOError, match="the prompt is empty"):
-        answer(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), "")
+    with pytest.raises(SimPOError, match="the prompt is empty; it must have at least one token"):
+        generate_response(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), "")
     assert prompts == []
 
 
-def test_a_template_that_refuses_the_prompt() -> None:
+def test_a_template_that_rejects_the_prompt_is_an_error() -> None:
     tokenizer = tiny_tokenizer("{{ raise_exception('not today') }}")
     with pytest.raises(SimPOError, match=r"cannot be used: .*not today"):
-        answer(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), PROMPT)
+        generate_response(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), PROMPT)

@@ -1,6 +1,5 @@
 """Comparing the logits of both sides of a conversion on the same text."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import get_total_parameters
 
+from ...device import total_memory_bytes
 from ...errors import SimPOError
 from ...model.loading import LoadedModel
 from ..names import EMBEDDING
@@ -182,7 +182,7 @@ def should_verify(verify: bool | None, model: nn.Module, note: Callable[[str], N
         return verify
     needed = 4 * get_total_parameters(model)
     # Twice: in float32, beside the weights as they are in the file.
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = total_memory_bytes()
     if 2 * needed <= memory:
         return True
     note(

@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.commands import written_report
+from helpers.commands import captured_display
 from helpers.tiny import tiny_model, tiny_tokenizer
 
 from mlx_simpo.convert.verify import compare as verify
@@ -115,7 +115,7 @@ def test_the_texts_have_many_different_tokens() -> None:
 def test_whether_to_verify(
     option: bool | None, memory: int, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify.os, "sysconf", lambda name: 1 if "SIZE" in name else memory)
-    display, text = written_report()
+    monkeypatch.setattr(verify, "total_memory_bytes", lambda: memory)
+    display, text = captured_display()
     assert verify.should_verify(option, tiny_model(), display.note) == expected
     assert ("not verified" in text.getvalue()) == (option is None and not expected)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers.commands import written_report
+from helpers.commands import captured_display
 from helpers.mlx_folders import mlx_adapter, mlx_model
 from helpers.tiny import tiny_folder
 
@@ -18,7 +18,7 @@ from mlx_simpo.model.adapters import flat_arrays
 
 
 def test_all_comparisons_are_shown_and_a_failed_one_is_an_error() -> None:
-    display, text = written_report()
+    display, text = captured_display()
     passed = Comparison("a", largest=1.0, mean=0.5, agreement=1.0, limit=2.0)
     failed = passed._replace(what="b", limit=0.5)
     assert proof.show_and_check([passed], display) == [passed]
@@ -42,7 +42,7 @@ def test_a_known_deviation_is_noted_and_not_checked(
 ) -> None:
     loaded = load_model(str(tiny_folder(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    display, text = written_report()
+    display, text = captured_display()
     assert proof.assumed_baseline(loaded, display) == expected
     assert ("only shown, not checked: mlx-lm computes the exact GELU" in text.getvalue()) == (
         expected is None

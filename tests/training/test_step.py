@@ -1,0 +1,147 @@
+"""One step: exact accumulation, compiled and eager, and an error that leaves nothing half-done."""
+
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from helpers.steps import encoded_pairs, loss_and_gradients, model_with_lora, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_simpo import SimPOError, TrainConfig
+from mlx_simpo.engine.choice import REFERENCE, choose_engine, shared_prefix_engine
+from mlx_simpo.training.step import check_finite, collate_step, restore_on_error
+
+PAIRS = encoded_pairs()
+
+
+def assert_close(actual: dict, expected: dict, rtol: float = 2e-4) -> None:
+    """Relative to each array's largest value."""
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(actual[name], value, rtol=0, atol=rtol * scale, err_msg=name)
+
+
+# --- the batch ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["reference", "shared_prefix"])
+def test_a_step_batch_has_every_pair_once_and_the_totals_of_the_step(name: str) -> None:
+    engine = choose_engine(name, model_with_lora())
+    assert engine.name == name
+    batch = collate_step(PAIRS, engine, TrainConfig(batch_size=4))
+    assert sorted(pair.index for pair in batch.pairs) == list(range(11))
+    chosen_tokens = [pair.chosen.num_scored for pair in batch.pairs]
+    assert np.concatenate([np.array(c) for c in batch.chosen_tokens]).tolist() == chosen_tokens
+    assert [total.item() for total in batch.totals] == [11, sum(chosen_tokens)]
+    assert batch.positions == sum(part.positions for part in batch.micro_batches) > 0
+    assert len(batch.micro_batches) == len(batch.chosen_tokens) == 3
+
+
+# --- the gradient ------------------------------------------------------------------------------
+
+
+@given(
+    cuts=st.lists(st.integers(1, 10), max_size=4),
+    order=st.permutations(range(11)),
+    sft_weight=st.sampled_from([0.0, 0.5]),
+)
+@settings(deadline=None, max_examples=15)
+def test_any_split_of_a_step_gives_the_same_gradient(
+    cuts: list[int], order: list[int], sft_weight: float
+) -> None:
+    """Unequal micro-batches in any order: loss and gradient are those of the one large batch."""
+    model = model_with_lora()
+    shuffled = [PAIRS[i] for i in order]
+    edges = [0, *sorted(set(cuts)), 11]
+    parts = [shuffled[a:b] for a, b in pairwise(edges)]
+    expected = loss_and_gradients(model, [PAIRS], sft_weight=sft_weight)
+    for engine in (REFERENCE, shared_prefix_engine(model)):
+        actual = loss_and_gradients(model, parts, engine, sft_weight=sft_weight)
+        assert_close(actual, expected)
+
+
+def test_an_unweighted_mean_over_unequal_parts_would_be_noticed() -> None:
+    """The planted bug, and TRL's at the time: the mean of the micro-batches' means."""
+    model = model_with_lora()
+    expected = loss_and_gradients(model, [PAIRS])
+    means = [loss_and_gradients(model, [part]) for part in (PAIRS[:8], PAIRS[8:])]
+    wrong = {name: (means[0][name] + means[1][name]) / 2 for name in expected}
+    with pytest.raises(AssertionError):
+        assert_close(wrong, expected)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_compiled_equals_eager(loss_type: str) -> None:
+    model, parts = model_with_lora(), [PAIRS[:4], PAIRS[4:8], PAIRS[8:]]
+    expected = loss_and_gradients(model, parts, loss_type=loss_type)
+    actual = loss_and_gradients(model, parts, compiled=True, loss_type=loss_type)
+    assert_close(actual, expected, 1e-5)
+
+
+def test_the_gradient_is_the_derivative_of_the_loss() -> None:
+    """Against a central difference, at the weight with the largest gradient."""
+    model = model_with_lora()
+    name = "model.layers.1.self_attn.v_proj.lora_a"
+    gradient = loss_and_gradients(model, [PAIRS])[name]
+    start = weights(model)[name]
+    index = np.unravel_index(np.abs(gradient).argmax(), gradient.shape)
+    losses = []
+    for step in (5e-3, -5e-3):
+        moved = start.copy()
+        moved[index] += step
+        model.load_weights([(name, mx.array(moved))], strict=False)
+        losses.append(float(loss_and_gradients(model, [PAIRS])["loss"]))
+    assert gradient[index] == pytest.approx((losses[0] - losses[1]) / 1e-2, rel=2e-2)
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def test_an_error_restores_the_model_and_the_random_numbers() -> None:
+    model = model_with_lora()
+    before = weights(model)
+
+    def fail(model: nn.Module) -> None:
+        with restore_on_error(model, seed=5):
+            model.load_weights([(n, mx.zeros_like(mx.array(w))) for n, w in before.items()], False)
+            model.layers[0].mlp.up_proj.lora_a = mx.array(0.0)
+            mx.random.normal((3,))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail(model)
+    after = weights(model)
+    assert after.keys() == before.keys()
+    assert all((after[name] == value).all() for name, value in before.items())
+    drawn = np.array(mx.random.normal((3,)))
+    mx.random.seed(5)
+    assert (drawn == np.array(mx.random.normal((3,)))).all()
+
+
+def test_without_an_error_changes_stay() -> None:
+    model = model_with_lora()
+    with restore_on_error(model, seed=5):
+        model.layers[0].mlp.up_proj.lora_a = mx.array(7.0)
+    assert model.layers[0].mlp.up_proj.lora_a.item() == 7
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_loss_that_is_not_finite_is_an_error_that_names_its_pairs(bad: float) -> None:
+    losses = np.array([1.0, bad, 2.0, bad])
+    with pytest.raises(SimPOError) as error:
+        check_finite(7, losses, 1.0, PAIRS[:4])
+    assert str(error.value) == (
+        "the loss of step 7 is not a finite number (pairs: pairs:2, pairs:4); training stops with "
+        "the weights of the step before. A lower train.learning_rate, or dtype=float32 for a "
+        "float16 model, usually fixes this"
+    )
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_that_names_all_pairs() -> None:
+    with pytest.raises(SimPOError, match=r"the gradient of step 3 .*pairs:1, pairs:2\)"):
+        check_finite(3, np.ones(2), float("nan"), PAIRS[:2])
+    check_finite(3, np.ones(2), 1.0, PAIRS[:2])
