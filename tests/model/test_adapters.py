@@ -180,7 +180,7 @@ NO_PARAMETERS = '{"lora_parameters": null, "num_layers": -1}'
         ({"adapter_config__json": "{}"}, "no lora_parameters"),
         ({"adapter_config__json": '{"peft_type": "LORA"}'}, "a PEFT adapter"),
         ({"adapters__safetensors": None}, WEIGHTS),
-        ({"adapters__safetensors": b""}, "no sound safetensors file"),
+        ({"adapters__safetensors": b""}, "not a valid safetensors file"),
         ({"adapter_config__json": "null"}, "must hold a JSON object"),
         ({"adapter_config__json": NO_PARAMETERS}, "no lora_parameters"),
     ],
