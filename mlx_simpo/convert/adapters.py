@@ -11,7 +11,7 @@ from ..errors import SimPOError
 from ..files import load_safetensors, read_header, read_json, save_safetensors, write_text
 from ..model.adapters import PEFT_WEIGHTS, WEIGHTS, read_adapter_config
 from ..model.loading import DTYPES
-from ..model.record import RECORD, RECORD_FILE, base_record, mismatches, table
+from ..model.record import RECORD_FILE, RECORD_KEY, base_record, differences_from_training, get_dict
 from ..paths import local_path
 from ..reporting.display import Display
 from ..runs.folder import check_output_free
@@ -67,10 +67,10 @@ def to_peft(
     display = display or Display()
     check_arguments(output, dtype)
     config = read_adapter_config(adapter)
-    record = table(config, RECORD)
+    record = get_dict(config, RECORD_KEY)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
     loaded = base.load()
-    for difference in mismatches(record, loaded):
+    for difference in differences_from_training(record, loaded):
         display.warn(f"{difference}: the adapter may not fit")
     rule = architecture(loaded)
     updates = read_mlx(adapter, loaded.model)
@@ -86,7 +86,7 @@ def to_peft(
             revision=loaded.revision,
             separate_experts=separate_experts,
         )
-        trained_on = table(record, "base") or base_record(loaded)
+        trained_on = get_dict(record, "base") or base_record(loaded)
         write_record(folder, local_path(adapter), record, trained_on)
         proof = AdapterProof(base, rule, local_path(adapter), folder, display)
         verify = wanted(verify, bare.model, display.note)
@@ -132,7 +132,7 @@ def from_peft(
     refuse_tied(updates, loaded.model)
     extra = {
         "model": base.name,
-        RECORD: {"version": __version__, "base": base_record(loaded), "from": "peft"},
+        RECORD_KEY: {"version": __version__, "base": base_record(loaded), "from": "peft"},
     }
     with staged(output) as written:
         write_mlx(written, updates, loaded.model, extra)
@@ -172,7 +172,7 @@ def base_name(
     """(name, revision) of the base: what the caller says, else what the adapter says."""
     if model is not None:
         return model, revision
-    recorded = table(record, "base")
+    recorded = get_dict(record, "base")
     name = recorded.get("model") or named
     if not isinstance(name, str) or not name:
         raise SimPOError("the adapter does not say which model it belongs to; name it with --model")

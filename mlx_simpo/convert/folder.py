@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.utils import make_shards
 
 from ..files import read_json, save_safetensors, write_text
-from ..model.rope import both_ways
+from ..model.rope import with_both_rope_spellings
 from .weights import natural
 
 # What a model's folder may hold beside weights and configuration, and what goes with the model.
@@ -70,10 +70,10 @@ def write_config(folder: Path, config: dict[str, Any], dtype: str, *, trusted: b
         if isinstance(inner := config.get(part), dict):
             kept = {name: value for name, value in inner.items() if not name.startswith("quantiz")}
             kept |= dict.fromkeys([n for n in _DTYPE if n in kept], dtype)
-            config[part] = both_ways(kept) if part == "text_config" else kept
+            config[part] = with_both_rope_spellings(kept) if part == "text_config" else kept
     config |= dict.fromkeys([n for n in _DTYPE if n in config] or ["dtype"], dtype)
     # What is in text_config has been seen to.
-    config = both_ways({n: v for n, v in config.items() if n != "text_config"}) | {
+    config = with_both_rope_spellings({n: v for n, v in config.items() if n != "text_config"}) | {
         n: v for n, v in config.items() if n == "text_config"
     }
     write_json(folder / "config.json", dict(sorted(config.items())))

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from ..errors import SimPOError
 from ..model.adapters import load_adapter, write_adapter
-from ..model.lora import refuse_unsupported_dora
+from ..model.lora import check_dora_support
 from .lora_delta import LoRADelta, lora_deltas_of
 from .names import EMBEDDING, STACKED, adaptable_layers
 
@@ -49,7 +49,7 @@ def write_mlx(
     if len(dora) > 1:
         raise SimPOError("the adapter has DoRA on some of its layers only, which mlx-lm has not")
     if dora == {True}:
-        refuse_unsupported_dora({path: layers[path] for path in updates})
+        check_dora_support({path: layers[path] for path in updates})
         if any(isinstance(layers[path], EMBEDDING) for path in updates):
             raise SimPOError("the adapter has DoRA on an embedding, which is not converted")
     if not scale:

@@ -25,7 +25,7 @@ from ..kernels.choice import choose
 from ..model.adapters import read_adapter_config, save_adapter
 from ..model.loading import LoadedModel, load_model, load_only_tokenizer
 from ..model.lora import attach_lora
-from ..model.record import RECORD, mismatches, table, training_record
+from ..model.record import RECORD_KEY, differences_from_training, get_dict, training_record
 from ..paths import local_path
 from ..reporting import advice
 from ..reporting.display import Display
@@ -77,7 +77,7 @@ class Session:
         Raises:
             SimPOError: the folder cannot be written.
         """
-        known = {"model": self.config.model, RECORD: self.record}
+        known = {"model": self.config.model, RECORD_KEY: self.record}
         path = save_adapter(folder, self.model, {**known, **self.adapter})
         write_text(path / "config.yaml", self.config.to_yaml())
         if self.encoder.renderer.text is not None:
@@ -216,7 +216,7 @@ def warn_of_mismatch(
     adapter: dict[str, Any], loaded: LoadedModel, template: str | None, display: Display
 ) -> None:
     """Say where a model differs from the one that an adapter's record names."""
-    for difference in mismatches(table(adapter, RECORD), loaded, template):
+    for difference in differences_from_training(get_dict(adapter, RECORD_KEY), loaded, template):
         display.warn(f"{difference}: the adapter may not fit")
 
 

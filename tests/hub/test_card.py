@@ -75,8 +75,8 @@ def test_a_run_says_what_its_files_say(adapter: Path) -> None:
     seen = rows(card_of(adapter))
     assert seen["objective.beta"] == ["2.0"]
     assert seen["train.learning_rate"] == ["0.01"]
-    assert seen["pairs of an optimizer step"] == ["2 × 2 = 4"]
-    assert seen["scale of the LoRA update"] == ["2.0"]
+    assert seen["pairs per optimizer step"] == ["2 × 2 = 4"]
+    assert seen["scale of the LoRA delta"] == ["2.0"]
     assert seen["lora.target_modules"] == ["`all-linear`"]
     assert seen["optimizer steps done"] == ["3"]
     assert seen["target margin γ (beta × gamma_beta_ratio)"] == ["1.0"]
@@ -94,14 +94,14 @@ def test_a_record_says_the_same_in_an_export(tmp_path: Path) -> None:
     assert seen["rewards/accuracies"] == ["52.0%", "84.0%"]
     assert seen["95 % bootstrap interval of it"] == ["47.0% to 57.0%", "79.0% to 89.0%"]
     assert seen["metric"] == ["before (50 pairs)", "after (50 pairs)"]
-    assert seen["scale of the LoRA update"] == ["2.0"]
+    assert seen["scale of the LoRA delta"] == ["2.0"]
     assert seen["SHA-256 of the chat template"] == [f"`{'ab' * 32}`"]
     assert f"[{BASE}](https://huggingface.co/{BASE}) at revision `v1.0`" in card.text
     assert "quantized to 4 bits in groups of 64" in card.text
     assert "[trl-lib/ultrafeedback](https://huggingface.co/datasets/trl-lib/ultrafeedback)" in (
         card.text
     )
-    assert "before these files were made of it" in card.text
+    assert "before it was converted to these files" in card.text
     assert "arxiv.org/abs/2405.14734" in card.text
     assert __version__ in card.text
 

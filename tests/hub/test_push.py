@@ -33,7 +33,7 @@ from mlx_simpo import SimPOError
 from mlx_simpo.cli.push import add_push, run_push
 from mlx_simpo.hub.card import MARK
 from mlx_simpo.hub.folders import open_folder
-from mlx_simpo.hub.outgoing import UNKNOWN_BYTES, sort_files
+from mlx_simpo.hub.outgoing import MAX_UNLISTED_BYTES, sort_files
 from mlx_simpo.hub.push import TransportError, push
 
 REPO = "ann/tiny-simpo"
@@ -373,8 +373,11 @@ def test_a_pickle_beside_the_weights(name: str, tmp_path: Path, hub: FakeHub) ->
 def test_a_large_file_that_nobody_knows(tmp_path: Path, hub: FakeHub) -> None:
     folder = whole_folder(tmp_path / "model", "pt")
     with (folder / "consolidated.safetensors").open("wb") as file:
-        file.truncate(UNKNOWN_BYTES + 1)
-    assert "consolidated.safetensors (10,000,001 bytes) is no file of a model" in refusal(folder)
+        file.truncate(MAX_UNLISTED_BYTES + 1)
+    assert (
+        "consolidated.safetensors (10,000,001 bytes) is not one of the files of a model"
+        in refusal(folder)
+    )
 
 
 @pytest.mark.parametrize("format", ["np", "tf", ""])
@@ -400,7 +403,7 @@ def test_files_that_are_no_json(name: str, content: str, tmp_path: Path, hub: Fa
 def test_a_link_that_leads_nowhere_stays(tmp_path: Path) -> None:
     folder = peft_folder(tmp_path / "peft")
     (folder / "tokenizer.json").symlink_to(tmp_path / "none")
-    assert ("tokenizer.json", "no file of a LoRA adapter for PEFT") in sort_files(
+    assert ("tokenizer.json", "not one of the files of a LoRA adapter for PEFT") in sort_files(
         open_folder(folder)
     ).stays
 
@@ -438,7 +441,7 @@ HUB_SAYS = [
     (ValueError(), "ValueError"),
     (UnicodeEncodeError("ascii", TOKEN, 3, 9, "x"), "the token is not plain text; log in"),
     (caused(RuntimeError("uploading"), answered(403)), "your token may not write there"),
-    (caused(RuntimeError("uploading"), KeyError("x")), "uploading; mend that"),
+    (caused(RuntimeError("uploading"), KeyError("x")), "uploading; fix this"),
 ]
 
 
@@ -542,4 +545,4 @@ def test_names_that_are_no_text_are_shown(
     (folder / "odd\udc80\nname").write_text("x")
     command(folder, REPO, "--dry-run")
     out = capsys.readouterr().out
-    assert r"odd\udc80\nname  (no file of" in out
+    assert r"odd\udc80\nname  (not one of the files of" in out

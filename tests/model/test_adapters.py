@@ -164,7 +164,7 @@ def test_settings_that_are_not_those_of_the_weights(
 def test_the_adapter_of_another_model(model: dict, saved: Path) -> None:
     with pytest.raises(SimPOError, match="this model"):
         load_adapter(tiny_model(**model), saved)
-    with pytest.raises(SimPOError, match=r"not a whole adapter of this model|other settings"):
+    with pytest.raises(SimPOError, match=r"not a complete adapter of this model|other settings"):
         attach_lora(tiny_model(**model), LoRAConfig(rank=4, init_from=str(saved)), seed=0)
 
 

@@ -146,8 +146,8 @@ def test_a_hub_model_out_of_reach_is_named_in_one_line(name: str) -> None:
     with pytest.raises(SimPOError) as error:
         load_model(name)
     assert str(error.value) == (
-        f"model is {name!r}; it is no local folder and could not be fetched from the Hugging Face "
-        "Hub: cannot reach it"
+        f"model is {name!r}; it is not a local folder and could not be downloaded from the "
+        "Hugging Face Hub: cannot reach it"
     )
 
 

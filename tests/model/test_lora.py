@@ -167,7 +167,7 @@ def test_an_incomplete_adapter_is_refused(tmp_path: Path) -> None:
     ("model", "settings", "message"),
     [
         (tiny_model, {"target_modules": ("wq",)}, "'wq'.*they have.*q_proj"),
-        (tiny_model, {"num_layers": 3}, "num_layers is 3; the model has 2"),
+        (tiny_model, {"num_layers": 3}, "num_layers is 3; the model has 2 layers"),
         (lambda: quantized(3), {"dora": True}, "3 bits"),
         (
             lambda: tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2),

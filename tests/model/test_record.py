@@ -14,7 +14,7 @@ from mlx_lm.utils import load as mlx_lm_load
 
 from mlx_simpo import SimPOError, __version__, evaluate, generate, load_config, load_model, train
 from mlx_simpo.model.loading import LoadedModel
-from mlx_simpo.model.record import base_record, mismatches, table, template_hash
+from mlx_simpo.model.record import base_record, differences_from_training, get_dict, template_hash
 
 FOUR = {"group_size": 64, "bits": 4, "mode": "affine"}
 
@@ -63,21 +63,23 @@ def test_mlx_lm_reads_the_adapter_all_the_same(adapter: Path, model_folder: Path
     ids=str,
 )
 def test_mismatches(then: dict, now: dict, words: list[str]) -> None:
-    found = mismatches({"base": base_record(loaded(**then))}, loaded(**now))
+    found = differences_from_training({"base": base_record(loaded(**then))}, loaded(**now))
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
 
 
 @pytest.mark.parametrize("record", [None, [], "x", {"base": 3}, {"base": {}}, {}])
 def test_a_record_that_says_nothing(record: Any) -> None:
-    assert mismatches(table({"mlx_simpo": record}, "mlx_simpo"), loaded()) == []
+    assert differences_from_training(get_dict({"mlx_simpo": record}, "mlx_simpo"), loaded()) == []
 
 
 def test_another_template_is_noticed() -> None:
     record = {"base": {}, "template_sha256": template_hash(CHATML)}
-    assert mismatches(record, loaded(), CHATML) == []
-    assert mismatches(record, loaded(), None) == []
-    assert mismatches(record, loaded(), INST) == ["the chat template is another than in training"]
+    assert differences_from_training(record, loaded(), CHATML) == []
+    assert differences_from_training(record, loaded(), None) == []
+    assert differences_from_training(record, loaded(), INST) == [
+        "the chat template differs from the one in training"
+    ]
 
 
 def test_every_way_of_loading_warns(adapter: Path, pairs_file: Path, tmp_path: Path) -> None:

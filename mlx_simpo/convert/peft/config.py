@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import SimPOError
 from ...files import PICKLES, read_json
-from ...model.adapters import CONFIG, MAX_RANK, MAX_SCALE, PEFT_WEIGHTS, reasonable
+from ...model.adapters import CONFIG, MAX_RANK, MAX_SCALE, PEFT_WEIGHTS, is_valid_scale
 
 # Settings that change what the tensors mean, beside those of LoRA, DoRA and rsLoRA; PEFT's default
 # of each is what makes no difference. A setting that PEFT gets after 0.21 is refused if it is on.
@@ -74,7 +74,7 @@ class PeftConfig:
         alpha = self.first_match("alpha_pattern", path, self.content.get("lora_alpha"))
         if type(rank) is not int or not 1 <= rank <= MAX_RANK:
             raise self.refusal(f"rank {str(rank)[:40]} of {path}; it must be 1 to {MAX_RANK}")
-        if not reasonable(alpha):
+        if not is_valid_scale(alpha):
             raise self.refusal(
                 f"lora_alpha {str(alpha)[:40]} of {path}; it must be a finite number of at most "
                 f"{MAX_SCALE:g}"

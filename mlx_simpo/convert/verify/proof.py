@@ -9,7 +9,7 @@ import mlx.nn as nn
 from ...files import read_json
 from ...model.adapters import flat_arrays, load_adapter
 from ...model.loading import LoadedModel, load_model
-from ...model.rope import contradiction
+from ...model.rope import conflicting_rope_setting
 from ...reporting.display import Display
 from ..architectures import Architecture, deviation
 from ..base import Base, config_of, in_mlx_names, is_plain
@@ -174,7 +174,7 @@ def allowed(loaded: LoadedModel, display: Display) -> float | None:
 def check_rope(folder: Path) -> None:
     """SimPOError if a folder's config.json says two things about rotary settings: MLX reads one
     spelling of them, transformers the other."""
-    if odd := contradiction(read_json(folder / "config.json")):
+    if odd := conflicting_rope_setting(read_json(folder / "config.json")):
         raise wrong(f"config.json has two values of {odd}")
 
 
