@@ -1,4 +1,4 @@
-"""The record of a training in its adapter, and the warnings when it does not fit."""
+"""The record of a training in its adapter, and the warnings when a model differs from it."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ FOUR = {"group_size": 64, "bits": 4, "mode": "affine"}
 
 
 def loaded(**changes: Any) -> LoadedModel:
-    """A loaded model of which only the record is looked at."""
+    """A loaded model with no more than its record needs."""
     config = {"quantization": changes.pop("quantization", None)}
     values = {"name": "org/model", "revision": "abc", "folder": Path(), **changes}
     return LoadedModel(None, None, config, "float32", **values)  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ def test_mlx_lm_reads_the_adapter_all_the_same(adapter: Path, model_folder: Path
     [
         ({}, {}, []),
         ({}, {"name": "org/other"}, ["model was org/model in training and is org/other now"]),
-        # A copy of the same model in another place.
+        # A copy of the same model in another folder.
         ({"name": "/a/b/model"}, {"name": "/c/model"}, []),
         ({}, {"name": "/home/me/model", "revision": None}, []),
         ({}, {"revision": "def"}, ["revision was abc in training and is def now"]),
@@ -62,14 +62,14 @@ def test_mlx_lm_reads_the_adapter_all_the_same(adapter: Path, model_folder: Path
     ],
     ids=str,
 )
-def test_mismatches(then: dict, now: dict, words: list[str]) -> None:
-    found = differences_from_training({"base": base_record(loaded(**then))}, loaded(**now))
-    assert len(found) == len(words)
-    assert all(word in text for word, text in zip(words, found, strict=True))
+def test_differences(then: dict, now: dict, words: list[str]) -> None:
+    differences = differences_from_training({"base": base_record(loaded(**then))}, loaded(**now))
+    assert len(differences) == len(words)
+    assert all(word in text for word, text in zip(words, differences, strict=True))
 
 
 @pytest.mark.parametrize("record", [None, [], "x", {"base": 3}, {"base": {}}, {}])
-def test_a_record_that_says_nothing(record: Any) -> None:
+def test_an_empty_or_invalid_record(record: Any) -> None:
     assert differences_from_training(get_dict({"mlx_simpo": record}, "mlx_simpo"), loaded()) == []
 
 
@@ -87,11 +87,11 @@ def test_every_way_of_loading_warns(adapter: Path, pairs_file: Path, tmp_path: P
     other = tiny_folder(tmp_path / "another")
     warning = f"model was {load_config(adapter / 'config.yaml').model} in training and is {other}"
     display, text = written_report()
-    given = [f"model={other}", f"data.valid={pairs_file}"]
-    evaluate(load_config(None, given), adapter, display)
+    settings = [f"model={other}", f"data.valid={pairs_file}"]
+    evaluate(load_config(None, settings), adapter, display)
     assert text.getvalue().count(warning) == 1
     display, text = written_report()
-    generate(load_config(None, given), "Hello", adapter, max_tokens=1, display=display)
+    generate(load_config(None, settings), "Hello", adapter, max_tokens=1, display=display)
     assert text.getvalue().count(warning) == 1
     display, text = written_report()
     pairs = write_jsonl(tmp_path / "pairs.jsonl", some_pairs())
@@ -106,9 +106,9 @@ def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path: Path) -> None:
     assert load_model(str(folder)).revision == "a" * 40
 
 
-def test_a_model_type_that_is_no_name(tmp_path: Path) -> None:
+def test_a_model_type_that_is_not_a_name(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "../../os"}))
-    with pytest.raises(SimPOError, match=r"model_type is '../../os'"):
+    with pytest.raises(SimPOError, match=r"model_type is '../../os' .*; it must be a name"):
         load_model(str(folder))

@@ -3,7 +3,7 @@ transformers itself, for each architecture: tests/parity/test_architectures.py.)
 
 import pytest
 
-from mlx_simpo.model.rope import with_both_rope_spellings, rope_repairs
+from mlx_simpo.model.rope import rope_repairs, with_both_rope_spellings
 
 
 @pytest.mark.parametrize(
