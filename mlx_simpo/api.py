@@ -17,7 +17,7 @@ from .errors import SimPOError
 from .evaluation import Evaluation
 from .kernels.choice import choose_implementation
 from .model.adapters import load_adapter
-from .model.record import RECORD, table
+from .model.record import RECORD_KEY, get_dict
 from .reporting import advice
 from .reporting.display import Display, step_note
 from .runs.folder import RunFolder, check_output_free
@@ -190,7 +190,7 @@ def evaluate(
     display.note(f"engine: {engine.note}")
     results = {"base": evaluate_with_progress(model, pairs, config, engine, display, "Base model")}
     if adapter is not None:
-        record = table(load_adapter(model, adapter), RECORD)
+        record = get_dict(load_adapter(model, adapter), RECORD_KEY)
         display.warn(advice.adapter_mismatch(record, loaded, encoder.renderer.text))
         results["adapter"] = evaluate_with_progress(
             model, pairs, config, engine, display, "Adapter"
@@ -223,7 +223,7 @@ def generate(
     encoder = create_encoder(tokenizer, config, display)
     responses = {"base": generate_response(model, tokenizer, encoder, prompt, max_tokens)}
     if adapter is not None:
-        record = table(load_adapter(model, adapter), RECORD)
+        record = get_dict(load_adapter(model, adapter), RECORD_KEY)
         display.warn(advice.adapter_mismatch(record, loaded, encoder.renderer.text))
         responses["adapter"] = generate_response(model, tokenizer, encoder, prompt, max_tokens)
     return responses

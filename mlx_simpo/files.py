@@ -1,111 +1,71 @@
-"""Files as they come from elsewhere: looked at before anything else reads them."""
+"""Read and write files that come from elsewhere: checked before MLX or mlx-lm reads them."""
 
 import json
-import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+from safetensors import SafetensorError, safe_open
 
 from .errors import SimPOError
 
-# https://github.com/huggingface/safetensors: 8 bytes of header length, the header (JSON), the data.
-_MAX_HEADER = 100_000_000
+# What safetensors allows and MLX does not survive: arrays of many axes end the process when NumPy
+# reads them (255 in MLX 0.32), and a size of more than 32 bits wraps around.
 _MAX_AXES = 16
-_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-}
+_MAX_AXIS_SIZE = 2**31 - 1
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 MODEL_WEIGHTS = "model*.safetensors"
 
 
 class Header(NamedTuple):
-    """Of one file. shapes: by tensor; format: "pt", "mlx" or "" as the file says."""
+    """The header of a safetensors file.
+
+    shapes: by tensor name. format: what the file's metadata names as such: "pt", "mlx" or "".
+    """
 
     shapes: dict[str, tuple[int, ...]]
     format: str
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, checked against the file's size.
+    """Read the header of a safetensors file and check it against the file's size.
+
+    The format: https://github.com/huggingface/safetensors#format.
 
     Raises:
-        SimPOError: no such file, no safetensors, truncated, or sizes that contradict each other.
+        SimPOError: the file is missing, unreadable, truncated or not safetensors, or it has a shape
+            that MLX cannot hold.
     """
-
-    def refuse(reason: str) -> SimPOError:
-        return SimPOError(f"{path} is no sound safetensors file: {reason}; fetch or save it again")
-
     try:
-        size = ordinary(path).stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(_MAX_HEADER, size - 8):
-                raise refuse(f"its header claims {length} bytes, the file has {size}")
-            content = json.loads(file.read(length))
+        # NumPy has no bfloat16 or 8-bit floats: the shapes are read, the data is not touched.
+        with safe_open(require_regular_file(path), framework="numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except OSError as error:
-        raise SimPOError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise refuse("its header is not JSON") from None
-    if not isinstance(content, dict):
-        raise refuse("its header is no table of tensors")
-    metadata = content.pop("__metadata__", None) or {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    spans = []
-    for name, entry in content.items():
-        shape, begin, end = tensor_entry(entry)
-        if shape is None:
-            raise refuse(f"the entry of {name[:80]!r} makes no sense")
-        shapes[name] = shape
-        spans.append((begin, end))
-    spans.sort()
-    if any(a[1] > b[0] for a, b in pairwise(spans)):
-        raise refuse("tensors overlap")
-    if spans and spans[-1][1] != size - 8 - length:
-        raise refuse(f"its tensors need {spans[-1][1]} bytes, it holds {size - 8 - length}")
-    return Header(shapes, str(metadata.get("format", "")) if isinstance(metadata, dict) else "")
-
-
-def tensor_entry(entry: Any) -> tuple[tuple[int, ...] | None, int, int]:
-    """(shape, begin, end) of one tensor of the header; shape is None if it contradicts itself."""
-    table = entry if isinstance(entry, dict) else {}
-    shape, span = whole_numbers(table.get("shape")), whole_numbers(table.get("data_offsets"))
-    size = _BYTES.get(str(table.get("dtype")))
-    if shape is None or span is None or size is None or len(span) != 2 or len(shape) > _MAX_AXES:
-        return None, 0, 0
-    if span[1] - span[0] != size * math.prod(shape):
-        return None, 0, 0
-    return tuple(shape), span[0], span[1]
-
-
-def whole_numbers(values: Any) -> list[int] | None:
-    """The list if it is one of whole numbers from 0 on."""
-    good = isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
-    return values if good else None
+        raise SimPOError(f"cannot read {path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise SimPOError(
+            f"{path} is not a valid safetensors file ({' '.join(reason.split())[:200]}); it may be "
+            "damaged or cut off: download or save it again"
+        ) from None
+    for name, shape in shapes.items():
+        if len(shape) > _MAX_AXES or max(shape, default=0) > _MAX_AXIS_SIZE:
+            raise SimPOError(
+                f"{path}: tensor {name[:80]!r} has {len(shape)} axes, the longest of "
+                f"{max(shape):,} entries; MLX reads at most {_MAX_AXES} axes of "
+                f"{_MAX_AXIS_SIZE:,} entries: save the file again without this tensor"
+            )
+    return Header(shapes, metadata.get("format", ""))
 
 
 def load_safetensors(paths: Sequence[Path]) -> dict[str, mx.array]:
-    """All tensors of these files, read from disk when first used.
+    """Load all tensors of these files; each is read from disk when it is first used.
 
     Raises:
-        SimPOError: as `read_header`; a file that MLX cannot read; a name in two files.
+        SimPOError: a file that `read_header` rejects or MLX cannot read, or two files with a tensor
+            of the same name.
     """
     tensors: dict[str, mx.array] = {}
     for path in paths:
@@ -115,33 +75,45 @@ def load_safetensors(paths: Sequence[Path]) -> dict[str, mx.array]:
         except (RuntimeError, ValueError) as error:
             raise SimPOError(f"MLX cannot read {path}: {error}") from None
         assert isinstance(content, dict)
-        if twice := tensors.keys() & content.keys():
-            raise SimPOError(f"{min(twice)} is in two files of {path.parent}")
+        if duplicates := tensors.keys() & content.keys():
+            raise SimPOError(
+                f"{path.parent} has the tensor {min(duplicates)} in two files; it must be in one: "
+                "save the model again"
+            )
         tensors |= content
     return tensors
 
 
 def save_safetensors(path: Path, tensors: dict[str, mx.array], form: str) -> None:
-    """Write tensors, with what the file is to say of its format ("pt" or "mlx").
+    """Write tensors to a safetensors file.
+
+    Args:
+        form: the format that the file's metadata names, "pt" or "mlx".
 
     Raises:
         OSError: the file cannot be written.
     """
     try:
         mx.save_safetensors(str(path), tensors, {"format": form})
-    except (RuntimeError, ValueError) as error:  # MLX's own: of a full disk, say
+    except (RuntimeError, ValueError) as error:  # MLX's own, of a full disk for example
         raise OSError(str(error)) from None
 
 
-def ordinary(path: Path) -> Path:
-    """The path if it is a file; OSError if not: a pipe would be waited for."""
-    if path.exists() and not path.is_file():
-        raise OSError(0, "it is no ordinary file")
+def require_regular_file(path: Path) -> Path:
+    """Return the path if a regular file is there.
+
+    Opening a pipe would wait forever, and reading a device may never end.
+
+    Raises:
+        OSError: nothing is there, or a folder, pipe or device.
+    """
+    if not path.is_file():
+        raise OSError("it is not a regular file" if path.exists() else "there is no such file")
     return path
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A model folder's weights, as mlx-lm finds them.
+    """Return the weight files of a model folder: those that mlx-lm loads, sorted by name.
 
     Raises:
         SimPOError: there are none, or only pickles, which are never loaded.
@@ -153,19 +125,22 @@ def weight_files(folder: Path) -> list[Path]:
     if pickles:
         raise SimPOError(
             f"{folder} has its weights in {pickles[0]}, a pickle, which can run any code and is "
-            "never loaded; save the model as safetensors where you trust it"
+            "never loaded; save the model as safetensors on a machine where you trust it"
         )
-    raise SimPOError(f"{folder} holds no {MODEL_WEIGHTS}")
+    raise SimPOError(
+        f"{folder} holds no {MODEL_WEIGHTS}; it must be the folder of a model with its weights"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Raises:
         SimPOError: it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(ordinary(path).read_text(encoding="utf-8"))
+        content = json.loads(require_regular_file(path).read_text(encoding="utf-8"))
+    # json raises RecursionError at deeply nested brackets.
     except (OSError, ValueError, RecursionError) as error:
         raise SimPOError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -174,10 +149,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str, *, append: bool = False) -> None:
-    """Text as UTF-8; what is no text (half an emoji, a file name of other bytes) as \\u escapes.
+    """Write text as UTF-8.
+
+    Half a surrogate pair, and bytes of a file name that are not UTF-8, become backslash escapes:
+    they come from other people's data and must not end a run.
 
     Raises:
-        SimPOError: it cannot be written.
+        SimPOError: the file cannot be written.
     """
     try:
         with path.open("a" if append else "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -11,7 +11,7 @@ from ..errors import SimPOError
 from ..files import load_safetensors, read_header, read_json, save_safetensors, write_text
 from ..model.adapters import PEFT_WEIGHTS, WEIGHTS, read_adapter_config
 from ..model.loading import DTYPES
-from ..model.record import RECORD, RECORD_FILE, base_record, table
+from ..model.record import RECORD_FILE, RECORD_KEY, base_record, get_dict
 from ..paths import local_path
 from ..reporting.advice import adapter_mismatch
 from ..reporting.display import Display
@@ -72,7 +72,7 @@ def to_peft(
     display = display or Display()
     check_arguments(output, dtype)
     config = read_adapter_config(adapter)
-    record = table(config, RECORD)
+    record = get_dict(config, RECORD_KEY)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
     adapted = base.load()
     display.warn(adapter_mismatch(record, adapted))
@@ -90,7 +90,7 @@ def to_peft(
             revision=adapted.revision,
             separate_experts=separate_experts,
         )
-        trained_on = table(record, "base") or base_record(adapted)
+        trained_on = get_dict(record, "base") or base_record(adapted)
         write_record(folder, local_path(adapter), record, trained_on)
         proof = AdapterProof(base, rule, local_path(adapter), folder, display)
         verify = should_verify(verify, base_model, display.note)
@@ -138,7 +138,7 @@ def from_peft(
     check_not_tied(deltas, loaded.model)
     extra = {
         "model": base.name,
-        RECORD: {"version": __version__, "base": base_record(loaded), "from": "peft"},
+        RECORD_KEY: {"version": __version__, "base": base_record(loaded), "from": "peft"},
     }
     with staged(output) as written:
         write_mlx(written, deltas, loaded.model, extra)
@@ -197,7 +197,7 @@ def base_name(
     """
     if model is not None:
         return model, revision
-    recorded = table(record, "base")
+    recorded = get_dict(record, "base")
     name = recorded.get("model") or named
     if not isinstance(name, str) or not name:
         raise SimPOError("the adapter does not say which model it belongs to; name it with --model")

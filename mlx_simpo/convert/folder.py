@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.utils import make_shards
 
 from ..files import read_json, save_safetensors, write_text
-from ..model.rope import both_ways
+from ..model.rope import with_both_rope_spellings
 from .weights import natural_sort_key
 
 # Files beside weights and configuration that are copied with the model.
@@ -72,10 +72,10 @@ def write_config(folder: Path, config: dict[str, Any], dtype: str, *, trusted: b
         if isinstance(inner := config.get(part), dict):
             inner = {name: value for name, value in inner.items() if not name.startswith("quantiz")}
             inner |= dict.fromkeys([n for n in _DTYPE if n in inner], dtype)
-            config[part] = both_ways(inner) if part == "text_config" else inner
+            config[part] = with_both_rope_spellings(inner) if part == "text_config" else inner
     config |= dict.fromkeys([n for n in _DTYPE if n in config] or ["dtype"], dtype)
     # Without text_config, whose rotary settings are in both spellings already.
-    config = both_ways({n: v for n, v in config.items() if n != "text_config"}) | {
+    config = with_both_rope_spellings({n: v for n, v in config.items() if n != "text_config"}) | {
         n: v for n, v in config.items() if n == "text_config"
     }
     write_json(folder / "config.json", dict(sorted(config.items())))

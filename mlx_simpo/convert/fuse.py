@@ -10,7 +10,7 @@ from ..errors import SimPOError
 from ..files import load_safetensors, weight_files
 from ..model.adapters import flat_arrays, read_adapter_config
 from ..model.loading import DTYPES
-from ..model.record import RECORD, base_record, table
+from ..model.record import RECORD_KEY, base_record, get_dict
 from ..paths import local_path
 from ..reporting.advice import adapter_mismatch
 from ..reporting.display import Display
@@ -68,7 +68,7 @@ def fuse(
     if adapter is None and model is None:
         raise SimPOError("--model is missing; name the model to write, or an adapter that knows it")
     config = {} if adapter is None else read_adapter_config(adapter)
-    record = table(config, RECORD)
+    record = get_dict(config, RECORD_KEY)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
     loaded = base.load()
     display.warn(adapter_mismatch(record, loaded))

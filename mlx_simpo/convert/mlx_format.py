@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from ..errors import SimPOError
 from ..model.adapters import load_adapter, write_adapter
-from ..model.lora import refuse_unsupported_dora
+from ..model.lora import check_dora_support
 from .lora_delta import LoRADelta, lora_deltas_of
 from .names import EMBEDDING, STACKED, adaptable_layers
 
@@ -55,7 +55,7 @@ def write_mlx(
             "from-hf"
         )
     if dora == {True}:
-        refuse_unsupported_dora({path: layers[path] for path in deltas})
+        check_dora_support({path: layers[path] for path in deltas})
         if any(isinstance(layers[path], EMBEDDING) for path in deltas):
             raise SimPOError(
                 "the adapter has DoRA on an embedding, which is not converted; merge it into its "

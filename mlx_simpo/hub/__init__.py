@@ -1,4 +1,4 @@
-"""To the Hugging Face Hub: what of a folder goes, with which card."""
+"""The Hugging Face Hub: which files of a folder are sent, and with which model card."""
 
 from .push import Push, push
 

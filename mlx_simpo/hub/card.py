@@ -1,70 +1,57 @@
-"""The model card: README.md as the Hub shows it, of what a folder says about itself.
+"""The model card: README.md as the Hub shows it, filled in with what a folder says about itself.
 
-Nothing in it is guessed: what the record does not hold is left out. Names of local files and
-folders are cut down to their last parts, and text of other people's making is shown as code, in
-which neither Markdown nor HTML means anything.
+Nothing in it is guessed: what the record does not hold is omitted. Names of local files and folders
+are cut down to their last parts, and text of other people's making is shown as code.
 """
+
+from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..errors import SimPOError
-from ..version import __version__
-from .folders import Folder, at, read_text, text_or_none
-from .markdown import code, number, section
+from .card_values import card_values
+from .folders import Folder, as_text, lookup, read_text
 from .outgoing import CARD
-from .recorded import data_lines, results, settings_table
-from .usage import usage
 
-# By this line a card of ours is known again.
+# By this line a card of ours is recognized.
 MARK = (
-    "<!-- Written by mlx_simpo, and written anew by the next push; to keep changes, take this "
-    "line out. -->"
+    "<!-- Written by mlx_simpo; the next push replaces it. To keep your changes, remove this "
+    "line. -->"
 )
-_ABOUT = (
-    "[SimPO](https://arxiv.org/abs/2405.14734) (Simple Preference Optimization, arXiv 2405.14734) "
-    "trains on pairs of a preferred and a rejected answer. The reward of an answer is β times its "
-    "average log-probability per token, without a reference model; the preferred one's is to be "
-    "greater by a margin γ."
-)
-# From the card that is replaced: somebody has stated them.
-_LICENSE = ("license", "license_name", "license_link")
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
+_LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
 def make_card(folder: Folder, repo: str, revision: str | None = None) -> str:
-    """The text of README.md for ``folder`` in the repository ``repo`` (owner/name).
+    """Return the text of README.md for ``folder`` in the repository ``repo`` (owner/name).
 
     Raises:
-        SimPOError: a README.md that is there cannot be read.
+        SimPOError: there is a README.md that cannot be read.
     """
-    front = metadata(folder).to_yaml().strip()
-    parts = [
-        f"# {repo.rpartition('/')[2]}",
-        MARK,
-        introduction(folder),
-        section("Data", data_lines(folder)),
-        section("Settings", settings_table(folder)),
-        section("Results", results(folder)),
-        section("How to use it", usage(folder, repo, revision)),
-        section("About", about(folder)),
-    ]
-    return f"---\n{front}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"
+    values = card_values(folder, repo, revision)
+    return f"{ModelCard.from_template(metadata(folder), str(TEMPLATE), mark=MARK, **values)}\n"
 
 
 def users_card(folder: Folder) -> str | None:
-    """The text of the README.md in ``folder``; None if there is none, or a program wrote it.
+    """Return the text of the README.md in ``folder``; None if there is none, or a program wrote it.
 
     Raises:
-        SimPOError: it cannot be read, or its first lines are no valid YAML.
+        SimPOError: it cannot be read, or its first lines are not valid YAML.
     """
     card = read_card(folder)
-    if card is None or MARK in card.content or is_of_mlx_lm(card):
+    if card is None or MARK in card.content or is_mlx_lm_card(card):
         return None
     return read_text(folder.path / CARD)
 
 
 def read_card(folder: Folder) -> ModelCard | None:
-    """The README.md in ``folder``; raises as `users_card` does."""
+    """Read the README.md in ``folder``; None if there is none.
+
+    Raises:
+        SimPOError: it cannot be read, or its first lines are not valid YAML.
+    """
     path = folder.path / CARD
     if not path.is_file():
         return None
@@ -73,93 +60,53 @@ def read_card(folder: Folder) -> ModelCard | None:
     except (yaml.YAMLError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise SimPOError(
-            f"the lines between --- in {path} are not valid YAML: {reason}; mend them, or remove "
-            "the file to have a card made"
+            f"the lines between --- in {path} are not valid YAML: {reason}; fix them, or remove "
+            "the file to have a card written"
         ) from None
 
 
-def is_of_mlx_lm(card: ModelCard) -> bool:
-    """Whether mlx-lm wrote a card: it leaves the text empty, or says which version converted."""
-    if at(card.data.to_dict(), "library_name") != "mlx":
+def is_mlx_lm_card(card: ModelCard) -> bool:
+    """Return whether mlx-lm wrote a card: it leaves the text empty, or names its version there."""
+    if lookup(card.data.to_dict(), "library_name") != "mlx":
         return False
     return not card.text.strip() or "using mlx-lm version" in card.text
 
 
 def metadata(folder: Folder) -> ModelCardData:
-    """The card's YAML. Hub ids alone are named; language is left out, the license if unstated."""
-    base = folder.public(folder.base)
+    """Return the card's metadata.
+
+    Only Hub ids are named. There is no language, and no license unless somebody has stated one.
+
+    Raises:
+        SimPOError: there is a README.md that cannot be read.
+    """
+    base = folder.public_name(folder.base)
     base_id = base.text if base and base.on_hub else None
-    data = folder.public(at(folder.settings, "data.train"))
-    how = ("simpo", "lora") if folder.settings else ()
-    stated = stated_license(folder)
+    data = folder.public_name(lookup(folder.settings, "data.train"))
+    training_tags = ("simpo", "lora") if folder.settings else ()
+    license_fields = stated_license(folder)
     return ModelCardData(
         base_model=base_id,
         base_model_relation=folder.kind.relation if base_id else None,
         library_name=folder.kind.library,
         pipeline_tag="text-generation",
-        tags=[*how, *folder.kind.tags, "mlx-simpo"],
+        tags=[*training_tags, *folder.kind.tags, "mlx-simpo"],
         datasets=[data.text] if data and data.on_hub else None,
-        license=stated.get("license"),
-        license_name=stated.get("license_name"),
-        license_link=stated.get("license_link"),
+        license=license_fields.get("license"),
+        license_name=license_fields.get("license_name"),
+        license_link=license_fields.get("license_link"),
     )
 
 
 def stated_license(folder: Folder) -> dict[str, str]:
-    """The license that a generated card states, else the folder's LICENSE file, else nothing."""
+    """Return the license of the card that is replaced, else the LICENSE file, as metadata.
+
+    Raises:
+        SimPOError: there is a README.md that cannot be read.
+    """
     card = read_card(folder)
-    stated = card.data.to_dict() if card else {}
-    found = {name: stated[name] for name in _LICENSE if text_or_none(stated.get(name))}
-    if found:
-        return found
-    files = ("LICENSE", "LICENSE.txt", "LICENSE.md")
-    file = next((name for name in files if (folder.path / name).is_file()), None)
+    fields = card.data.to_dict() if card else {}
+    if stated := {name: fields[name] for name in _LICENSE_FIELDS if as_text(fields.get(name))}:
+        return stated
+    file = next((name for name in _LICENSE_FILES if (folder.path / name).is_file()), None)
     return {"license": "other", "license_link": file} if file else {}
-
-
-def introduction(folder: Folder) -> str:
-    """What it is and which model it comes from."""
-    what = folder.kind.what
-    base = shown_model(folder, folder.base, folder.revision)
-    if folder.kind.relation == "adapter":
-        text = f"A {what}, for {base}." if base else f"A {what}."
-    else:
-        text = f"A {what}, made from {base}." if base else f"A {what}."
-    if not base:
-        text += " The record does not say which base model it belongs to."
-    other = folder.trained_on if folder.trained_on != folder.base else None
-    if other:
-        text += f" It was trained on {shown_model(folder, other, None)}."
-    quantization = at(folder.record, "base.quantization")
-    bits, size = at(quantization, "bits"), at(quantization, "group_size")
-    if number(bits):
-        groups = f" in groups of {size}" if number(size) else ""
-        text += f" The model that was trained on was quantized to {bits} bits{groups}."
-    if not folder.settings:
-        text += " No record of how it was trained came with it."
-    else:
-        text += " It was trained with SimPO and LoRA."
-    if at(folder.summary, "interrupted") is True:
-        text += " The training was interrupted before its end."
-    return text
-
-
-def shown_model(folder: Folder, name: str | None, revision: str | None) -> str:
-    """A model in words, with a link if it is on the Hub; "" if it is unknown."""
-    found = folder.public(name)
-    if found is None:
-        return ""
-    if not found.on_hub:
-        return f"{code(found.text)} (a local folder of whoever trained it, not a Hub id)"
-    at_revision = f" at revision {code(revision)}" if revision else ""
-    return f"[{found.text}](https://huggingface.co/{found.text}){at_revision}"
-
-
-def about(folder: Folder) -> str:
-    """What SimPO is, and the versions."""
-    version = text_or_none(at(folder.record, "version"))
-    trained = f" The record was written by version {code(version)}." if version else ""
-    made = (
-        f"This card was made by [mlx_simpo](https://github.com/mlx-simpo/mlx_simpo) {__version__}."
-    )
-    return f"{_ABOUT}\n\n{made}{trained}"

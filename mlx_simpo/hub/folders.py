@@ -1,4 +1,4 @@
-"""A folder that others can use: of which kind it is, and what it says about its training."""
+"""A folder that can be shared: of which kind it is, and what it says about its training."""
 
 import os
 import re
@@ -14,46 +14,61 @@ from ..config.yaml import parse_yaml
 from ..errors import SimPOError
 from ..files import MODEL_WEIGHTS, read_header, read_json
 from ..model.adapters import CONFIG, PEFT_WEIGHTS, WEIGHTS
-from ..model.record import RECORD, RECORD_FILE, table
+from ..model.record import RECORD_FILE, RECORD_KEY, get_dict
 from ..paths import local_path
 
 MODEL_CONFIG = "config.json"
-# Absolute, of a home, or relative to where somebody stood; with a drive or a share on Windows.
+# Absolute, in a home folder, or relative to a working folder; with a drive or a share on Windows.
 _LOCAL_FORM = re.compile(r"^(?:/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
 _DATA_FILE = re.compile(r"\.(?:jsonl|jsonl\.gz|json|parquet)$")
 
 
-class Kind(NamedTuple):
-    """A kind of folder. name: for programs. what: for people. library, relation, tags: the Hub's
-    library_name, base_model_relation and tags. weights: pattern of the weights' names."""
+class FolderKind(NamedTuple):
+    """A kind of folder.
+
+    name: for programs. description: for people. library, relation, tags: the Hub's library_name,
+    base_model_relation and tags. weights: pattern of the names of the weight files.
+    """
 
     name: str
-    what: str
+    description: str
     library: str
     relation: str
     tags: tuple[str, ...]
     weights: str
 
 
-RUN = Kind("run", "LoRA adapter for mlx-lm", "mlx", "adapter", ("lora", "mlx"), WEIGHTS)
-PEFT = Kind("peft", "LoRA adapter for PEFT", "peft", "adapter", ("lora", "peft"), PEFT_WEIGHTS)
-HF = Kind("transformers", "model", "transformers", "finetune", (), MODEL_WEIGHTS)
-MLX = Kind("mlx", "model for mlx-lm", "mlx", "finetune", ("mlx",), MODEL_WEIGHTS)
-BY_FORMAT = {"pt": HF, "mlx": MLX}
+RUN = FolderKind("run", "LoRA adapter for mlx-lm", "mlx", "adapter", ("lora", "mlx"), WEIGHTS)
+PEFT = FolderKind(
+    "peft", "LoRA adapter for PEFT", "peft", "adapter", ("lora", "peft"), PEFT_WEIGHTS
+)
+HF = FolderKind("transformers", "model", "transformers", "finetune", (), MODEL_WEIGHTS)
+MLX = FolderKind("mlx", "model for mlx-lm", "mlx", "finetune", ("mlx",), MODEL_WEIGHTS)
+_KIND_BY_FORMAT = {"pt": HF, "mlx": MLX}
+
+
+class PublicName(NamedTuple):
+    """A name as others may read it.
+
+    on_hub: text is a Hub id. Otherwise it is the last part of a local path: the folders before it
+    are the user's own business.
+    """
+
+    text: str
+    on_hub: bool
 
 
 @dataclass(frozen=True)
 class Folder:
     """An opened folder.
 
-    config: adapter_config.json or config.json. base, revision: the base model as the trainer named
-    it. record: of the training, in mlx_simpo.json or adapter_config.json. settings: the run's, as
-    nested mappings. summary: what the run came to. All but path, kind and config may be missing:
-    None, or empty.
+    config: adapter_config.json or config.json. record: of the training, from mlx_simpo.json or
+    adapter_config.json. settings: the run's, as nested mappings. summary: the run's results. The
+    last three may be empty, and settings and summary None or of any type.
     """
 
     path: Path
-    kind: Kind
+    kind: FolderKind
     config: dict[str, Any]
     record: dict[str, Any]
     settings: Any
@@ -63,79 +78,86 @@ class Folder:
     def base(self) -> str | None:
         """The base model; for PEFT the one that its own configuration names."""
         named = self.config.get("base_model_name_or_path") if self.kind is PEFT else None
-        return text_or_none(named) or self.trained_on
+        return as_text(named) or self.trained_on
 
     @property
     def trained_on(self) -> str | None:
         """The model that was trained on, which may be a quantized form of `base`."""
-        candidates = [at(self.record, "base.model"), at(self.settings, "model")]
+        candidates = [lookup(self.record, "base.model"), lookup(self.settings, "model")]
         candidates += [self.config.get("model")] if self.kind is RUN else []
-        return next((name for name in map(text_or_none, candidates) if name), None)
+        return next((name for name in map(as_text, candidates) if name), None)
 
     @property
     def revision(self) -> str | None:
-        """The revision of `base`, if the record gives one."""
-        known = at(self.record, "base.revision") or at(self.settings, "revision")
-        return text_or_none(known) if self.base == self.trained_on else None
+        """The revision of `base`, if the record has one."""
+        if self.base != self.trained_on:
+            return None
+        return as_text(lookup(self.record, "base.revision") or lookup(self.settings, "revision"))
 
-    def public(self, name: Any) -> "Public | None":
-        """`public_name` of what the record gives as a name, which may be nothing."""
-        found = text_or_none(name)
-        return None if found is None else public_name(found, self.path)
+    def public_name(self, name: Any) -> PublicName | None:
+        """Return `public_name` of a value from the record; None if it is not text."""
+        text = as_text(name)
+        return None if text is None else public_name(text, self.path)
 
 
-def text_or_none(value: Any) -> str | None:
-    """``value`` if it is text with something in it."""
+def as_text(value: Any) -> str | None:
+    """Return ``value`` if it is text that is not blank, else None."""
     return value if isinstance(value, str) and value.strip() else None
 
 
-def at(values: Any, place: str) -> Any:
-    """The value at a dotted place in nested mappings; None where any part of it is missing."""
-    for name in place.split("."):
-        values = values.get(name) if isinstance(values, Mapping) else None
+def lookup(values: Any, path: str) -> Any:
+    """Return the value at a dotted path in nested mappings; None where any part is missing."""
+    for key in path.split("."):
+        values = values.get(key) if isinstance(values, Mapping) else None
     return values
 
 
 def open_folder(name: str | Path) -> Folder:
-    """The folder of this name, its kind and its record.
+    """Return the folder of this name with its kind and its record.
 
     Raises:
-        SimPOError: no such folder, neither an adapter nor a model in it (or both), or files that
-            cannot be read.
+        SimPOError: there is no such folder, it holds neither an adapter nor a model (or both), or
+            files that cannot be read.
     """
     path = local_path(name)
     if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise SimPOError(f"{str(name)!r} {what}; name the folder of an adapter or a model")
-    kind = kind_of(path)
+        problem = "is a file" if path.exists() else "does not exist"
+        raise SimPOError(f"{str(name)!r} {problem}; name the folder of an adapter or a model")
+    kind = find_kind(path)
     config = read_json(path / (CONFIG if kind.relation == "adapter" else MODEL_CONFIG))
-    if kind is RUN:
-        settings = path / "config.yaml"
-        record = table(config, RECORD)
-        # An adapter that was converted, or saved on the way, has the record alone.
-        own = settings.is_file()
-        run = parse_yaml(read_text(settings), str(settings)) if own else record.get("config")
-        return Folder(path, kind, config, record, run, optional_json(path / "summary.json"))
-    record = optional_json(path / RECORD_FILE)
-    run, result = at(record, "training.config"), at(record, "training.summary")
-    return Folder(path, kind, config, record, run, result)
+    if kind is not RUN:
+        record = read_optional_json(path / RECORD_FILE)
+        training = get_dict(record, "training")
+        return Folder(path, kind, config, record, training.get("config"), training.get("summary"))
+    record = get_dict(config, RECORD_KEY)
+    settings_file = path / "config.yaml"
+    if settings_file.is_file():
+        settings = parse_yaml(read_text(settings_file), str(settings_file))
+    else:
+        # An adapter that was converted, or saved during the training, has the record alone.
+        settings = record.get("config")
+    return Folder(path, kind, config, record, settings, read_optional_json(path / "summary.json"))
 
 
-def kind_of(path: Path) -> Kind:
-    """Which kind of folder this is; raises as `open_folder` does."""
+def find_kind(path: Path) -> FolderKind:
+    """Return the kind of a folder.
+
+    Raises:
+        SimPOError: it holds neither an adapter nor a model (or both), or files that cannot be read.
+    """
     models = sorted(path.glob(MODEL_WEIGHTS))
     is_model = (path / MODEL_CONFIG).is_file() and bool(models)
     is_adapter = (path / CONFIG).is_file()
     if is_model and is_adapter:
         raise SimPOError(
-            f"{path} holds a model and an adapter; it must be one of them: move the other out"
+            f"{path} holds a model and an adapter; it must hold one of them: move the other out"
         )
     if is_adapter:
         kind = PEFT if "peft_type" in read_json(path / CONFIG) else RUN
         if not (path / kind.weights).is_file():
             raise SimPOError(
-                f"{path} has no {kind.weights}, which a {kind.what} needs; weights in another "
-                "format must be saved as safetensors first"
+                f"{path} has no {kind.weights}, which a {kind.description} needs; weights in "
+                "another format must be saved as safetensors first"
             )
         return kind
     if not is_model:
@@ -145,18 +167,17 @@ def kind_of(path: Path) -> Kind:
             "output folder of a training"
         )
     formats = {read_header(file).format or "nothing" for file in models}
-    kind = BY_FORMAT.get(next(iter(formats))) if len(formats) == 1 else None
+    kind = _KIND_BY_FORMAT.get(next(iter(formats))) if len(formats) == 1 else None
     if kind is None:
-        found = ", ".join(sorted(formats)) or "none"
         raise SimPOError(
-            f"the weights in {path} are marked with the format {found}; it must be pt "
-            "(transformers) or mlx: save the model again with save_pretrained or mlx-lm"
+            f"the weights in {path} are marked with the format {', '.join(sorted(formats))}; it "
+            "must be pt (transformers) or mlx: save the model again with save_pretrained or mlx-lm"
         )
     return kind
 
 
 def read_text(file: Path) -> str:
-    """A text file.
+    """Read a text file.
 
     Raises:
         SimPOError: it cannot be read, or is not UTF-8.
@@ -164,45 +185,40 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SimPOError(f"cannot read {file}: {error}; mend it or move it out") from None
+        raise SimPOError(f"cannot read {file}: {error}; fix it or move it out") from None
 
 
-def optional_json(file: Path) -> dict[str, Any]:
-    """`read_json` of a file that need not exist; then it is empty."""
+def read_optional_json(file: Path) -> dict[str, Any]:
+    """`read_json` of a file that need not exist; without it, an empty dict."""
     return read_json(file) if file.is_file() else {}
 
 
-class Public(NamedTuple):
-    """How others may read a name. on_hub: it is a Hub id; if not, text is a local path's last part,
-    for what stands before it is the user's own."""
+def public_name(name: str, folder: Path) -> PublicName:
+    """Return the public form of a model's or dataset's name in the record of ``folder``.
 
-    text: str
-    on_hub: bool
-
-
-def public_name(name: str, folder: Path) -> Public:
-    """The public form of a model's or data set's name in the record of ``folder``.
-
-    A name such as models/tiny may be either; it is local if it exists below the present folder or
-    one of those that ``folder`` lies in, where the training may have stood.
+    A name such as models/tiny may be a Hub id or a path; `is_local_path` decides.
     """
-    if is_local(name, folder) or _DATA_FILE.search(name):
-        return Public(last_part(name), False)
+    if is_local_path(name, folder) or _DATA_FILE.search(name):
+        return PublicName(last_path_part(name), False)
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return Public(last_part(name), False)
-    return Public(name, True)
+        return PublicName(last_path_part(name), False)
+    return PublicName(name, True)
 
 
-def is_local(name: str, folder: Path) -> bool:
-    """Whether a name has the form of a local path, or is that of something that exists."""
+def is_local_path(name: str, folder: Path) -> bool:
+    """Return whether a name in the record of ``folder`` is a local path.
+
+    It is one by its form, or if it exists in the working folder or in one of those that ``folder``
+    lies in: the training may have been started there.
+    """
     roots = [Path(), *folder.absolute().parents]
-    # os.path.exists is False for what can be no name at all, where Path.exists raises.
+    # os.path.exists is False for what cannot be a file name at all, where Path.exists raises.
     return bool(_LOCAL_FORM.match(name)) or any(os.path.exists(root / name) for root in roots)
 
 
-def last_part(name: str) -> str:
-    """The last part of a path of any system; "a local folder" if it has none ("/", "..")."""
+def last_path_part(name: str) -> str:
+    """Return the last part of a path of any system; "a local folder" for "/" and ".."."""
     part = PureWindowsPath(name).name
     return part if part.strip(". ") else "a local folder"

@@ -1,6 +1,6 @@
-"""Which files of a folder go to others, which stay, and the paths that are cut out of them.
+"""Which files of a folder are sent, and without which local paths.
 
-What goes is listed, so that a file nobody thought of stays.
+What is sent is listed by name, so that a file nobody thought of stays here.
 """
 
 import json
@@ -12,7 +12,17 @@ from ..errors import SimPOError
 from ..files import PICKLES, read_json
 from ..model.adapters import CONFIG
 from ..model.record import RECORD_FILE
-from .folders import HF, MLX, MODEL_CONFIG, PEFT, RUN, Folder, Kind, is_local, last_part
+from .folders import (
+    HF,
+    MLX,
+    MODEL_CONFIG,
+    PEFT,
+    RUN,
+    Folder,
+    FolderKind,
+    is_local_path,
+    last_path_part,
+)
 
 _LICENSE = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md")
 _TOKENIZER = (
@@ -39,15 +49,15 @@ _MODEL = (
     *_TOKENIZER,
     *_LICENSE,
 )
-# Beside the weights and README.md.
-GOES: dict[Kind, tuple[str, ...]] = {
+# Sent beside the weights and README.md.
+SENT_FILES: dict[FolderKind, tuple[str, ...]] = {
     RUN: (CONFIG, "chat_template.jinja", "summary.json", "metrics.jsonl", *_LICENSE),
     PEFT: (CONFIG, RECORD_FILE, *_TOKENIZER, *_LICENSE),
     HF: _MODEL,
     MLX: _MODEL,
 }
-# Known files that stay, whatever their size.
-STAYS = {
+# Known files that are never sent, whatever their size, and why.
+NEVER_SENT = {
     ".*": "hidden",
     "quarantined.jsonl": "may hold private text",
     "config.yaml": "holds paths of this machine; the card has the settings",
@@ -59,11 +69,11 @@ STAYS = {
     "training_args.bin": "state of a training",
     "[0-9]*_adapters.safetensors": "an earlier step",
 }
-# An unknown file of more bytes may be something that the others are no use without.
-UNKNOWN_BYTES = 10_000_000
+# A larger file that is not listed may be one without which the others are of no use.
+MAX_UNLISTED_BYTES = 10_000_000
 CARD = "README.md"
-# Settings in which libraries write down a path of the machine; "*": any text in the file.
-PATHS = {
+# Keys under which libraries write paths of the machine; "*": any key of the file.
+PATH_KEYS = {
     CONFIG: ("*",),
     RECORD_FILE: ("*",),
     "summary.json": ("*",),
@@ -72,81 +82,92 @@ PATHS = {
 }
 
 
-class Sorted(NamedTuple):
-    """goes: the files that are sent, README.md not among them. stays: (name, why)."""
+class SortedFiles(NamedTuple):
+    """The files of a folder. sent: without README.md. stays: (name, reason)."""
 
-    goes: list[Path]
+    sent: list[Path]
     stays: list[tuple[str, str]]
 
 
-def sort_files(folder: Folder) -> Sorted:
-    """What goes and what stays, in name order.
+def sort_files(folder: Folder) -> SortedFiles:
+    """Return which files are sent and which stay, each in order of their names.
 
     Raises:
-        SimPOError: a pickle, a large file that nobody knows, or a missing part of the model.
+        SimPOError: there is a pickle or a large file that is not listed, or a part of the model is
+            missing.
     """
-    patterns = (folder.kind.weights, *GOES[folder.kind])
-    found = Sorted([], [])
+    patterns = (folder.kind.weights, *SENT_FILES[folder.kind])
+    files = SortedFiles([], [])
     for path in sorted(folder.path.iterdir()):
         if path.name == CARD:
             continue
-        reason = next((why for name, why in STAYS.items() if fnmatchcase(path.name, name)), None)
-        if reason is None and path.is_dir():
-            reason = "a folder"
-        if reason is None and path.is_file() and any(fnmatchcase(path.name, p) for p in patterns):
-            found.goes.append(path)
+        reasons = (why for name, why in NEVER_SENT.items() if fnmatchcase(path.name, name))
+        reason = next(reasons, "a folder" if path.is_dir() else None)
+        is_listed = any(fnmatchcase(path.name, pattern) for pattern in patterns)
+        if reason is None and path.is_file() and is_listed:
+            files.sent.append(path)
             continue
         if reason is None:
-            refuse_unknown(path, folder.kind)
-        found.stays.append((path.name, reason or f"no file of a {folder.kind.what}"))
-    check_parts(folder.path)
-    return found
+            check_unlisted(path, folder.kind)
+            reason = f"not one of the files of a {folder.kind.description}"
+        files.stays.append((path.name, reason))
+    check_complete(folder.path)
+    return files
 
 
-def refuse_unknown(path: Path, kind: Kind) -> None:
-    """SimPOError for an unlisted file that must not pass unseen: a pickle, or a large one."""
+def check_unlisted(path: Path, kind: FolderKind) -> None:
+    """Reject a file that is not listed and must not stay behind unnoticed.
+
+    Raises:
+        SimPOError: it may be a pickle, or it is large.
+    """
     if path.suffix.lower() in PICKLES:
         raise SimPOError(
             f"{path.name} may be a pickle, which runs code when it is read and is never sent; move "
             "it out of the folder, or save it as safetensors"
         )
-    size = path.stat().st_size if path.exists() else 0
-    if size > UNKNOWN_BYTES:
+    size = path.stat().st_size if path.exists() else 0  # a link may lead nowhere
+    if size > MAX_UNLISTED_BYTES:
         raise SimPOError(
-            f"{path.name} ({size:,} bytes) is no file of a {kind.what}; move it out of the folder"
+            f"{path.name} ({size:,} bytes) is not one of the files of a {kind.description}; move "
+            "it out of the folder"
         )
 
 
-def check_parts(path: Path) -> None:
-    """SimPOError if the index of a model in several files names one that is not there."""
+def check_complete(path: Path) -> None:
+    """Check that all files are there which the index of a model in several files names.
+
+    Raises:
+        SimPOError: one is missing, or the index names none.
+    """
     index = path / "model.safetensors.index.json"
     if not index.is_file():
         return
-    places = read_json(index).get("weight_map")
-    named = {str(name) for name in places.values()} if isinstance(places, dict) else set()
-    missing = sorted(name for name in named if not (path / name).is_file())
-    if missing or not named:
-        what = f"{missing[0]}, which is not there" if missing else "no files"
-        raise SimPOError(f"{index} names {what}; save the model again")
+    weight_map = read_json(index).get("weight_map")
+    names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+    missing = sorted(name for name in names if not (path / name).is_file())
+    if missing or not names:
+        problem = f"{missing[0]}, which is not there" if missing else "no files"
+        raise SimPOError(f"{index} names {problem}; save the model again")
 
 
 def without_paths(file: Path, folder: Folder) -> bytes | None:
-    """The file's content with local paths cut down to their last parts; None if it has none.
+    """Return a file's content with local paths cut down to their last parts; None without any.
 
     Raises:
-        SimPOError: a file that may hold paths is not readable as JSON.
+        SimPOError: a file that may hold paths cannot be read as JSON.
     """
-    settings = PATHS.get(file.name)
-    if settings is None:
+    patterns = PATH_KEYS.get(file.name)
+    if patterns is None:
         return None
 
-    def cut(value: Any, name: str) -> Any:
+    def cut(value: Any, key: str) -> Any:
         if isinstance(value, dict):
-            return {key: cut(inner, str(key)) for key, inner in value.items()}
+            return {inner_key: cut(inner, str(inner_key)) for inner_key, inner in value.items()}
         if isinstance(value, list):
-            return [cut(inner, name) for inner in value]
-        named = any(fnmatchcase(name, pattern) for pattern in settings)
-        return last_part(value) if named and is_path(value, folder.path) else value
+            return [cut(inner, key) for inner in value]
+        may_be_path = any(fnmatchcase(key, pattern) for pattern in patterns)
+        return last_path_part(value) if may_be_path and is_path(value, folder.path) else value
 
     content = read_json(file)
     shorter = cut(content, "")
@@ -158,8 +179,10 @@ def without_paths(file: Path, folder: Folder) -> bytes | None:
 
 
 def is_path(value: Any, folder: Path) -> bool:
-    """Whether a setting's value is a local path of more than one part (and no text of several
-    lines, such as a chat template)."""
+    """Return whether a value is a local path of more than one part.
+
+    Text of several lines is not, such as a chat template.
+    """
     if not isinstance(value, str) or "\n" in value or not ("/" in value or "\\" in value):
         return False
-    return is_local(value, folder)
+    return is_local_path(value, folder)

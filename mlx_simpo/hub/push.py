@@ -1,7 +1,7 @@
-"""Sending an adapter or a model to the Hugging Face Hub, with its card.
+"""Send an adapter or a model to the Hugging Face Hub, with its card.
 
-Files are listed one by one and go in a single commit; what lies in the repository beside them
-stays. The token is huggingface_hub's own business: it is not asked for, kept or shown here.
+Files are listed one by one and sent in a single commit; other files of the repository are left
+alone. The token is huggingface_hub's own business: it is not asked for, stored or shown here.
 """
 
 import re
@@ -28,15 +28,18 @@ from .card import make_card, users_card
 from .folders import open_folder
 from .outgoing import CARD, sort_files, without_paths
 
-# What huggingface_hub raises; RuntimeError: its uploader, which is not written in Python.
+# What huggingface_hub raises; RuntimeError comes from its uploader, which is written in Rust.
 HUB_ERRORS = (TransportError, OSError, ValueError, RuntimeError)
-# Should a server, a proxy or a library ever repeat a token in a message.
+# A server, a proxy or a library may repeat a token in its message.
 _TOKEN = re.compile(r"hf_\w+|Bearer\s+[^\s'\"]+")
 
 
 class Entry(NamedTuple):
-    """One file of the commit. content: bytes that take its place on the way; None: as it lies.
-    size: bytes. note: what is special about it."""
+    """One file of the commit.
+
+    content: bytes that are sent in its place; None: the file as it is. size: in bytes. note: what
+    is special about it, or "".
+    """
 
     name: str
     content: bytes | None
@@ -45,8 +48,11 @@ class Entry(NamedTuple):
 
 
 class Push(NamedTuple):
-    """What went, or would go. private: asked for. stays: (name, why). card: the text of README.md.
-    url: of the commit, None in a dry run."""
+    """What was sent, or in a dry run would be sent.
+
+    private: whether it was asked for. kind: the folder's. stays: (name, reason) of files that are
+    not sent. card: the text of README.md. url: of the commit, None in a dry run.
+    """
 
     repo: str
     private: bool
@@ -58,7 +64,7 @@ class Push(NamedTuple):
     url: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the content for JSON, without the files' bytes."""
         files = [{"name": e.name, "bytes": e.size, "note": e.note} for e in self.files]
         stays = [{"name": name, "why": why} for name, why in self.stays]
         return {**self._asdict(), "files": files, "stays": stays}
@@ -74,16 +80,17 @@ def push(
     message: str | None = None,
     display: Display | None = None,
 ) -> Push:
-    """Send ``folder`` to the model repository ``repo`` (owner/name), which is made if need be.
+    """Send ``folder`` to the model repository ``repo`` (owner/name), created if it does not exist.
 
     Args:
-        private: make the repository private; if it is there and public, nothing is sent. Without
-            it, a new one is as its owner's account makes them, public as a rule. dry_run: neither
-            the network nor the folder is touched. revision: branch, made if need be. message: of
-            the commit.
+        private: create the repository as a private one; if it exists and is public, nothing is
+            sent. Without it, a new one is as its owner's account creates them, usually public.
+        dry_run: touch neither the network nor the folder.
+        revision: the branch, created if it does not exist; None: main.
+        message: of the commit.
 
     Raises:
-        SimPOError: a folder or name that cannot be sent, or a Hub that does not take it.
+        SimPOError: a folder or name that cannot be sent, or a Hub that does not accept it.
     """
     display = display or Display()
     check_names(repo, revision)
@@ -91,9 +98,14 @@ def push(
     files = sort_files(opened)
     own = users_card(opened)
     card = make_card(opened, repo, revision) if own is None else own
-    entries = [entry(file, without_paths(file, opened)) for file in files.goes]
+    entries = []
+    for file in files.sent:
+        content = without_paths(file, opened)
+        size = file.stat().st_size if content is None else len(content)
+        note = "" if content is None else "local paths cut"
+        entries.append(Entry(file.name, content, size, note))
     card_bytes = card.encode("utf-8", "backslashreplace")
-    note = "made for it" if own is None else "as you wrote it"
+    note = "written for it" if own is None else "as you wrote it"
     entries.append(Entry(CARD, card_bytes, len(card_bytes), note))
     plan = Push(
         repo, private, revision, opened.kind.name, tuple(entries), tuple(files.stays), card, None
@@ -102,14 +114,18 @@ def push(
         return plan
     display.note(f"sending {len(entries)} files, {sum(e.size for e in entries):,} bytes, to {repo}")
     try:
-        url = send(plan, opened.path, message or f"Upload {opened.kind.what}")
+        url = send(plan, opened.path, message or f"Upload {opened.kind.description}")
     except HUB_ERRORS as error:
-        raise explained(error, plan) from None
+        raise hub_error(error, plan) from None
     return plan._replace(url=url)
 
 
 def check_names(repo: str, revision: str | None) -> None:
-    """SimPOError unless the repository's name, with its owner, and the branch's are possible."""
+    """Check the names of the repository and of its branch.
+
+    Raises:
+        SimPOError: the Hub has no such names, or the repository's owner is missing.
+    """
     rule = "it must be owner/name, of letters, digits, -, _ and ."
     try:
         validate_repo_id(repo)
@@ -123,21 +139,15 @@ def check_names(repo: str, revision: str | None) -> None:
         )
 
 
-def entry(file: Path, content: bytes | None) -> Entry:
-    """A file of the folder, with ``content`` in its place if there is any."""
-    if content is None:
-        return Entry(file.name, None, file.stat().st_size, "")
-    return Entry(file.name, content, len(content), "local paths cut")
-
-
 def send(plan: Push, folder: Path, message: str) -> str:
-    """Make the repository and the branch if need be and commit; the commit's address.
+    """Create the repository and the branch if they do not exist, commit, and return the URL.
 
     Raises:
-        SimPOError: it is to be private, and is there and public. And `HUB_ERRORS`.
+        SimPOError: a private repository was asked for, and it exists and is public. `HUB_ERRORS` of
+            huggingface_hub pass through.
     """
     api = HfApi()
-    # None: as the owner's account has it. True holds for a new repository only.
+    # None: as the owner's account has it. True does nothing to a repository that exists.
     api.create_repo(plan.repo, private=True if plan.private else None, exist_ok=True)
     if plan.private and not api.model_info(plan.repo).private:
         raise SimPOError(
@@ -156,15 +166,15 @@ def send(plan: Push, folder: Path, message: str) -> str:
     return str(commit.commit_url)
 
 
-def explained(error: Exception, plan: Push) -> SimPOError:
-    """What the user can do about an error of `HUB_ERRORS`."""
+def hub_error(error: Exception, plan: Push) -> SimPOError:
+    """Return an error that says what the user can do about one of `HUB_ERRORS`."""
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, HUB_ERRORS):
-        error = error.__cause__  # huggingface_hub: "error while uploading"; this one says which
+        error = error.__cause__  # the outer one says only that an upload failed
     begin, login = f"{plan.repo} cannot be sent: ", "log in with `hf auth login`"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
         return SimPOError(f"{begin}the Hub does not know who you are; {login}")
-    if isinstance(error, UnicodeEncodeError):  # of the headers; the message shows a part of it
+    if isinstance(error, UnicodeEncodeError):  # of a header; the message shows part of it
         return SimPOError(f"{begin}the token is not plain text; {login}")
     if isinstance(error, OfflineModeIsEnabled):
         return SimPOError(f"{begin}HF_HUB_OFFLINE is set; unset it")
@@ -176,17 +186,17 @@ def explained(error: Exception, plan: Push) -> SimPOError:
             "another repository"
         )
     if isinstance(error, HfHubHTTPError):
-        said = quoted(error.server_message or "no reason given")
-        return SimPOError(f"{begin}the Hub answered {status}: {said}; mend that and push again")
+        reason = one_line(error.server_message or "no reason given")
+        return SimPOError(f"{begin}the Hub answered {status}: {reason}; fix this and push again")
     if isinstance(error, TransportError | ConnectionError | TimeoutError):
         return SimPOError(
-            f"{begin}no connection to the Hub ({type(error).__name__}); look to the network and "
+            f"{begin}no connection to the Hub ({type(error).__name__}); check the network and "
             "push again"
         )
-    reason = quoted(str(error) or type(error).__name__)
-    return SimPOError(f"{begin}{reason}; mend that and push again")
+    reason = one_line(str(error) or type(error).__name__)
+    return SimPOError(f"{begin}{reason}; fix this and push again")
 
 
-def quoted(text: str) -> str:
-    """A message on one line of 300 characters at most, with nothing like a token in it."""
+def one_line(text: str) -> str:
+    """Return a message on one line of at most 300 characters, with nothing like a token in it."""
     return _TOKEN.sub("…", " ".join(text.split()))[:300]

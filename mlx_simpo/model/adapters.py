@@ -23,21 +23,23 @@ MAX_SCALE = 1e6
 
 
 def flat_arrays(tree: Any) -> dict[str, mx.array]:
-    """The arrays of a parameter tree under their dotted paths."""
+    """Return the arrays of a parameter tree by their dotted paths."""
     return tree_flatten(tree, destination={})  # type: ignore[return-value]
 
 
 def save_adapter(folder: str | Path, model: nn.Module, config: dict[str, Any]) -> Path:
-    """Write the trainable weights of a model and their adapter_config.json; see `write_adapter`."""
+    """Write the trainable weights of a model and their adapter_config.json with `write_adapter`."""
     return write_adapter(folder, flat_arrays(model.trainable_parameters()), config)
 
 
 def write_adapter(folder: str | Path, weights: dict[str, mx.array], config: dict[str, Any]) -> Path:
-    """Write an adapter's weights and its adapter_config.json; ``mlx_lm.generate --adapter-path``
-    takes the folder as it is.
+    """Write an adapter's weights and its adapter_config.json in mlx-lm's format.
 
-    Each file is written under another name and then moved into place, so that a reader never meets
-    half a file. Returns the folder.
+    ``mlx_lm.generate --adapter-path`` loads the folder. Each file is written under another name and
+    then moved into place, so that a reader never sees half a file.
+
+    Returns:
+        The folder.
 
     Raises:
         SimPOError: the folder cannot be written.
@@ -47,26 +49,26 @@ def write_adapter(folder: str | Path, weights: dict[str, mx.array], config: dict
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            written = Path(scratch)
-            save_safetensors(written / WEIGHTS, weights, "mlx")
-            (written / CONFIG).write_text(text, encoding="utf-8")
+            save_safetensors(Path(scratch) / WEIGHTS, weights, "mlx")
+            (Path(scratch) / CONFIG).write_text(text, encoding="utf-8")
             for name in (WEIGHTS, CONFIG):
-                os.replace(written / name, folder / name)
+                os.replace(Path(scratch) / name, folder / name)
     except (OSError, ValueError) as error:
         raise SimPOError(f"the adapter cannot be written to {folder}: {error}") from None
     return folder
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """The adapter_config.json of an mlx-lm adapter.
+    """Read the adapter_config.json of an mlx-lm adapter.
 
     Raises:
-        SimPOError: no such folder or file, or an adapter of another library.
+        SimPOError: there is no such file, it belongs to another library, or its settings are
+            missing or out of range.
     """
     try:
         config = read_json(local_path(folder) / CONFIG)
     except SimPOError as error:
-        raise SimPOError(f"{folder} is no adapter folder: {error}") from None
+        raise SimPOError(f"{folder} is not the folder of an adapter: {error}") from None
     if "peft_type" in config:
         raise SimPOError(
             f"{folder} holds a PEFT adapter; convert it first: mlx-simpo convert from-peft"
@@ -81,7 +83,14 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def check_parameters(config: dict[str, Any], where: str) -> None:
-    """SimPOError if what mlx-lm builds layers from is missing or impossible."""
+    """Check the settings that mlx-lm builds LoRA layers from.
+
+    Args:
+        where: names the file in messages.
+
+    Raises:
+        SimPOError: a setting is missing, or of another type or out of range.
+    """
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise SimPOError(f"{where} has no lora_parameters; is it an mlx-lm LoRA adapter?")
@@ -89,7 +98,7 @@ def check_parameters(config: dict[str, Any], where: str) -> None:
     layers = config.get("num_layers")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise SimPOError(f"{where}: rank is {str(rank)[:40]}; it must be 1 to {MAX_RANK}")
-    if not reasonable(scale):
+    if not is_valid_scale(scale):
         raise SimPOError(
             f"{where}: scale is {str(scale)[:40]}; it must be a finite number of at most "
             f"{MAX_SCALE:g}"
@@ -100,22 +109,23 @@ def check_parameters(config: dict[str, Any], where: str) -> None:
         raise SimPOError(f"{where}: keys must be a list of names, not {str(keys)[:40]}")
 
 
-def reasonable(value: Any) -> bool:
-    """Whether a value can be the scale of an update, or lora_alpha."""
+def is_valid_scale(value: Any) -> bool:
+    """Return whether a value can be the scale of a LoRA delta, or lora_alpha."""
+    # A comparison with NaN is false, and JSON's whole numbers may be too large for a float.
     return type(value) in (int, float) and -MAX_SCALE <= value <= MAX_SCALE
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
     """Attach the adapter in ``folder`` to a model without one, ready for evaluation.
 
-    mlx-lm accepts a file that lacks some of the adapter's weights and leaves those at their random
-    start; here that is an error.
+    mlx-lm accepts a file that lacks some of the adapter's weights and leaves these at their random
+    initial values; here that is an error.
 
     Returns:
         The adapter's configuration.
 
     Raises:
-        SimPOError: unreadable, of another model, or incomplete.
+        SimPOError: the adapter cannot be read, is incomplete, or belongs to another model.
     """
     config = read_adapter_config(folder)
     read_header(local_path(folder) / WEIGHTS)
@@ -132,34 +142,39 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Load only the weights of ``folder`` into a model whose LoRA layers are attached already.
+    """Load the weights in ``folder`` into a model whose LoRA layers are attached already.
 
     Raises:
-        SimPOError: they are not exactly the weights that the model's layers have.
+        SimPOError: they are not exactly those of the model's LoRA layers.
     """
     weights = check_complete(model, folder)
     model.load_weights(list(weights.items()), strict=False)
 
 
 def check_complete(model: nn.Module, folder: str | Path) -> dict[str, mx.array]:
-    """The file's weights, if names and shapes are the model's trainable ones; SimPOError if not."""
+    """Return an adapter's weights if they are exactly the trainable ones of a model.
+
+    Raises:
+        SimPOError: names, shapes or dtypes differ; the message lists all the ways in which they do.
+    """
     path = local_path(folder) / WEIGHTS
     weights = load_safetensors([path])
-    wanted = {name: p.shape for name, p in flat_arrays(model.trainable_parameters()).items()}
-    missing = sorted(wanted.keys() - weights.keys())
-    unknown = sorted(weights.keys() - wanted.keys())
-    whole = sorted(n for n, w in weights.items() if not mx.issubdtype(w.dtype, mx.floating))
-    misshapen = [n for n in wanted.keys() & weights.keys() if weights[n].shape != wanted[n]]
-    problems = [
-        f"{len(names)} {what}, e.g. {names[0]}"
-        for what, names in (
-            ("missing", missing),
-            ("unknown", unknown),
-            ("misshapen", misshapen),
-            ("not of floats", whole),
-        )
-        if names
+    shapes = {name: p.shape for name, p in flat_arrays(model.trainable_parameters()).items()}
+    common = shapes.keys() & weights.keys()
+    problems = {
+        "missing": shapes.keys() - weights.keys(),
+        "unknown": weights.keys() - shapes.keys(),
+        "of another shape": {name for name in common if weights[name].shape != shapes[name]},
+        "not floating-point": {
+            name for name, w in weights.items() if not mx.issubdtype(w.dtype, mx.floating)
+        },
+    }
+    clauses = [
+        f"{len(names)} {what}, e.g. {min(names)}" for what, names in problems.items() if names
     ]
-    if problems:
-        raise SimPOError(f"{path} is not a whole adapter of this model: {'; '.join(problems)}")
+    if clauses:
+        raise SimPOError(
+            f"{path} is not a complete adapter of this model: {'; '.join(clauses)}; use the "
+            "model that it was trained on, or a complete copy of the adapter"
+        )
     return weights

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a local folder or the Hugging Face Hub, by mlx_lm's loader."""
+"""Load a model and its tokenizer from a local folder or the Hugging Face Hub, with mlx_lm."""
 
 import re
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from ..errors import SimPOError
 from ..files import read_header, weight_files
 from ..paths import local_path
 from .adapters import flat_arrays
-from .repair import repaired
+from .repair import config_repairs
 
-# What loaders raise at a config.json, tokenizer or weights that are not what they expect.
+# What mlx_lm and transformers raise at a config.json, tokenizer or weights that they do not expect.
 LOAD_ERRORS = (
     ImportError,
     MemoryError,
@@ -38,8 +38,12 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 class LoadedModel(NamedTuple):
-    """A model ready to run. config: its config.json, repaired; dtype: of its weights; folder: where
-    it was read from; name and revision: as asked for, the revision of a Hub model as its commit."""
+    """A model with its tokenizer, ready to run.
+
+    config: the content of its config.json, repaired. dtype: of its floating-point weights. folder:
+    where it was read from. name: as in the settings. revision: as in the settings, but for a model
+    from the Hub the commit.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -51,13 +55,14 @@ class LoadedModel(NamedTuple):
 
 
 def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The local folder of a model; fetched from the Hub if ``name`` is no folder.
+    """Return the local folder of a model, downloaded from the Hub if ``name`` is not a folder.
 
     Args:
-        weights: fetch the weights too, not only configuration and tokenizer.
+        weights: download the weights too, not only configuration and tokenizer.
 
     Raises:
-        SimPOError: nothing by that name, no network, or no language model in there.
+        SimPOError: there is no such model, it cannot be downloaded, or the folder has no
+            config.json.
     """
     path = local_path(name)
     if path.exists():
@@ -75,8 +80,8 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = True
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise SimPOError(
-            f"model is {name!r}; it is no local folder and could not be fetched from the Hugging "
-            f"Face Hub: {' '.join(str(error).split())}"
+            f"model is {name!r}; it is not a local folder and could not be downloaded from "
+            f"the Hugging Face Hub: {' '.join(str(error).split())}"
         ) from None
 
 
@@ -91,77 +96,91 @@ def load_model(
 
     Args:
         name: local folder or Hub id.
-        dtype: "auto" (as stored), "float32", "bfloat16" or "float16": of everything that is not
-            packed into quantized codes; of those, the scales.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16", for all weights except
+            quantized codes; the codes' scales and biases are included.
 
     Raises:
-        SimPOError: no such model, or one that mlx_lm cannot load as a language model.
+        SimPOError: there is no such model, or mlx_lm cannot load it as a language model.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise SimPOError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}")
     folder = model_folder(name, revision)
-    tensors = sum(len(read_header(path).shapes) for path in weight_files(folder))
-    with explained(f"{name} cannot be loaded as a language model"):
+    num_tensors = sum(len(read_header(path).shapes) for path in weight_files(folder))
+    with loader_errors(f"{name} cannot be loaded as a language model"):
         config = load_config(folder)
-        check_config(config, tensors)
+        check_config(config, num_tensors)
         model, tokenizer, config = mlx_lm_load(  # type: ignore[misc]
             str(folder),
             lazy=True,
             return_config=True,
-            model_config=repaired(config),
-            # Said also where it is False: without an answer transformers asks for one.
+            model_config=config_repairs(config),
+            # Passed even if False: without it transformers asks on the terminal.
             tokenizer_config={"trust_remote_code": trust_remote_code},
             trust_remote_code=trust_remote_code,
         )
     if not hasattr(model, "layers"):
-        raise SimPOError(f"{name} is a {config.get('model_type')} model without transformer blocks")
+        raise SimPOError(f"{name} is a {config.get('model_type')} model without a list of layers")
     if dtype != "auto":
         model.set_dtype(DTYPES[dtype])
+    # huggingface_hub stores a model in …/snapshots/<commit>.
     commit = folder.name if folder.parent.name == "snapshots" else revision
     return LoadedModel(model, tokenizer, config, dtype_of(model), folder, name, commit)
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn what loaders raise at files that they do not expect into one line."""
+def loader_errors(problem: str) -> Iterator[None]:
+    """Context in which errors of mlx_lm and transformers become one line that starts with a text.
+
+    Raises:
+        SimPOError: in place of any of `LOAD_ERRORS`.
+    """
     try:
         yield
     except LOAD_ERRORS as error:
-        said = " ".join(str(error).split())[:300]
-        raise SimPOError(f"{what}: {type(error).__name__}: {said}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise SimPOError(f"{problem}: {type(error).__name__}: {reason}") from None
     except Exception as error:
-        if type(error) is Exception:  # what the tokenizers library raises has no class of its own
-            raise SimPOError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+        if type(error) is Exception:  # the tokenizers library raises this class itself
+            raise SimPOError(f"{problem}: {' '.join(str(error).split())[:300]}") from None
         raise
 
 
-def check_config(config: dict[str, Any], tensors: int) -> None:
-    """ValueError for a config.json that no model can have, before anything is made of it.
+def check_config(config: dict[str, Any], num_tensors: int) -> None:
+    """Check what mlx_lm trusts in a config.json before it builds a model from it.
 
     Args:
-        tensors: how many the model's files have.
+        num_tensors: in all of the model's files.
+
+    Raises:
+        ValueError: the model type is not a name, or there are more layers than tensors.
     """
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", kind):
-        # mlx-lm imports a module of that name.
-        raise ValueError(f"model_type is {str(kind)[:60]!r} in its config.json, which is no name")
+    model_type = config.get("model_type")
+    # mlx-lm imports a module of this name.
+    if not isinstance(model_type, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", model_type):
+        raise ValueError(
+            f"model_type is {str(model_type)[:60]!r} in its config.json; it must be a name of "
+            "letters, digits, - and _"
+        )
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
-        layers = part.get("num_hidden_layers")
-        if isinstance(layers, int) and layers > tensors:
-            raise ValueError(f"num_hidden_layers is {layers}, but its files hold {tensors} tensors")
+        num_layers = part.get("num_hidden_layers")
+        # A billion of them would use up the memory before a weight is missed.
+        if isinstance(num_layers, int) and num_layers > num_tensors:
+            raise ValueError(
+                f"num_hidden_layers is {num_layers}, but its files hold {num_tensors} tensors"
+            )
 
 
 def load_only_tokenizer(
     name: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> Any:
-    """The tokenizer that `load_model` would return, without fetching or reading the weights.
+    """Load the tokenizer that `load_model` would return, without the weights.
 
     Raises:
-        SimPOError: no such model, or no tokenizer in its folder.
+        SimPOError: there is no such model, or it has no tokenizer that can be loaded.
     """
     folder = model_folder(name, revision, weights=False)
-    with explained(f"{name} has no tokenizer that can be loaded"):
+    with loader_errors(f"{name} has no tokenizer that can be loaded"):
         return load_tokenizer(
             folder,
             {"trust_remote_code": trust_remote_code},
@@ -170,7 +189,11 @@ def load_only_tokenizer(
 
 
 def dtype_of(model: nn.Module) -> str:
-    """The dtype the model computes in: that of its first norm, bias or weight that is a float."""
+    """Return the name of the dtype that a model computes in: its first floating-point parameter's.
+
+    Raises:
+        SimPOError: the model has no floating-point parameters.
+    """
     for value in flat_arrays(model.parameters()).values():
         if mx.issubdtype(value.dtype, mx.floating):
             return str(value.dtype).rpartition(".")[2]

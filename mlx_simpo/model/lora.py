@@ -1,4 +1,4 @@
-"""LoRA on an mlx-lm model, with mlx-lm's own layers."""
+"""Attach LoRA to an mlx-lm model, with mlx-lm's own LoRA layers."""
 
 from typing import Any
 
@@ -16,18 +16,18 @@ LINEAR = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 
 
 def attach_lora(model: nn.Module, config: LoRAConfig, seed: int) -> dict[str, Any]:
-    """Freeze ``model`` and put trainable LoRA layers into it.
+    """Freeze ``model`` and add trainable LoRA layers to it.
 
-    A is drawn uniformly from ±1/√in (as in PEFT and mlx-lm), B is zero; both are float32 whatever
-    the base's dtype, because steps of 1e-6 vanish in bfloat16. With ``init_from``, A and B are
-    those of an existing adapter, whose settings must be the same.
+    A (in, rank) is drawn uniformly from ±1/√in, as in PEFT and mlx-lm; B (rank, out) is zero. With
+    ``init_from``, A and B are those of an existing adapter, whose settings must be the same. Both
+    are float32 whatever the dtype of the base model.
 
     Returns:
         The content of mlx-lm's adapter_config.json: fine_tune_type, num_layers, lora_parameters.
 
     Raises:
-        SimPOError: a target that the model does not have, more layers than it has, DoRA where
-            mlx-lm has none, an adapter that does not fit.
+        SimPOError: the model does not have a target or that many layers, mlx-lm has no DoRA for a
+            target, or the adapter of ``init_from`` does not fit.
     """
     adapter = adapter_config(model, config)
     mx.random.seed(seed)
@@ -39,17 +39,23 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int) -> dict[str, An
         raise SimPOError(f"LoRA cannot be attached: {error}") from None
     if config.init_from is not None:
         load_initial(model, adapter, config.init_from)
+    # An optimizer's steps of 1e-6 would vanish in bfloat16, which has 8 bits of precision.
     model.update(tree_map(lambda p: p.astype(mx.float32), model.trainable_parameters()))
     mx.eval(model.trainable_parameters())
     return adapter
 
 
 def adapter_config(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
-    """mlx-lm's adapter_config.json for these settings; raises as `attach_lora` does."""
-    blocks = len(model.layers)  # type: ignore[arg-type]
-    if config.num_layers > blocks:
+    """Return the content of mlx-lm's adapter_config.json for these settings.
+
+    Raises:
+        SimPOError: the model does not have a target or that many layers, or mlx-lm has no DoRA for
+            a target.
+    """
+    num_layers = len(model.layers)  # type: ignore[arg-type]
+    if config.num_layers > num_layers:
         raise SimPOError(
-            f"lora.num_layers is {config.num_layers}; the model has {blocks} blocks (-1: all)"
+            f"lora.num_layers is {config.num_layers}; the model has {num_layers} layers (-1: all)"
         )
     return {
         "fine_tune_type": "dora" if config.dora else "lora",
@@ -64,70 +70,83 @@ def adapter_config(model: nn.Module, config: LoRAConfig) -> dict[str, Any]:
 
 
 def target_keys(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Paths of the layers to adapt, relative to a block ("self_attn.q_proj").
+    """Return the paths of the modules to adapt, relative to a layer: "self_attn.q_proj".
 
-    A name in target_modules is the last part of such a path or the whole of it.
+    A name in target_modules is the last part of such a path or all of it.
+
+    Raises:
+        SimPOError: the model does not have a target, or mlx-lm has no DoRA for it.
     """
-    blocks: list[nn.Module] = list(model.layers)  # type: ignore[arg-type]
-    adapted = blocks if config.num_layers == -1 else blocks[-config.num_layers :]
-    modules = {path: m for block in adapted for path, m in block.named_modules()}
+    layers: list[nn.Module] = list(model.layers)  # type: ignore[arg-type]
+    adapted = layers if config.num_layers == -1 else layers[-config.num_layers :]
+    # The layers of some models differ: of attention and recurrence, dense and of experts.
+    modules = {path: m for layer in adapted for path, m in layer.named_modules()}
     linear = {path: m for path, m in modules.items() if isinstance(m, LINEAR)}
     if config.target_modules == "all-linear":
         keys = set(linear)
     else:
         keys = set()
         for name in config.target_modules:
-            found = {p for p in linear if p == name or p.rpartition(".")[2] == name}
-            if not found:
+            matches = {p for p in linear if p == name or p.rpartition(".")[2] == name}
+            if not matches:
                 known = ", ".join(sorted({p.rpartition(".")[2] for p in linear}))
                 raise SimPOError(
-                    f"lora.target_modules names {name!r}, which no adapted block has; they have "
+                    f"lora.target_modules names {name!r}, which no adapted layer has; they have "
                     f"{known}"
                 )
-            keys |= found
+            keys |= matches
     if config.dora:
-        refuse_unsupported_dora({path: linear[path] for path in keys})
+        check_dora_support({path: linear[path] for path in keys})
     return sorted(keys)
 
 
-def refuse_unsupported_dora(layers: dict[str, nn.Module]) -> None:
-    """SimPOError if mlx-lm has no DoRA for one of the layers (by path)."""
-    for path, layer in layers.items():
-        bits = getattr(layer, "bits", 4)
-        if isinstance(layer, SwitchLinear | QuantizedSwitchLinear):
+def check_dora_support(modules: dict[str, nn.Module]) -> None:
+    """Check that mlx-lm has DoRA for all of these modules (by path).
+
+    Raises:
+        SimPOError: one is of experts, or quantized to 3, 5 or 6 bits, where mlx-lm fails later on.
+    """
+    for path, module in modules.items():
+        bits = getattr(module, "bits", 4)
+        if isinstance(module, SwitchLinear | QuantizedSwitchLinear):
             raise SimPOError(
                 f"lora.dora is true, but {path} is a mixture-of-experts layer, for which mlx-lm "
                 "has no DoRA; leave it out of lora.target_modules or set lora.dora=false"
             )
+        # mlx-lm counts 32 // bits codes per packed word: wrong where codes cross words.
         if 32 % bits:
             raise SimPOError(
-                f"lora.dora is true, but {path} is quantized to {bits} bits; mlx-lm's DoRA takes "
-                "2, 4 and 8 bits only; set lora.dora=false"
+                f"lora.dora is true, but {path} is quantized to {bits} bits; mlx-lm's DoRA "
+                "supports 2, 4 and 8 bits only; set lora.dora=false"
             )
 
 
 def load_initial(model: nn.Module, adapter: dict[str, Any], folder: str) -> None:
-    """Put the weights of an existing adapter into freshly attached layers.
+    """Load the weights of an existing adapter into freshly attached LoRA layers.
+
+    Args:
+        adapter: the adapter_config.json of this run. folder: the existing adapter's.
 
     Raises:
         SimPOError: its settings differ from the run's (all differences in one message), or its
             weights are not those of this model.
     """
-    theirs = read_adapter_config(folder)
-    blocks = len(model.layers)  # type: ignore[arg-type]
-    layers = [
-        blocks if c.get("num_layers") == -1 else c.get("num_layers") for c in (theirs, adapter)
+    existing = read_adapter_config(folder)
+    total = len(model.layers)  # type: ignore[arg-type]
+    num_layers = [
+        total if c.get("num_layers") == -1 else c.get("num_layers") for c in (existing, adapter)
     ]
-    pairs = {
-        "fine_tune_type": (theirs.get("fine_tune_type", "lora"), adapter["fine_tune_type"]),
-        "num_layers": (layers[0], layers[1]),
+    there, here = existing["lora_parameters"], adapter["lora_parameters"]
+    settings = {
+        "fine_tune_type": (existing.get("fine_tune_type", "lora"), adapter["fine_tune_type"]),
+        "num_layers": (num_layers[0], num_layers[1]),
+        "rank": (there.get("rank"), here["rank"]),
+        "scale": (there.get("scale"), here["scale"]),
     }
-    there, here = theirs["lora_parameters"], adapter["lora_parameters"]
-    pairs |= {name: (there.get(name), here[name]) for name in ("rank", "scale")}
-    if there.get("keys"):  # mlx-lm may leave them out: every layer; the weights' names then tell
-        keys = there["keys"]
-        pairs["keys"] = (sorted(keys) if isinstance(keys, list) else keys, here["keys"])
-    differences = [f"{name} is {a} there and {b} here" for name, (a, b) in pairs.items() if a != b]
+    # mlx-lm omits keys where every module is adapted; the names of the weights are then compared.
+    if keys := there.get("keys"):
+        settings["keys"] = (sorted(keys), here["keys"])
+    differences = [f"{n} is {a} there and {b} here" for n, (a, b) in settings.items() if a != b]
     if differences:
         raise SimPOError(
             f"lora.init_from: the adapter in {folder} has other settings than this run: "

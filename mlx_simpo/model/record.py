@@ -1,4 +1,4 @@
-"""What an adapter was trained on: written beside it, and compared when it is loaded."""
+"""The record of a training in its adapter, and how a model differs from the one it names."""
 
 import hashlib
 from pathlib import Path
@@ -8,17 +8,17 @@ from ..config.simpo_config import SimPOConfig
 from ..version import __version__
 from .loading import LoadedModel
 
-RECORD = "mlx_simpo"  # the key in mlx-lm's adapter_config.json, whose readers leave it alone
-RECORD_FILE = "mlx_simpo.json"  # beside what was converted
+RECORD_KEY = "mlx_simpo"  # in mlx-lm's adapter_config.json, where other readers ignore it
+RECORD_FILE = "mlx_simpo.json"  # beside an adapter or model that was converted
 
 
 def training_record(
     loaded: LoadedModel, config: SimPOConfig, template: str | None
 ) -> dict[str, Any]:
-    """The record of a run.
+    """Return the record of a run: version, base model, chat template and settings.
 
     Args:
-        template: the chat template's text, None where there was none.
+        template: the chat template's text; None if the tokenizer has none.
     """
     return {
         "version": __version__,
@@ -29,7 +29,7 @@ def training_record(
 
 
 def base_record(loaded: LoadedModel) -> dict[str, Any]:
-    """What is to be known of a base model: name, commit of the Hub, quantization."""
+    """Return what identifies a base model: name, commit on the Hub, quantization."""
     return {
         "model": loaded.name,
         "revision": loaded.revision,
@@ -38,43 +38,55 @@ def base_record(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def template_hash(template: str | None) -> str | None:
-    """SHA-256 of a chat template's text."""
+    """Return the SHA-256 of a chat template's text."""
     return None if template is None else hashlib.sha256(template.encode()).hexdigest()
 
 
-def table(content: Any, name: str) -> dict[str, Any]:
-    """The table of this name in another; empty if there is none."""
-    found = content.get(name) if isinstance(content, dict) else None
-    return found if isinstance(found, dict) else {}
+def get_dict(content: Any, key: str) -> dict[str, Any]:
+    """Return ``content[key]`` if both are dicts, else an empty dict.
+
+    Adapters come from elsewhere, so that any part of a record may have any type.
+    """
+    value = content.get(key) if isinstance(content, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
-def mismatches(
+def differences_from_training(
     record: dict[str, Any], loaded: LoadedModel, template: str | None = None
 ) -> list[str]:
-    """How a model differs from the one an adapter was trained on; empty if in nothing known.
+    """Describe how a model differs from the one that an adapter was trained on.
 
     Args:
-        record: `training_record`'s; what it does not say is not compared.
-        template: the chat template's text in use now; None leaves it out of the comparison.
+        record: as `training_record` returns it; what it does not name is not compared.
+        template: the text of the chat template in use; None: templates are not compared.
+
+    Returns:
+        One clause per known difference.
     """
-    base = table(record, "base")
-    here = base_record(loaded)
-    found = []
+    trained_base = get_dict(record, "base")
+    current_base = base_record(loaded)
+    differences = []
     for name in ("model", "revision", "quantization"):
-        then, now = base.get(name), here[name]
-        unknown = name not in base or (name == "revision" and None in (then, now))
-        # A model may have been copied to another folder.
-        moved = name == "model" and Path(str(then)).name == Path(str(now)).name
-        if then != now and not unknown and not moved:
-            found.append(f"{name} was {shown(then)} in training and is {shown(now)} now")
-    trained = record.get("template_sha256")
-    if template is not None and trained is not None and trained != template_hash(template):
-        found.append("the chat template is another than in training")
-    return found
+        then, now = trained_base.get(name), current_base[name]
+        is_unknown = name not in trained_base or (name == "revision" and None in (then, now))
+        # The same model may have been copied to another folder.
+        has_moved = name == "model" and Path(str(then)).name == Path(str(now)).name
+        if then != now and not is_unknown and not has_moved:
+            differences.append(
+                f"{name} was {describe(then)} in training and is {describe(now)} now"
+            )
+    trained_hash = record.get("template_sha256")
+    if (
+        template is not None
+        and trained_hash is not None
+        and trained_hash != template_hash(template)
+    ):
+        differences.append("the chat template differs from the one in training")
+    return differences
 
 
-def shown(value: Any) -> str:
-    """A value of the record as one reads it."""
+def describe(value: Any) -> str:
+    """Return a value of the base model's record in words."""
     if isinstance(value, dict):
         bits, mode = value.get("bits"), value.get("mode", "affine")
         return f"{bits}-bit {mode}, groups of {value.get('group_size')}"

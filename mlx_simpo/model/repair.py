@@ -1,50 +1,56 @@
-"""What transformers 5 writes into a config.json under other names than mlx-lm reads.
+"""Settings that transformers 5 writes into a config.json under other names than mlx-lm reads.
 
-mlx-lm 0.32.2 fails on such a model, or silently takes a default: the rotary base above all (see
-`rope`). Every model of this package is loaded with these repairs; tests/parity compares logits.
+mlx-lm 0.32.2 fails on such a model, or silently uses a default, above all for the rotary base (see
+`rope`). This package loads every model with these repairs; tests/parity compares logits.
 """
 
 from typing import Any
 
-from .rope import repaired_rope
+from .rope import rope_repairs
 
-# Model types that mlx-lm reads as another: text-only checkpoints of models that it wraps.
+# Model types that mlx-lm knows by another name: text-only checkpoints of models that it wraps.
 READ_AS = {"qwen3_5_text": "qwen3_5"}
-# Model types whose text_config mlx-lm does not read whole.
+# Model types of whose text_config mlx-lm does not read all settings.
 TEXT_CONFIG = ("gemma3", "gemma4")
-# By model type: mlx-lm's name and the one that transformers 5 writes the same value under.
+# By model type: a setting's name in mlx-lm and in transformers 5.
 RENAMED = {
     "qwen3_moe": ("num_experts", "num_local_experts"),
     "lfm2": ("block_dim", "hidden_size"),
 }
 
 
-def repaired(config: dict[str, Any]) -> dict[str, Any]:
-    """What to change in a config.json's content so that mlx-lm reads the model it describes.
+def config_repairs(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the changes to a config.json's content with which mlx-lm reads the model it describes.
 
     Returns:
-        New top-level entries; empty where nothing is missing.
+        New top-level entries; empty if nothing is missing.
     """
-    changes = repaired_rope(config)
-    kind = str(config.get("model_type"))
-    if kind in READ_AS:
-        changes["model_type"] = READ_AS[kind]
-    if kind in RENAMED:
-        name, written = RENAMED[kind]
-        if config.get(name) is None and config.get(written) is not None:
-            changes[name] = config[written]
-    if kind == "gemma4_text":
+    changes = rope_repairs(config)
+    model_type = str(config.get("model_type"))
+    if model_type in READ_AS:
+        changes["model_type"] = READ_AS[model_type]
+    if model_type in RENAMED:
+        name, new_name = RENAMED[model_type]
+        if config.get(name) is None and config.get(new_name) is not None:
+            changes[name] = config[new_name]
+    if model_type == "gemma4_text":
         changes |= {k: v for k, v in full_attention(config).items() if config.get(k) is None}
-    if kind in TEXT_CONFIG:
+    if model_type in TEXT_CONFIG:
         text = changes.get("text_config") or config.get("text_config")
         if isinstance(text, dict):
-            changes |= repaired_text(config, text)
+            changes |= text_repairs(config, text)
     return changes
 
 
-def repaired_text(config: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
-    """The same for a wrapped Gemma: mlx-lm takes the vocabulary's size from outside text_config,
-    where transformers does not write it, or else its own default."""
+def text_repairs(config: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """Return the changes for a Gemma whose text model is wrapped.
+
+    mlx-lm reads the vocabulary's size outside text_config, where transformers does not write it,
+    and falls back on a default.
+
+    Args:
+        text: the text_config, with the repairs made so far.
+    """
     changes: dict[str, Any] = {}
     if "vocab_size" not in config and "vocab_size" in text:
         changes["vocab_size"] = text["vocab_size"]
@@ -54,17 +60,19 @@ def repaired_text(config: dict[str, Any], text: dict[str, Any]) -> dict[str, Any
 
 
 def full_attention(config: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 4's width and number of heads in full attention, which transformers 5 writes layer by
-    layer."""
+    """Return the head dimension and number of key-value heads of Gemma 4's full-attention layers.
+
+    transformers 5 writes them per layer, mlx-lm reads one value for all.
+    """
     layers = config.get("per_layer_config")
     if not isinstance(layers, dict):
         return {}
-    found = {}
-    for name, written in (
+    values = {}
+    for name, per_layer_name in (
         ("global_head_dim", "head_dim"),
         ("num_global_key_value_heads", "num_key_value_heads"),
     ):
-        values = {layer.get(written) for layer in layers.values() if isinstance(layer, dict)}
-        if len(values) == 1 and None not in values:
-            found[name] = values.pop()
-    return found
+        distinct = {v.get(per_layer_name) for v in layers.values() if isinstance(v, dict)}
+        if len(distinct) == 1 and None not in distinct:
+            values[name] = distinct.pop()
+    return values

@@ -16,7 +16,7 @@ from ..data.tokens import column
 from ..device import is_gpu
 from ..evaluation import Evaluation
 from ..model.loading import LoadedModel
-from ..model.record import mismatches
+from ..model.record import differences_from_training
 from ..objectives import preference_losses
 
 
@@ -99,7 +99,7 @@ def adapter_mismatch(
         record: the adapter's `model.record.training_record`. template: the text of the chat
             template in use; None: not compared.
     """
-    differences = mismatches(record, loaded, template)
+    differences = differences_from_training(record, loaded, template)
     return f"the adapter may not fit: {'; '.join(differences)}" if differences else None
 
 

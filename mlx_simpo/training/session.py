@@ -25,7 +25,7 @@ from ..kernels.choice import choose_implementation
 from ..model.adapters import read_adapter_config, save_adapter
 from ..model.loading import LoadedModel, load_model, load_only_tokenizer
 from ..model.lora import attach_lora
-from ..model.record import RECORD, table, training_record
+from ..model.record import RECORD_KEY, get_dict, training_record
 from ..paths import local_path
 from ..reporting import advice
 from ..reporting.display import Display
@@ -85,7 +85,7 @@ class Session:
         Raises:
             SimPOError: the folder cannot be written.
         """
-        metadata = {"model": self.config.model, RECORD: self.record}
+        metadata = {"model": self.config.model, RECORD_KEY: self.record}
         path = save_adapter(folder, self.model, {**metadata, **self.adapter})
         write_text(path / "config.yaml", self.config.to_yaml())
         # An adapter is only right with the template it was trained with, which may not be the
@@ -126,7 +126,7 @@ def prepare(config: SimPOConfig, display: Display | None = None) -> Session:
     loaded = load_base_model(config, display)  # its weights are read when first used
     model, template = loaded.model, encoder.renderer.text
     if config.lora.init_from is not None:
-        initial = table(read_adapter_config(config.lora.init_from), RECORD)
+        initial = get_dict(read_adapter_config(config.lora.init_from), RECORD_KEY)
         display.warn(advice.adapter_mismatch(initial, loaded, template))
     adapter = attach_lora(model, config.lora, config.seed)
     maybe_set_recommended_wired_limit()  # or macOS may page weights out between steps

@@ -51,8 +51,8 @@ def refused(
         (["model=./no-such-model"], "model is './no-such-model'; there is no such folder"),
         (["revision=main"], "revision is 'main', but"),
         (["lora.target_modules=[q_proj, nope]"], "lora.target_modules names 'nope'"),
-        (["lora.num_layers=3"], "lora.num_layers is 3; the model has 2 blocks"),
-        (["lora.init_from=/no/such"], "/no/such is no adapter folder"),
+        (["lora.num_layers=3"], "lora.num_layers is 3; the model has 2 layers"),
+        (["lora.init_from=/no/such"], "/no/such is not the folder of an adapter"),
         (["lora.rank=0"], "lora.rank is 0; it must be greater than 0"),
         (["lora.rnk=4"], "unknown setting 'lora.rnk'; did you mean 'lora.rank'?"),
         (["gamma=1"], "did you mean objective.gamma_beta_ratio"),
@@ -266,11 +266,11 @@ def test_an_output_that_is_a_file_or_under_one(
     ("command_line", "message"),
     [
         (["evaluate", "--data", "PAIRS"], "--model is missing"),
-        (["evaluate", "--data", "PAIRS", "--adapter", "/no/such"], "no adapter folder"),
+        (["evaluate", "--data", "PAIRS", "--adapter", "/no/such"], "not the folder of an adapter"),
         (["evaluate", "--model", "MODEL", "--data", "/no/such.jsonl"], "no such file"),
         (
             ["evaluate", "--model", "MODEL", "--data", "PAIRS", "--adapter", "/no"],
-            "no adapter folder",
+            "not the folder of an adapter",
         ),
         (["evaluate", "--model", "MODEL", "--data", "PAIRS", "--nope"], "unknown option '--nope'"),
         (

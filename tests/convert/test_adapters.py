@@ -150,7 +150,7 @@ def test_a_converted_adapter_names_its_model(
     ("arguments", "message"),
     [
         (["to-peft"], "the following arguments are required"),
-        (["to-peft", "nothing", "out"], "nothing is no adapter folder"),
+        (["to-peft", "nothing", "out"], "nothing is not the folder of an adapter"),
         (["to-peft", "ADAPTER", "out", "lora.rank=3"], "no settings; leave out 'lora.rank=3'"),
         (["to-peft", "ADAPTER", "ADAPTER"], "holds a run already"),
         (["from-hf", "ADAPTER", "out"], "holds no config.json"),

@@ -126,7 +126,7 @@ def test_peft_settings_that_the_tensors_contradict(
         (changed(ADAPTER, lora_parameters=[]), "no lora_parameters"),
         (changed(ADAPTER, fine_tune_type="full"), "it must be lora"),
         (changed(ADAPTER, fine_tune_type=["lora"]), "it must be lora"),
-        (changed(ADAPTER, fine_tune_type="dora"), "not a whole adapter of this model"),
+        (changed(ADAPTER, fine_tune_type="dora"), "not a complete adapter of this model"),
         (changed(ADAPTER, peft_type="LORA"), "holds a PEFT adapter"),
     ],
 )

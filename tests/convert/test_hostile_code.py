@@ -165,7 +165,7 @@ def nothing(folder: Path) -> None:
             "to-peft",
             (),
             lambda f: (f / FILE["mlx"]).write_bytes(b"\n" * 99),
-            "no sound safetensors",
+            "not a valid safetensors",
         ),
         ("to-peft", ("--dtype", "int8"), nothing, "invalid choice: 'int8'"),
         ("from-peft", (), changed(ADAPTER, r="8\n9"), "rank 8 9 of"),

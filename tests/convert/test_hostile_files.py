@@ -98,14 +98,14 @@ def test_truncated_safetensors(name: str, cut: float, refused: Callable[..., str
         whole = path.read_bytes()
         path.write_bytes(whole[: int(cut * len(whole)) if 0 < cut < 1 else int(cut)])
 
-    assert "no sound safetensors file" in refused(name, spoil)
+    assert "not a valid safetensors file" in refused(name, spoil)
 
 
 def test_truncated_at_any_byte(good: Path, tmp_path: Path) -> None:
     whole = (good / "peft" / FILE["peft"]).read_bytes()
     for length in range(len(whole)):
         (tmp_path / "cut").write_bytes(whole[:length])
-        with pytest.raises(SimPOError, match="no sound safetensors file"):
+        with pytest.raises(SimPOError, match="not a valid safetensors file"):
             read_header(tmp_path / "cut")
 
 

@@ -1,4 +1,4 @@
-"""The model card: what it says, what it must not say, and that nothing in a record can break it."""
+"""The model card: what it says, what it must not say, and that no record can break it."""
 
 import json
 import re
@@ -12,21 +12,21 @@ from helpers.shared_folders import (
     BASE,
     every_kind,
     peft_folder,
-    record,
     run_copy,
     settings,
+    training_record,
     whole_folder,
     write_json,
 )
 from helpers.tiny import some_pairs, write_jsonl
 from huggingface_hub import ModelCard
-from hypothesis import given
-from hypothesis import strategies as st
+from jinja2 import Environment
+from jinja2.meta import find_undeclared_variables
 
 from mlx_simpo import SimPOError, __version__, load_config, train
-from mlx_simpo.hub.card import MARK, make_card, users_card
-from mlx_simpo.hub.folders import open_folder, public_name
-from mlx_simpo.hub.markdown import code, table
+from mlx_simpo.hub.card import MARK, TEMPLATE, make_card, users_card
+from mlx_simpo.hub.card_values import card_values
+from mlx_simpo.hub.folders import open_folder
 
 REPO = "ann/tiny-simpo"
 
@@ -47,22 +47,29 @@ def blocks(card: ModelCard, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", card.text, re.DOTALL | re.MULTILINE)
 
 
+def test_the_template_uses_exactly_the_values(tmp_path: Path) -> None:
+    """jinja2 would fill in nothing for a name that is not there."""
+    folder = open_folder(whole_folder(tmp_path / "model", "pt"))
+    used = find_undeclared_variables(Environment().parse(TEMPLATE.read_text("utf-8")))
+    assert used == {"card_data", "mark", *card_values(folder, REPO, None)}
+
+
 # --- what it says ----------------------------------------------------------------------------
 
 
 def test_the_metadata_of_each_kind(adapter: Path, tmp_path: Path) -> None:
-    found = {k: ModelCard(make_card(f, REPO)) for k, f in every_kind(adapter, tmp_path).items()}
-    seen = {
+    cards = {k: ModelCard(make_card(f, REPO)) for k, f in every_kind(adapter, tmp_path).items()}
+    fields = {
         kind: (c.data.library_name, c.data.tags, c.data.to_dict().get("base_model_relation"))
-        for kind, c in found.items()
+        for kind, c in cards.items()
     }
-    assert seen == {
+    assert fields == {
         "run": ("mlx", ["simpo", "lora", "mlx", "mlx-simpo"], None),  # a local base
         "peft": ("peft", ["simpo", "lora", "peft", "mlx-simpo"], "adapter"),
         "transformers": ("transformers", ["simpo", "lora", "mlx-simpo"], "finetune"),
         "mlx": ("mlx", ["simpo", "lora", "mlx", "mlx-simpo"], "finetune"),
     }
-    for kind, card in found.items():
+    for kind, card in cards.items():
         data = card.data.to_dict()
         assert data["pipeline_tag"] == "text-generation"
         assert {"language", "license"}.isdisjoint(data)
@@ -75,8 +82,8 @@ def test_a_run_says_what_its_files_say(adapter: Path) -> None:
     seen = rows(card_of(adapter))
     assert seen["objective.beta"] == ["2.0"]
     assert seen["train.learning_rate"] == ["0.01"]
-    assert seen["pairs of an optimizer step"] == ["2 × 2 = 4"]
-    assert seen["scale of the LoRA update"] == ["2.0"]
+    assert seen["pairs per optimizer step"] == ["2 × 2 = 4"]
+    assert seen["scale of the LoRA delta"] == ["2.0"]
     assert seen["lora.target_modules"] == ["`all-linear`"]
     assert seen["optimizer steps done"] == ["3"]
     assert seen["target margin γ (beta × gamma_beta_ratio)"] == ["1.0"]
@@ -89,26 +96,27 @@ def test_a_run_says_what_its_files_say(adapter: Path) -> None:
 
 
 def test_a_record_says_the_same_in_an_export(tmp_path: Path) -> None:
-    card = card_of(peft_folder(tmp_path / "peft", record()))
+    card = card_of(peft_folder(tmp_path / "peft", training_record()))
     seen = rows(card)
     assert seen["rewards/accuracies"] == ["52.0%", "84.0%"]
     assert seen["95 % bootstrap interval of it"] == ["47.0% to 57.0%", "79.0% to 89.0%"]
     assert seen["metric"] == ["before (50 pairs)", "after (50 pairs)"]
-    assert seen["scale of the LoRA update"] == ["2.0"]
+    assert seen["scale of the LoRA delta"] == ["2.0"]
     assert seen["SHA-256 of the chat template"] == [f"`{'ab' * 32}`"]
     assert f"[{BASE}](https://huggingface.co/{BASE}) at revision `v1.0`" in card.text
     assert "quantized to 4 bits in groups of 64" in card.text
     assert "[trl-lib/ultrafeedback](https://huggingface.co/datasets/trl-lib/ultrafeedback)" in (
         card.text
     )
-    assert "before these files were made of it" in card.text
+    assert "before it was converted to these files" in card.text
     assert "arxiv.org/abs/2405.14734" in card.text
     assert __version__ in card.text
 
 
 def test_a_peft_adapter_may_belong_to_another_form_of_the_model(tmp_path: Path) -> None:
-    card = card_of(peft_folder(tmp_path / "peft", record(), base="Qwen/Qwen2.5-1.5B-Instruct"))
-    assert card.data.base_model == "Qwen/Qwen2.5-1.5B-Instruct"
+    original = "Qwen/Qwen2.5-1.5B-Instruct"
+    card = card_of(peft_folder(tmp_path / "peft", training_record(), base=original))
+    assert card.data.base_model == original
     assert f"It was trained on [{BASE}]" in card.text
     assert "revision" not in blocks(card, "python")[0]  # known of the other one only
 
@@ -132,37 +140,36 @@ def test_nothing_is_claimed_without_a_record(tmp_path: Path, format: str) -> Non
     assert all(f"## {title}" not in card.text for title in ("Data", "Settings", "Results"))
 
 
-def paths_in(value: Any, place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """The place of everything in nested mappings."""
+def paths_in(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The path of everything in nested mappings."""
     if not isinstance(value, dict):
-        return [place]
-    inner = [p for key, item in value.items() for p in paths_in(item, (*place, key))]
-    return [place, *inner]
+        return [path]
+    inner = [p for key, item in value.items() for p in paths_in(item, (*path, key))]
+    return [path, *inner]
 
 
-@pytest.mark.parametrize("place", paths_in(record())[1:], ids=".".join)
-@pytest.mark.parametrize("left", ["nothing", None, [], "text"], ids=str)
-def test_any_part_of_the_record_may_be_missing(
-    tmp_path: Path, place: tuple[str, ...], left: Any
-) -> None:
-    """Or null, or of a shape that only another version of the package knows."""
-    changed = record()
-    inner: Any = changed
-    for name in place[:-1]:
-        inner = inner[name]
-    if left == "nothing":
-        del inner[place[-1]]
-    else:
-        inner[place[-1]] = left
-    card = card_of(whole_folder(tmp_path / "model", "pt", changed))
-    assert "None" not in card.text
-    assert yaml.safe_load(card.data.to_yaml())
+@pytest.mark.parametrize("path", paths_in(training_record())[1:], ids=".".join)
+def test_any_part_of_the_record_may_be_missing(tmp_path: Path, path: tuple[str, ...]) -> None:
+    """Or null, or of a type that only another version of the package knows."""
+    folder = whole_folder(tmp_path / "model", "pt")
+    for value in ("missing", None, [], "text", 7):
+        record = training_record()
+        inner: Any = record
+        for name in path[:-1]:
+            inner = inner[name]
+        inner[path[-1]] = value
+        if value == "missing":
+            del inner[path[-1]]
+        write_json(folder / "mlx_simpo.json", record)
+        card = card_of(folder)
+        assert "None" not in card.text
+        assert yaml.safe_load(card.data.to_yaml())
 
 
-def test_no_number_is_made_up(tmp_path: Path) -> None:
-    """Every number in the tables is one of the record, or follows from it by a rule it names."""
-    given = record(training={"config": {"objective": {"beta": 7}}})
-    assert rows(card_of(whole_folder(tmp_path / "model", "pt", given))) == {
+def test_no_number_is_invented(tmp_path: Path) -> None:
+    """Every number in the tables is in the record, or follows from it by a rule that is named."""
+    record = training_record(training={"config": {"objective": {"beta": 7}}})
+    assert rows(card_of(whole_folder(tmp_path / "model", "pt", record))) == {
         "setting": ["value"],
         "---": ["---"],
         "objective.beta": ["7"],
@@ -170,9 +177,9 @@ def test_no_number_is_made_up(tmp_path: Path) -> None:
     }
 
 
-def test_what_is_no_finite_number_is_not_shown(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_numbers_are_not_shown(tmp_path: Path) -> None:
     summary = {"before": {"loss": float("nan"), "rewards/margins": True}, "steps": float("inf")}
-    changed = record(training={"config": settings(), "summary": summary})
+    changed = training_record(training={"config": settings(), "summary": summary})
     card = card_of(whole_folder(tmp_path / "model", "pt", changed))
     assert "## Results" not in card.text
     assert "optimizer steps done" not in card.text
@@ -195,7 +202,7 @@ LOCAL = [
 
 @pytest.mark.parametrize("path", LOCAL)
 def test_a_local_path_is_its_last_part(path: str, tmp_path: Path) -> None:
-    recorded = record(
+    recorded = training_record(
         base={"model": path},
         training={
             "config": {
@@ -219,25 +226,6 @@ def test_a_local_path_is_its_last_part(path: str, tmp_path: Path) -> None:
         assert "`pairs.jsonl` (a local file)" in card.text
 
 
-def test_a_relative_path_is_known_from_where_the_training_stood(tmp_path: Path) -> None:
-    """models/tiny could be a Hub id; it is none if it is there."""
-    (tmp_path / "models" / "tiny").mkdir(parents=True)
-    run = tmp_path / "runs" / "mine"
-    assert public_name("models/tiny", run) == ("tiny", False)
-    assert public_name("models/other", run) == ("models/other", True)
-
-
-@pytest.mark.parametrize("name", ["/", "..", "~", ".", "C:\\", "./ "])
-def test_a_path_may_have_no_last_part(name: str, tmp_path: Path) -> None:
-    assert public_name(name, tmp_path).on_hub is False
-    assert "/" not in public_name(name, tmp_path).text
-
-
-@pytest.mark.parametrize("name", ["pairs.jsonl", "data/pairs.jsonl.gz", "owner/pairs.parquet"])
-def test_a_data_file_is_no_hub_id(name: str, tmp_path: Path) -> None:
-    assert public_name(name, tmp_path) == (name.rpartition("/")[2], False)
-
-
 # --- what cannot break it --------------------------------------------------------------------
 
 NASTY = [
@@ -258,15 +246,15 @@ NASTY = [
 
 @pytest.mark.parametrize("text", NASTY, ids=ascii)
 def test_no_text_of_a_record_breaks_the_card(text: str, tmp_path: Path) -> None:
-    recorded = record(version=text, template_sha256=text)
+    recorded = training_record(version=text, template_sha256=text)
     recorded["base"] |= {"model": text, "revision": text}
     values = {"revision": text, "dtype": text, "seed": text}
     values["data"] = {"train": text, "train_split": text, "subset": text, "valid": text}
     values["lora"] = {"target_modules": [text, "q_proj"]}
     recorded["training"] |= {"config": values}
-    made = make_card(open_folder(peft_folder(tmp_path / "peft", recorded)), REPO)
-    card = ModelCard(made)
-    front = re.match(r"---\n(.*?)\n---\n", made, re.DOTALL)
+    text_of_card = make_card(open_folder(peft_folder(tmp_path / "peft", recorded)), REPO)
+    card = ModelCard(text_of_card)
+    front = re.match(r"---\n(.*?)\n---\n", text_of_card, re.DOTALL)
     assert front
     assert yaml.safe_load(front[1]) == card.data.to_dict()
     assert "license" not in card.data.to_dict()
@@ -289,22 +277,6 @@ def test_no_text_of_a_record_breaks_the_card(text: str, tmp_path: Path) -> None:
         compile(block, "card", "exec")
 
 
-@given(st.text(max_size=30))
-def test_code_stays_within_its_line_and_fence(text: str) -> None:
-    made = code(text)
-    assert made.isprintable()
-    fence = re.match("`+", made)
-    assert fence or not text
-    if text and fence and not set(text) <= {"`"}:
-        assert made.endswith(fence[0])
-        runs = re.findall("`+", made[len(fence[0]) : -len(fence[0])])
-        assert all(len(run) < len(fence[0]) for run in runs)
-
-
-def test_a_bar_does_not_end_a_cell() -> None:
-    assert table(("a",), [("x|y",)]).splitlines()[-1] == r"| x\|y |"
-
-
 # --- how to use it ---------------------------------------------------------------------------
 
 
@@ -322,10 +294,10 @@ def test_the_code_of_a_run_works(
     template: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     custom = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
-    given = custom if template == "custom" else template
+    setting = custom if template == "custom" else template
     pairs = write_jsonl(tmp_path / "pairs.jsonl", some_pairs())
     output = tmp_path / "run"
-    more = f"data.chat_template={given}"
+    more = f"data.chat_template={setting}"
     train(load_config(None, small_run(model_folder, pairs, output, more)))
     card = card_of(output)
     assert isinstance(run_block(card, output, model_folder, monkeypatch), str)
@@ -335,22 +307,22 @@ def test_the_code_of_a_run_works(
     assert ("chat_template.jinja" in blocks(card, "python")[0]) == (template == "custom")
 
 
-def test_each_kind_has_its_own_way(adapter: Path, tmp_path: Path) -> None:
-    found = {
+def test_each_kind_is_loaded_with_its_own_library(adapter: Path, tmp_path: Path) -> None:
+    code = {
         kind: "\n".join(blocks(ModelCard(make_card(f, REPO)), "python"))
         for kind, f in every_kind(adapter, tmp_path).items()
     }
-    assert f'PeftModel.from_pretrained(base, "{REPO}")' in found["peft"]
-    assert f'from_pretrained("{BASE}", revision="v1.0")' in found["peft"]
-    assert f'AutoModelForCausalLM.from_pretrained("{REPO}")' in found["transformers"]
-    assert f'load("{REPO}")' in found["transformers"]
-    assert f'load("{REPO}")' in found["mlx"]
-    assert "transformers" not in found["mlx"]
-    assert "peft" not in found["run"]
+    assert f'PeftModel.from_pretrained(base, "{REPO}")' in code["peft"]
+    assert f'from_pretrained("{BASE}", revision="v1.0")' in code["peft"]
+    assert f'AutoModelForCausalLM.from_pretrained("{REPO}")' in code["transformers"]
+    assert f'load("{REPO}")' in code["transformers"]
+    assert f'load("{REPO}")' in code["mlx"]
+    assert "transformers" not in code["mlx"]
+    assert "peft" not in code["run"]
 
 
 def test_the_branch_that_is_pushed_to_is_named(tmp_path: Path) -> None:
-    card = card_of(whole_folder(tmp_path / "model", "pt", record()), "v2")
+    card = card_of(whole_folder(tmp_path / "model", "pt", training_record()), "v2")
     assert f'AutoTokenizer.from_pretrained("{REPO}", revision="v2")' in card.text
     assert f'load("{REPO}", revision="v2")' in card.text
 
@@ -362,7 +334,7 @@ OF_MLX_LM = "---\nlibrary_name: mlx\nlicense: apache-2.0\nlanguage: en\ntags:\n-
 
 @pytest.mark.parametrize("text", [OF_MLX_LM, OF_MLX_LM + "x using mlx-lm version **0.32**.\n"])
 def test_a_card_of_mlx_lm_is_replaced_but_for_its_license(text: str, tmp_path: Path) -> None:
-    folder = whole_folder(tmp_path / "model", "mlx", record())
+    folder = whole_folder(tmp_path / "model", "mlx", training_record())
     (folder / "README.md").write_text(text)
     assert users_card(open_folder(folder)) is None
     data = card_of(folder).data.to_dict()
@@ -371,11 +343,11 @@ def test_a_card_of_mlx_lm_is_replaced_but_for_its_license(text: str, tmp_path: P
 
 
 def test_our_own_card_is_replaced_until_its_mark_is_gone(tmp_path: Path) -> None:
-    folder = whole_folder(tmp_path / "model", "mlx", record())
-    made = make_card(open_folder(folder), REPO)
-    (folder / "README.md").write_text(made, encoding="utf-8")
+    folder = whole_folder(tmp_path / "model", "mlx", training_record())
+    card = make_card(open_folder(folder), REPO)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     assert users_card(open_folder(folder)) is None
-    mine = made.replace(MARK, "My words.")
+    mine = card.replace(MARK, "My words.")
     (folder / "README.md").write_text(mine, encoding="utf-8")
     assert users_card(open_folder(folder)) == mine
 
@@ -390,23 +362,23 @@ def test_a_card_of_the_user_is_kept(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["---\na: [\n---\n", "---\n- a\n---\n"])
-def test_a_card_that_the_hub_would_refuse_is_refused_here(text: str, tmp_path: Path) -> None:
+def test_a_card_that_the_hub_would_reject_is_rejected_here(text: str, tmp_path: Path) -> None:
     folder = whole_folder(tmp_path / "model", "mlx")
     (folder / "README.md").write_text(text)
-    with pytest.raises(SimPOError, match=r"README\.md are not valid YAML"):
+    with pytest.raises(SimPOError, match=r"README\.md are not valid YAML: .*; fix them, or remove"):
         users_card(open_folder(folder))
 
 
 def test_a_license_file_is_pointed_to(tmp_path: Path) -> None:
-    folder = whole_folder(tmp_path / "model", "pt", record())
+    folder = whole_folder(tmp_path / "model", "pt", training_record())
     (folder / "LICENSE.txt").write_text("All mine.")
     data = card_of(folder).data.to_dict()
     assert (data["license"], data["license_link"]) == ("other", "LICENSE.txt")
 
 
 @pytest.mark.parametrize("kind", ["peft", "transformers"])
-def test_models_that_see_are_loaded_whole(kind: str, tmp_path: Path) -> None:
-    """AutoModelForCausalLM knows the text part alone, or nothing of them."""
+def test_models_that_take_images_are_loaded_whole(kind: str, tmp_path: Path) -> None:
+    """AutoModelForCausalLM would load the text part alone, or fail."""
     if kind == "peft":
         folder = peft_folder(tmp_path / kind)
         change = {"target_modules": ["model.language_model.layers.0.mlp.up_proj"]}

@@ -1,4 +1,4 @@
-"""Pushing, with the Hub replaced at huggingface_hub's own calls: what is sent, and what is not."""
+"""Pushing, with the methods of HfApi replaced: what is sent, where to, and what errors say."""
 
 import argparse
 import inspect
@@ -14,8 +14,8 @@ import pytest
 from helpers.shared_folders import (
     every_kind,
     peft_folder,
-    record,
     run_copy,
+    training_record,
     whole_folder,
     write_json,
     write_weights,
@@ -32,8 +32,6 @@ from huggingface_hub.errors import (
 from mlx_simpo import SimPOError
 from mlx_simpo.cli.push import add_push, run_push
 from mlx_simpo.hub.card import MARK
-from mlx_simpo.hub.folders import open_folder
-from mlx_simpo.hub.outgoing import UNKNOWN_BYTES, sort_files
 from mlx_simpo.hub.push import TransportError, push
 
 REPO = "ann/tiny-simpo"
@@ -41,7 +39,7 @@ TOKEN = "hf_plantedSecretToken0123456789"
 
 
 class FakeHub:
-    """Takes the calls of HfApi that a push makes; ``fails``: what one of them raises."""
+    """Stands in for HfApi; ``fails``: the error that one of its methods raises."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -49,25 +47,25 @@ class FakeHub:
         self.is_private = False
         self.fails: dict[str, Exception] = {}
 
-    def take(self, name: str, repo: str, **given: Any) -> None:
-        self.calls.append((name, {"repo": repo, **given}))
+    def take(self, name: str, repo: str, **options: Any) -> None:
+        self.calls.append((name, {"repo": repo, **options}))
         if name in self.fails:
             raise self.fails[name]
 
-    def create_repo(self, api: HfApi, repo: str, **given: Any) -> None:
-        self.take("create_repo", repo, **given)
+    def create_repo(self, api: HfApi, repo: str, **options: Any) -> None:
+        self.take("create_repo", repo, **options)
 
-    def create_branch(self, api: HfApi, repo: str, **given: Any) -> None:
-        self.take("create_branch", repo, **given)
+    def create_branch(self, api: HfApi, repo: str, **options: Any) -> None:
+        self.take("create_branch", repo, **options)
 
     def model_info(self, api: HfApi, repo: str) -> SimpleNamespace:
         self.take("model_info", repo)
         return SimpleNamespace(private=self.is_private)
 
     def create_commit(
-        self, api: HfApi, repo: str, operations: list, **given: Any
+        self, api: HfApi, repo: str, operations: list, **options: Any
     ) -> SimpleNamespace:
-        self.take("create_commit", repo, **given)
+        self.take("create_commit", repo, **options)
         for operation in operations:
             with operation.as_file() as file:
                 assert operation.path_in_repo not in self.sent
@@ -80,12 +78,12 @@ class FakeHub:
 
 
 def checked(real: Callable, fake: Callable) -> Callable:
-    """``fake``, for arguments that ``real`` takes too."""
+    """``fake`` for arguments that ``real`` accepts too."""
     signature = inspect.signature(real)
 
-    def call(api: HfApi, *args: Any, **given: Any) -> Any:
-        signature.bind(api, *args, **given)
-        return fake(api, *args, **given)
+    def call(api: HfApi, *args: Any, **options: Any) -> Any:
+        signature.bind(api, *args, **options)
+        return fake(api, *args, **options)
 
     return call
 
@@ -103,11 +101,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here may reach for the network."""
 
-    def refuse(*given: Any) -> None:
-        raise AssertionError(f"the network was reached for: {given}")
+    def fail(*arguments: Any) -> None:
+        raise AssertionError(f"the network was reached for: {arguments}")
 
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setattr(socket.socket, "connect", fail)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -118,16 +116,16 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def refusal(folder: object, repo: str = REPO, **given: Any) -> str:
+def refusal(folder: object, repo: str = REPO, **options: Any) -> str:
     with pytest.raises(SimPOError) as caught:
-        push(str(folder), repo, **given)
+        push(str(folder), repo, **options)
     message = str(caught.value)
     assert "\n" not in message
     assert TOKEN not in message
     return message
 
 
-# --- what goes -------------------------------------------------------------------------------
+# --- what is sent -----------------------------------------------------------------------------
 
 SENT = {
     "run": {
@@ -168,7 +166,7 @@ def test_each_kind_sends_its_files_in_one_commit(
         assert snapshot(folder.path) == before
 
 
-def test_what_is_named_otherwise_stays(adapter: Path, tmp_path: Path, hub: FakeHub) -> None:
+def test_files_that_are_not_listed_stay(adapter: Path, tmp_path: Path, hub: FakeHub) -> None:
     folder = run_copy(adapter, tmp_path / "run")
     planted = {
         "quarantined.jsonl",
@@ -205,7 +203,7 @@ def test_what_is_named_otherwise_stays(adapter: Path, tmp_path: Path, hub: FakeH
 
 def test_local_paths_are_cut_on_the_way(tmp_path: Path, hub: FakeHub) -> None:
     deep = "/home/ann/secret-client/llama"
-    recorded = record(base={"model": deep})
+    recorded = training_record(base={"model": deep})
     recorded["training"]["config"]["data"]["train"] = f"{deep}/pairs.jsonl"
     recorded["training"]["config"]["output"] = "../secret-client/mine"
     folder = peft_folder(tmp_path / "peft", recorded, base=deep)
@@ -240,27 +238,6 @@ def test_a_run_sends_no_path(adapter: Path, hub: FakeHub) -> None:
     assert record[0]["config"]["lora"] == record[1]["config"]["lora"]
 
 
-def test_tokens_that_look_like_paths_are_left_alone(tmp_path: Path, hub: FakeHub) -> None:
-    folder = whole_folder(tmp_path / "model", "pt")
-    tokens = {"0": {"content": "/no_think"}}
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "added_tokens_decoder": tokens,
-            "eos_token": "/home/x",
-            "tokenizer_file": "/home/x/t.json",
-        },
-    )
-    push(folder, REPO)
-    assert json.loads(hub.sent["tokenizer_config.json"]) == {
-        "added_tokens_decoder": tokens,
-        "eos_token": "/home/x",
-        "tokenizer_file": "t.json",
-    }
-    assert json.loads(hub.sent["config.json"])["_name_or_path"] == "llama"
-    assert hub.sent["tokenizer.json"] == b"{}"
-
-
 def test_a_model_in_several_files(tmp_path: Path, hub: FakeHub) -> None:
     folder = whole_folder(tmp_path / "model", "mlx")
     (folder / "model.safetensors").unlink()
@@ -276,7 +253,7 @@ def test_a_model_in_several_files(tmp_path: Path, hub: FakeHub) -> None:
 
 
 def test_the_users_card_goes_as_it_is(tmp_path: Path, hub: FakeHub) -> None:
-    folder = peft_folder(tmp_path / "peft", record())
+    folder = peft_folder(tmp_path / "peft", training_record())
     (folder / "README.md").write_text("# Mine, with ümläuts\n", encoding="utf-8")
     result = push(folder, REPO)
     assert hub.sent["README.md"].decode() == result.card == "# Mine, with ümläuts\n"
@@ -284,7 +261,7 @@ def test_the_users_card_goes_as_it_is(tmp_path: Path, hub: FakeHub) -> None:
 
 
 def test_a_generated_card_is_replaced(tmp_path: Path, hub: FakeHub) -> None:
-    folder = peft_folder(tmp_path / "peft", record())
+    folder = peft_folder(tmp_path / "peft", training_record())
     (folder / "README.md").write_text(f"{MARK}\nold", encoding="utf-8")
     push(folder, REPO)
     assert b"\nold" not in hub.sent["README.md"]
@@ -302,20 +279,20 @@ def test_a_private_repository(tmp_path: Path, hub: FakeHub) -> None:
 
 
 def test_nothing_private_goes_to_a_public_repository(tmp_path: Path, hub: FakeHub) -> None:
-    """create_repo takes a repository that is there as it is."""
+    """create_repo does not change a repository that exists."""
     message = refusal(peft_folder(tmp_path / "peft"), private=True)
     assert "exists and is public" in message
     assert "create_commit" not in hub.names
 
 
-def test_a_branch_is_made(tmp_path: Path, hub: FakeHub) -> None:
+def test_a_branch_is_created(tmp_path: Path, hub: FakeHub) -> None:
     result = push(peft_folder(tmp_path / "peft"), REPO, revision="v2")
     assert hub.calls[1] == ("create_branch", {"repo": REPO, "branch": "v2", "exist_ok": True})
     assert hub.calls[2][1]["revision"] == "v2"
     assert 'revision="v2"' in result.card
 
 
-def test_a_pull_request_is_no_branch(tmp_path: Path, hub: FakeHub) -> None:
+def test_a_pull_request_is_not_created_as_a_branch(tmp_path: Path, hub: FakeHub) -> None:
     push(peft_folder(tmp_path / "peft"), REPO, revision="refs/pr/1")
     assert hub.names == ["create_repo", "create_commit"]
 
@@ -323,96 +300,46 @@ def test_a_pull_request_is_no_branch(tmp_path: Path, hub: FakeHub) -> None:
 @pytest.mark.parametrize(
     "repo", ["", "a/b/c", "ann/with space", "ann/x--y", "-ann/x", "ann/x.git", "ann/ü", "alone"]
 )
-def test_a_name_that_is_no_repository(repo: str, tmp_path: Path, hub: FakeHub) -> None:
+def test_invalid_names_of_repositories(repo: str, tmp_path: Path, hub: FakeHub) -> None:
     message = refusal(peft_folder(tmp_path / "peft"), repo)
     assert message.startswith(f"the repository is {repo!r}; it must be owner/name")
     assert hub.calls == []
 
 
 @pytest.mark.parametrize("revision", ["", "a b", "-x", "x\ny", '"; import os'])
-def test_a_name_that_is_no_branch(revision: str, tmp_path: Path, hub: FakeHub) -> None:
+def test_invalid_names_of_branches(revision: str, tmp_path: Path, hub: FakeHub) -> None:
     with pytest.raises(SimPOError, match="it must be a branch's name"):
         push(peft_folder(tmp_path / "peft"), REPO, revision=revision)
     assert hub.calls == []
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- what is rejected -------------------------------------------------------------------------
 
 
-def test_no_such_folder(tmp_path: Path, hub: FakeHub) -> None:
-    assert "does not exist; name the folder" in refusal(tmp_path / "none")
-    (tmp_path / "file").write_text("x")
-    assert "is a file; name the folder" in refusal(tmp_path / "file")
-    (tmp_path / "empty").mkdir()
-    assert "holds neither an adapter" in refusal(tmp_path / "empty")
+@pytest.mark.parametrize("damage", ["missing", "pickle", "JSON"])
+def test_nothing_of_an_invalid_folder_is_sent(damage: str, tmp_path: Path, hub: FakeHub) -> None:
+    """Which folders are invalid: test_folders.py, test_outgoing.py."""
+    folder = tmp_path / "peft"
+    if damage != "missing":
+        peft_folder(folder, training_record())
+    if damage == "pickle":
+        (folder / "old.bin").write_bytes(b"x")
+    if damage == "JSON":
+        (folder / "mlx_simpo.json").write_text("{")
+    assert ("old.bin" if damage == "pickle" else str(folder)) in refusal(folder)
     assert hub.calls == []
-
-
-def test_an_adapter_and_a_model(tmp_path: Path, hub: FakeHub) -> None:
-    folder = whole_folder(tmp_path / "model", "pt")
-    write_json(folder / "adapter_config.json", {})
-    assert "holds a model and an adapter" in refusal(folder)
-
-
-def test_pickled_weights(tmp_path: Path, hub: FakeHub) -> None:
-    folder = peft_folder(tmp_path / "peft")
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    assert "has no adapter_model.safetensors" in refusal(folder)
-    model = whole_folder(tmp_path / "model", "pt")
-    (model / "model.safetensors").write_bytes(pickle.dumps({"weight": [0.0] * 100}))
-    assert "safetensors" in refusal(model)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "x.pt", "X.PKL", "old.ckpt"])
-def test_a_pickle_beside_the_weights(name: str, tmp_path: Path, hub: FakeHub) -> None:
-    folder = whole_folder(tmp_path / "model", "pt")
-    (folder / name).write_bytes(b"x")
-    assert f"{name} may be a pickle" in refusal(folder)
-
-
-def test_a_large_file_that_nobody_knows(tmp_path: Path, hub: FakeHub) -> None:
-    folder = whole_folder(tmp_path / "model", "pt")
-    with (folder / "consolidated.safetensors").open("wb") as file:
-        file.truncate(UNKNOWN_BYTES + 1)
-    assert "consolidated.safetensors (10,000,001 bytes) is no file of a model" in refusal(folder)
-
-
-@pytest.mark.parametrize("format", ["np", "tf", ""])
-def test_weights_of_an_unknown_format(format: str, tmp_path: Path, hub: FakeHub) -> None:
-    assert "it must be pt (transformers) or mlx" in refusal(whole_folder(tmp_path / "m", format))
-
-
-def test_weights_of_two_formats(tmp_path: Path, hub: FakeHub) -> None:
-    folder = whole_folder(tmp_path / "model", "pt")
-    write_weights(folder / "model-2.safetensors", "mlx")
-    assert "the format mlx, pt" in refusal(folder)
-
-
-@pytest.mark.parametrize("content", ["{", "[1]", "\udc80", "[" * 100_000])
-@pytest.mark.parametrize("name", ["adapter_config.json", "mlx_simpo.json"])
-def test_files_that_are_no_json(name: str, content: str, tmp_path: Path, hub: FakeHub) -> None:
-    folder = peft_folder(tmp_path / "peft", record())
-    (folder / name).write_bytes(content.encode("utf-8", "surrogateescape"))
-    assert str(folder / name) in refusal(folder)
-    assert hub.calls == []
-
-
-def test_a_link_that_leads_nowhere_stays(tmp_path: Path) -> None:
-    folder = peft_folder(tmp_path / "peft")
-    (folder / "tokenizer.json").symlink_to(tmp_path / "none")
-    assert ("tokenizer.json", "no file of a LoRA adapter for PEFT") in sort_files(
-        open_folder(folder)
-    ).stays
 
 
 # --- the Hub's errors ------------------------------------------------------------------------
 
 
-def answered(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError, said: str = "") -> Exception:
-    """An error as huggingface_hub makes it of the Hub's answer."""
+def http_error(
+    status: int, kind: type[HfHubHTTPError] = HfHubHTTPError, message: str = ""
+) -> Exception:
+    """An error as huggingface_hub raises it for the Hub's HTTP response."""
     headers: dict[str, str] = {}
     response = SimpleNamespace(status_code=status, headers=headers, request=None)
-    return kind(f"{status} with {TOKEN}", response=response, server_message=said)  # type: ignore
+    return kind(f"{status} with {TOKEN}", response=response, server_message=message)  # type: ignore
 
 
 def caused(error: Exception, cause: Exception) -> Exception:
@@ -420,15 +347,15 @@ def caused(error: Exception, cause: Exception) -> Exception:
     return error
 
 
-HUB_SAYS = [
+HUB_ERRORS = [
     (LocalTokenNotFoundError("none"), "hf auth login"),
-    (answered(401), "the Hub does not know who you are; log in with `hf auth login`"),
-    (answered(401, RepositoryNotFoundError), "hf auth login"),
-    (answered(403), "your token may not write there; log in with `hf auth login`"),
-    (answered(404, RepositoryNotFoundError), "may not write there"),
-    (answered(404, RevisionNotFoundError), "there is no revision"),
-    (answered(400, said=f"bad YAML, {TOKEN}"), "the Hub answered 400: bad YAML, …"),
-    (answered(500), "the Hub answered 500: no reason given"),
+    (http_error(401), "the Hub does not know who you are; log in with `hf auth login`"),
+    (http_error(401, RepositoryNotFoundError), "hf auth login"),
+    (http_error(403), "your token may not write there; log in with `hf auth login`"),
+    (http_error(404, RepositoryNotFoundError), "may not write there"),
+    (http_error(404, RevisionNotFoundError), "there is no revision"),
+    (http_error(400, message=f"bad YAML, {TOKEN}"), "the Hub answered 400: bad YAML, …"),
+    (http_error(500), "the Hub answered 500: no reason given"),
     (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set; unset it"),
     (TransportError(f"Illegal header value b'Bearer {TOKEN}'"), "no connection to the Hub"),
     (ConnectionError("refused"), "no connection to the Hub (ConnectionError)"),
@@ -437,23 +364,24 @@ HUB_SAYS = [
     (RuntimeError(f"uploader: Bearer {TOKEN}\nline"), "uploader: … line"),
     (ValueError(), "ValueError"),
     (UnicodeEncodeError("ascii", TOKEN, 3, 9, "x"), "the token is not plain text; log in"),
-    (caused(RuntimeError("uploading"), answered(403)), "your token may not write there"),
-    (caused(RuntimeError("uploading"), KeyError("x")), "uploading; mend that"),
+    (caused(RuntimeError("uploading"), http_error(403)), "your token may not write there"),
+    (caused(RuntimeError("uploading"), KeyError("x")), "uploading; fix this"),
 ]
 
 
-@pytest.mark.parametrize(("error", "says"), HUB_SAYS, ids=lambda v: type(v).__name__)
-@pytest.mark.parametrize("call", ["create_repo", "create_commit"])
+@pytest.mark.parametrize(("error", "reason"), HUB_ERRORS, ids=lambda v: type(v).__name__)
 def test_an_error_of_the_hub_is_one_line_with_a_remedy(
-    call: str, error: Exception, says: str, tmp_path: Path, hub: FakeHub
+    error: Exception, reason: str, tmp_path: Path, hub: FakeHub
 ) -> None:
-    hub.fails[call] = error
-    message = refusal(peft_folder(tmp_path / "peft"))
-    assert message.startswith(f"{REPO} cannot be sent: ")
-    assert says in message
+    folder = peft_folder(tmp_path / "peft")
+    for call in ("create_repo", "create_commit"):
+        hub.fails = {call: error}
+        message = refusal(folder)
+        assert message.startswith(f"{REPO} cannot be sent: ")
+        assert reason in message
 
 
-def test_an_error_of_ours_is_not_explained_away(tmp_path: Path, hub: FakeHub) -> None:
+def test_an_error_of_our_own_passes_through(tmp_path: Path, hub: FakeHub) -> None:
     hub.fails["create_repo"] = KeyError("a defect")
     with pytest.raises(KeyError):
         push(peft_folder(tmp_path / "peft"), REPO)
@@ -477,7 +405,7 @@ def command(*arguments: object) -> None:
     options.run(options)
 
 
-def test_a_dry_run_shows_all_and_touches_nothing(
+def test_a_dry_run_shows_everything_and_changes_nothing(
     adapter: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = snapshot(adapter)
@@ -524,7 +452,7 @@ def test_the_address_of_the_commit(
     assert hub.calls[-1][1]["commit_message"] == "Second"
 
 
-def test_no_token_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_is_no_option_for_a_token(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command("folder", REPO, "--token", TOKEN)
 
@@ -535,11 +463,11 @@ def test_settings_are_refused(adapter: Path, hub: FakeHub) -> None:
         run_push(options)
 
 
-def test_names_that_are_no_text_are_shown(
+def test_file_names_that_are_not_text_are_shown(
     tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = peft_folder(tmp_path / "peft")
     (folder / "odd\udc80\nname").write_text("x")
     command(folder, REPO, "--dry-run")
     out = capsys.readouterr().out
-    assert r"odd\udc80\nname  (no file of" in out
+    assert r"odd\udc80\nname  (not one of the files of" in out

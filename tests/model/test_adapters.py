@@ -1,4 +1,4 @@
-"""Adapter folders: mlx-lm reads what is written; what does not belong to the model is refused."""
+"""Adapter folders: mlx-lm loads what is written; adapters of other models are rejected."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"rank": 4, "scale": 7.0},
     {"rank": 4, "num_layers": 1},
     {"rank": 4, "target_modules": ("q_proj", "mlp.up_proj")},
-    {"rank": 4, "dropout": 0.5},  # off where answers are computed
+    {"rank": 4, "dropout": 0.5},  # off in evaluation
 ]
 
 
@@ -93,10 +93,10 @@ def test_the_configuration_is_what_was_attached(saved: Path) -> None:
 
 
 def test_only_adapter_weights_are_written_in_float32(saved: Path) -> None:
-    found = arrays(saved / WEIGHTS)
-    assert len(found) == 2 * 2 * 7  # a and b, two blocks, seven layers
-    assert {name.rpartition(".")[2] for name in found} == {"lora_a", "lora_b"}
-    assert {value.dtype.name for value in found.values()} == {"float32"}
+    weights = arrays(saved / WEIGHTS)
+    assert len(weights) == 2 * 2 * 7  # a and b, two layers, seven modules
+    assert {name.rpartition(".")[2] for name in weights} == {"lora_a", "lora_b"}
+    assert {value.dtype.name for value in weights.values()} == {"float32"}
 
 
 def test_a_half_precision_base_has_a_float32_adapter(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_run_starts_from_an_existing_adapter(saved: Path) -> None:
     np.testing.assert_allclose(logits(started.eval()), logits(trained), rtol=1e-5, atol=1e-5)
 
 
-# --- what does not belong together -----------------------------------------------------------
+# --- adapters that do not fit ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,7 @@ def test_a_run_starts_from_an_existing_adapter(saved: Path) -> None:
     ],
     ids=str,
 )
-def test_settings_that_are_not_those_of_the_weights(
-    changes: dict, saved: Path, tmp_path: Path
-) -> None:
+def test_settings_that_differ_from_the_weights(changes: dict, saved: Path, tmp_path: Path) -> None:
     text = json.dumps({**json.loads((saved / CONFIG).read_text("utf-8")), **changes})
     folder = changed_copy(saved, tmp_path / "wrong", adapter_config__json=text)
     with pytest.raises(SimPOError, match=f"{folder}.*this model"):
@@ -164,7 +162,7 @@ def test_settings_that_are_not_those_of_the_weights(
 def test_the_adapter_of_another_model(model: dict, saved: Path) -> None:
     with pytest.raises(SimPOError, match="this model"):
         load_adapter(tiny_model(**model), saved)
-    with pytest.raises(SimPOError, match=r"not a whole adapter of this model|other settings"):
+    with pytest.raises(SimPOError, match=r"not a complete adapter of this model|other settings"):
         attach_lora(tiny_model(**model), LoRAConfig(rank=4, init_from=str(saved)), seed=0)
 
 
@@ -180,7 +178,7 @@ NO_PARAMETERS = '{"lora_parameters": null, "num_layers": -1}'
         ({"adapter_config__json": "{}"}, "no lora_parameters"),
         ({"adapter_config__json": '{"peft_type": "LORA"}'}, "a PEFT adapter"),
         ({"adapters__safetensors": None}, WEIGHTS),
-        ({"adapters__safetensors": b""}, "no sound safetensors file"),
+        ({"adapters__safetensors": b""}, "not a valid safetensors file"),
         ({"adapter_config__json": "null"}, "must hold a JSON object"),
         ({"adapter_config__json": NO_PARAMETERS}, "no lora_parameters"),
     ],
@@ -192,7 +190,7 @@ def test_a_broken_folder_is_named(files: dict, message: str, saved: Path, tmp_pa
     assert str(folder) in str(error.value)
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(SimPOError, match="file"):
+    with pytest.raises(SimPOError, match=r"the adapter cannot be written to .*file"):
         save_adapter(tmp_path / "file", tiny_model(), {})

@@ -1,4 +1,4 @@
-"""Loading a model: from a folder or the Hub, in a dtype, or with a message that says what to do."""
+"""Loading a model: from a folder or the Hub, in a dtype; messages for what cannot be loaded."""
 
 import json
 from pathlib import Path
@@ -68,13 +68,13 @@ def test_rotary_settings_of_transformers_5_reach_the_model(
     old = {**tiny_config(), "rope_theta": 123.0}
     new = {**tiny_config(), "rope_parameters": {"rope_theta": 123.0, "rope_type": "default"}}
     del new["rope_theta"]
-    found = [
+    models = [
         load_model(
             str(changed_copy(model_folder, tmp_path / name, config__json=json.dumps(config)))
         ).model
         for name, config in (("old", old), ("new", new))
     ]
-    first, second = (np.array(model(TOKENS)) for model in found)
+    first, second = (np.array(model(TOKENS)) for model in models)
     np.testing.assert_array_equal(first, second)
     assert np.abs(first - np.array(tiny_model()(TOKENS))).max() > 1e-3
 
@@ -85,9 +85,9 @@ def test_rotary_settings_of_transformers_5_reach_the_model(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_is_that_of_all_weights_and_of_the_logits(dtype: str, model_folder: Path) -> None:
     loaded = load_model(str(model_folder), dtype=dtype)
-    wanted = getattr(mx, dtype)
-    assert {p.dtype for _, p in tree_flatten(loaded.model.parameters())} == {wanted}
-    assert loaded.model(TOKENS).dtype == wanted
+    expected = getattr(mx, dtype)
+    assert {p.dtype for _, p in tree_flatten(loaded.model.parameters())} == {expected}
+    assert loaded.model(TOKENS).dtype == expected
     assert loaded.dtype == dtype
 
 
@@ -146,8 +146,8 @@ def test_a_hub_model_out_of_reach_is_named_in_one_line(name: str) -> None:
     with pytest.raises(SimPOError) as error:
         load_model(name)
     assert str(error.value) == (
-        f"model is {name!r}; it is no local folder and could not be fetched from the Hugging Face "
-        "Hub: cannot reach it"
+        f"model is {name!r}; it is not a local folder and could not be downloaded from the "
+        "Hugging Face Hub: cannot reach it"
     )
 
 
@@ -168,7 +168,7 @@ def test_the_tokenizer_alone_fetches_no_weights(requests: list) -> None:
     assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
 
 
-# --- no language model in there --------------------------------------------------------------
+# --- not a language model --------------------------------------------------------------------
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:

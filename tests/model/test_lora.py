@@ -1,4 +1,4 @@
-"""LoRA on every kind of base: which layers, which scale, which weights train, what is refused."""
+"""LoRA on every kind of base model: which modules, which scale, which weights train."""
 
 from pathlib import Path
 
@@ -27,12 +27,12 @@ def quantized(bits: int = 4) -> nn.Module:
     return model
 
 
-def test_all_linear_means_every_linear_layer_of_every_block() -> None:
+def test_all_linear_adapts_every_linear_module_of_every_layer() -> None:
     model = tiny_model()
     adapter = attach_lora(model, LoRAConfig(rank=4), seed=0)
     names = {n.rpartition(".")[0].rpartition(".")[2] for n in trained(model)}
     assert names == set(LINEAR)
-    assert len(trained(model)) == 2 * 2 * len(LINEAR)  # a and b, two blocks
+    assert len(trained(model)) == 2 * 2 * len(LINEAR)  # a and b, two layers
     assert adapter == {
         "fine_tune_type": "lora",
         "num_layers": -1,
@@ -49,7 +49,7 @@ def test_all_linear_means_every_linear_layer_of_every_block() -> None:
 
 
 @pytest.mark.parametrize("target", ["q_proj", "self_attn.q_proj"])
-def test_targets_by_name_or_path_in_the_last_blocks(target: str) -> None:
+def test_targets_by_name_or_path_in_the_last_layers(target: str) -> None:
     model = tiny_model()
     attach_lora(model, LoRAConfig(rank=4, target_modules=(target,), num_layers=1), seed=0)
     assert set(trained(model)) == {f"model.layers.1.self_attn.q_proj.lora_{side}" for side in "ab"}
@@ -70,9 +70,9 @@ def test_fresh_lora_changes_nothing_and_trains(base, dora: bool) -> None:  # typ
     attach_lora(model, LoRAConfig(rank=4, dora=dora), seed=0)
     np.testing.assert_allclose(np.array(model(TOKENS)), expected, atol=2e-4)
     _, gradients = nn.value_and_grad(model, lambda: model(TOKENS).square().mean())()
-    found = dict(tree_flatten(gradients))
-    assert set(found) == set(trained(model))
-    assert all(mx.abs(found[n]).max() > 0 for n in found if n.endswith(("lora_b", ".m")))
+    by_name = dict(tree_flatten(gradients))
+    assert set(by_name) == set(trained(model))
+    assert all(mx.abs(g).max() > 0 for n, g in by_name.items() if n.endswith(("lora_b", ".m")))
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
@@ -93,17 +93,15 @@ def test_weights_are_float32_on_a_half_precision_base(dtype: mx.Dtype) -> None:
         ({"rank": 8, "scale": 20.0}, 20.0),
     ],
 )
-def test_scale_multiplies_the_update(settings: dict, scale: float) -> None:
+def test_scale_multiplies_the_lora_delta(settings: dict, scale: float) -> None:
     model = tiny_model()
     attach_lora(model, LoRAConfig(target_modules=("q_proj",), **settings), seed=0)
     layer = model.layers[0].self_attn.q_proj
     layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(5))
     x = mx.random.normal((3, 32), key=mx.random.key(6))
-    update = np.array(layer(x) - layer.linear(x), np.float64)
+    delta = np.array(layer(x) - layer.linear(x), np.float64)
     a, b = (np.array(p, np.float64) for p in (layer.lora_a, layer.lora_b))
-    np.testing.assert_allclose(
-        update, scale * np.array(x, np.float64) @ a @ b, rtol=1e-3, atol=1e-4
-    )
+    np.testing.assert_allclose(delta, scale * np.array(x, np.float64) @ a @ b, rtol=1e-3, atol=1e-4)
 
 
 def test_initial_weights_follow_the_seed_and_the_published_range() -> None:
@@ -143,7 +141,7 @@ def test_starts_from_an_existing_adapter(tmp_path: Path) -> None:
         ({"rank": 4, "target_modules": ("q_proj",)}, ["keys"]),
     ],
 )
-def test_an_adapter_with_other_settings_is_refused(
+def test_an_adapter_with_other_settings_is_rejected(
     settings: dict, named: list[str], tmp_path: Path
 ) -> None:
     model = tiny_model()
@@ -153,7 +151,7 @@ def test_an_adapter_with_other_settings_is_refused(
     assert all(name in str(error.value) for name in named)
 
 
-def test_an_incomplete_adapter_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_adapter_is_rejected(tmp_path: Path) -> None:
     model = tiny_model()
     save_adapter(tmp_path, model, attach_lora(model, LoRAConfig(rank=4), seed=0))
     weights = mx.load(str(tmp_path / "adapters.safetensors"))
@@ -167,7 +165,7 @@ def test_an_incomplete_adapter_is_refused(tmp_path: Path) -> None:
     ("model", "settings", "message"),
     [
         (tiny_model, {"target_modules": ("wq",)}, "'wq'.*they have.*q_proj"),
-        (tiny_model, {"num_layers": 3}, "num_layers is 3; the model has 2"),
+        (tiny_model, {"num_layers": 3}, "num_layers is 3; the model has 2 layers"),
         (lambda: quantized(3), {"dora": True}, "3 bits"),
         (
             lambda: tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2),
@@ -176,6 +174,6 @@ def test_an_incomplete_adapter_is_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_adapted_is_refused(model, settings: dict, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_targets_that_cannot_be_adapted_are_rejected(model, settings: dict, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(SimPOError, match=message):
         attach_lora(model(), LoRAConfig(rank=4, **settings), seed=0)

@@ -1,4 +1,4 @@
-"""The record of a training in its adapter, and the warnings when it does not fit."""
+"""The record of a training in its adapter, and the warnings when a model differs from it."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ from mlx_lm.utils import load as mlx_lm_load
 
 from mlx_simpo import SimPOError, __version__, evaluate, generate, load_config, load_model, train
 from mlx_simpo.model.loading import LoadedModel
-from mlx_simpo.model.record import base_record, mismatches, table, template_hash
+from mlx_simpo.model.record import base_record, differences_from_training, get_dict, template_hash
 
 FOUR = {"group_size": 64, "bits": 4, "mode": "affine"}
 
 
 def loaded(**changes: Any) -> LoadedModel:
-    """A loaded model of which only the record is looked at."""
+    """A loaded model with no more than its record needs."""
     config = {"quantization": changes.pop("quantization", None)}
     values = {"name": "org/model", "revision": "abc", "folder": Path(), **changes}
     return LoadedModel(None, None, config, "float32", **values)  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ def test_mlx_lm_reads_the_adapter_all_the_same(adapter: Path, model_folder: Path
     [
         ({}, {}, []),
         ({}, {"name": "org/other"}, ["model was org/model in training and is org/other now"]),
-        # A copy of the same model in another place.
+        # A copy of the same model in another folder.
         ({"name": "/a/b/model"}, {"name": "/c/model"}, []),
         ({}, {"name": "/home/me/model", "revision": None}, []),
         ({}, {"revision": "def"}, ["revision was abc in training and is def now"]),
@@ -62,22 +62,24 @@ def test_mlx_lm_reads_the_adapter_all_the_same(adapter: Path, model_folder: Path
     ],
     ids=str,
 )
-def test_mismatches(then: dict, now: dict, words: list[str]) -> None:
-    found = mismatches({"base": base_record(loaded(**then))}, loaded(**now))
-    assert len(found) == len(words)
-    assert all(word in text for word, text in zip(words, found, strict=True))
+def test_differences(then: dict, now: dict, words: list[str]) -> None:
+    differences = differences_from_training({"base": base_record(loaded(**then))}, loaded(**now))
+    assert len(differences) == len(words)
+    assert all(word in text for word, text in zip(words, differences, strict=True))
 
 
 @pytest.mark.parametrize("record", [None, [], "x", {"base": 3}, {"base": {}}, {}])
-def test_a_record_that_says_nothing(record: Any) -> None:
-    assert mismatches(table({"mlx_simpo": record}, "mlx_simpo"), loaded()) == []
+def test_an_empty_or_invalid_record(record: Any) -> None:
+    assert differences_from_training(get_dict({"mlx_simpo": record}, "mlx_simpo"), loaded()) == []
 
 
 def test_another_template_is_noticed() -> None:
     record = {"base": {}, "template_sha256": template_hash(CHATML)}
-    assert mismatches(record, loaded(), CHATML) == []
-    assert mismatches(record, loaded(), None) == []
-    assert mismatches(record, loaded(), INST) == ["the chat template is another than in training"]
+    assert differences_from_training(record, loaded(), CHATML) == []
+    assert differences_from_training(record, loaded(), None) == []
+    assert differences_from_training(record, loaded(), INST) == [
+        "the chat template differs from the one in training"
+    ]
 
 
 def test_every_way_of_loading_warns(adapter: Path, pairs_file: Path, tmp_path: Path) -> None:
@@ -85,11 +87,11 @@ def test_every_way_of_loading_warns(adapter: Path, pairs_file: Path, tmp_path: P
     other = tiny_folder(tmp_path / "another")
     warning = f"model was {load_config(adapter / 'config.yaml').model} in training and is {other}"
     display, text = captured_display()
-    given = [f"model={other}", f"data.valid={pairs_file}"]
-    evaluate(load_config(None, given), adapter, display)
+    settings = [f"model={other}", f"data.valid={pairs_file}"]
+    evaluate(load_config(None, settings), adapter, display)
     assert text.getvalue().count(warning) == 1
     display, text = captured_display()
-    generate(load_config(None, given), "Hello", adapter, max_tokens=1, display=display)
+    generate(load_config(None, settings), "Hello", adapter, max_tokens=1, display=display)
     assert text.getvalue().count(warning) == 1
     display, text = captured_display()
     pairs = write_jsonl(tmp_path / "pairs.jsonl", some_pairs())
@@ -104,9 +106,9 @@ def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path: Path) -> None:
     assert load_model(str(folder)).revision == "a" * 40
 
 
-def test_a_model_type_that_is_no_name(tmp_path: Path) -> None:
+def test_a_model_type_that_is_not_a_name(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "../../os"}))
-    with pytest.raises(SimPOError, match=r"model_type is '../../os'"):
+    with pytest.raises(SimPOError, match=r"model_type is '../../os' .*; it must be a name"):
         load_model(str(folder))

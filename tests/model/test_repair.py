@@ -3,7 +3,7 @@ transformers: tests/parity/test_convert_zoo.py.)"""
 
 import pytest
 
-from mlx_simpo.model.repair import repaired
+from mlx_simpo.model.repair import config_repairs
 
 
 @pytest.mark.parametrize(
@@ -64,4 +64,4 @@ from mlx_simpo.model.repair import repaired
     ],
 )
 def test_changes(config: dict, changes: dict) -> None:
-    assert repaired(config) == changes
+    assert config_repairs(config) == changes

@@ -3,7 +3,7 @@ transformers itself, for each architecture: tests/parity/test_architectures.py.)
 
 import pytest
 
-from mlx_simpo.model.rope import both_ways, repaired_rope
+from mlx_simpo.model.rope import rope_repairs, with_both_rope_spellings
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ from mlx_simpo.model.rope import both_ways, repaired_rope
     ],
 )
 def test_changes(config: dict, changes: dict) -> None:
-    assert repaired_rope(config) == changes
-    assert repaired_rope(config | changes) == {}  # nothing left to repair
+    assert rope_repairs(config) == changes
+    assert rope_repairs(config | changes) == {}  # nothing left to repair
 
 
 GROUPS = {
@@ -106,5 +106,5 @@ GROUPS = {
     ],
 )
 def test_both_ways(config: dict, both: dict) -> None:
-    assert both_ways(config) == both
-    assert both_ways(both) == both
+    assert with_both_rope_spellings(config) == both
+    assert with_both_rope_spellings(both) == both

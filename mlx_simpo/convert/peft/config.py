@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import SimPOError
 from ...files import PICKLES, read_json
-from ...model.adapters import CONFIG, MAX_RANK, MAX_SCALE, PEFT_WEIGHTS, reasonable
+from ...model.adapters import CONFIG, MAX_RANK, MAX_SCALE, PEFT_WEIGHTS, is_valid_scale
 
 # Settings of PEFT 0.21 that are read, or that do not change what the tensors mean. Any other one is
 # an error if it is on: one that a later version adds could change their meaning.
@@ -84,7 +84,7 @@ class PeftConfig:
         # Not isinstance: True is an int.
         if type(rank) is not int or not 1 <= rank <= MAX_RANK:
             raise self.error(f"rank {str(rank)[:40]} of {module}; it must be 1 to {MAX_RANK}")
-        if not reasonable(alpha):
+        if not is_valid_scale(alpha):
             raise self.error(
                 f"lora_alpha {str(alpha)[:40]} of {module}; it must be a finite number of at most "
                 f"{MAX_SCALE:g}"

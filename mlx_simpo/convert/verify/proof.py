@@ -9,7 +9,7 @@ import mlx.nn as nn
 from ...files import read_json
 from ...model.adapters import flat_arrays, load_adapter
 from ...model.loading import LoadedModel, load_model
-from ...model.rope import contradiction
+from ...model.rope import conflicting_rope_setting
 from ...reporting.display import Display
 from ..architectures import Architecture, known_deviation
 from ..base import Base, config_of, has_mlx_names, is_transformers_checkpoint
@@ -230,7 +230,7 @@ def check_rope_settings(folder: Path) -> None:
     Raises:
         SimPOError: they contradict each other.
     """
-    if setting := contradiction(read_json(folder / "config.json")):
+    if setting := conflicting_rope_setting(read_json(folder / "config.json")):
         raise verification_error(f"config.json has two values of {setting}")
 
 
