@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .errors import SimPOError
+from .errors import SimPOError, one_line
 
 # https://github.com/huggingface/safetensors: 8 bytes of header length, the header (JSON), the data.
 _MAX_HEADER = 100_000_000
@@ -167,7 +167,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(ordinary(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SimPOError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+        raise SimPOError(f"cannot read {path}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise SimPOError(f"{path} must hold a JSON object, not {str(content)[:40]}")
     return content

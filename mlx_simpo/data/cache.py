@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
+from ..paths import cache_folder
 from .encode import Encoder
 from .keys import NoKeyError, digest, file_sha256, token_key
 from .pairs import Quarantined
@@ -49,8 +50,7 @@ class DamagedError(Exception):
 
 def tokens_folder() -> Path:
     """Where tokens are kept: in $MLX_SIMPO_CACHE, or mlx_simpo under the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_simpo"
-    return Path(os.environ.get("MLX_SIMPO_CACHE") or default) / "tokens"
+    return cache_folder() / "tokens"
 
 
 def tokenized(encoder: Encoder, source: Source, progress: Progress) -> Tokenized:
@@ -153,7 +153,7 @@ def read_folder(folder: Path) -> Tokenized:
         pairs = TokenizedPairs(folder)
         os.utime(folder / MANIFEST)  # used now, says `sweep`
     except (OSError, ValueError) as error:
-        raise DamagedError(" ".join(str(error).split())) from None
+        raise DamagedError(one_line(error)) from None
     quarantined = [Quarantined(*entry) for entry in body["quarantined"]]
     return Tokenized(pairs, quarantined, f"tokens are those kept in {folder}")
 

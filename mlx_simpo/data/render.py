@@ -4,7 +4,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
 from ..paths import local_path
 from .records import InvalidRecordError, Message, Pair, as_messages
 
@@ -87,9 +87,7 @@ class Renderer:
                 messages, tokenize=False, add_generation_prompt=generation, **options
             )
         except TEMPLATE_ERRORS as error:
-            raise InvalidRecordError(
-                "the chat template refuses it", " ".join(str(error).split())
-            ) from None
+            raise InvalidRecordError("the chat template refuses it", one_line(error)) from None
 
 
 def read_template(given: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ which neither Markdown nor HTML means anything.
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
 from ..version import __version__
 from .folders import Folder, at, read_text, text_or_none
 from .markdown import code, number, section
@@ -71,7 +71,7 @@ def read_card(folder: Folder) -> ModelCard | None:
     try:
         return ModelCard(read_text(path), ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise SimPOError(
             f"the lines between --- in {path} are not valid YAML: {reason}; mend them, or remove "
             "the file to have a card made"

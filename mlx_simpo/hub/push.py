@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
 from ..reporting.display import Display
 from .card import make_card, users_card
 from .folders import open_folder
@@ -189,4 +189,4 @@ def explained(error: Exception, plan: Push) -> SimPOError:
 
 def quoted(text: str) -> str:
     """A message on one line of 300 characters at most, with nothing like a token in it."""
-    return _TOKEN.sub("…", " ".join(text.split()))[:300]
+    return _TOKEN.sub("…", one_line(text))[:300]

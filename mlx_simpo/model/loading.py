@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
 from ..files import read_header, weight_files
 from ..paths import local_path
 from .adapters import flat_arrays
@@ -76,7 +76,7 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = True
     except (OSError, ValueError) as error:
         raise SimPOError(
             f"model is {name!r}; it is no local folder and could not be fetched from the Hugging "
-            f"Face Hub: {' '.join(str(error).split())}"
+            f"Face Hub: {one_line(error)}"
         ) from None
 
 
@@ -127,11 +127,10 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except LOAD_ERRORS as error:
-        said = " ".join(str(error).split())[:300]
-        raise SimPOError(f"{what}: {type(error).__name__}: {said}") from None
+        raise SimPOError(f"{what}: {type(error).__name__}: {one_line(error, 300)}") from None
     except Exception as error:
         if type(error) is Exception:  # what the tokenizers library raises has no class of its own
-            raise SimPOError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+            raise SimPOError(f"{what}: {one_line(error, 300)}") from None
         raise
 
 

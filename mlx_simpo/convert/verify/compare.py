@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import get_total_parameters
 
-from ...errors import SimPOError
+from ...errors import SimPOError, one_line
 from ...model.loading import LoadedModel
 from ..names import EMBEDDING
 
@@ -125,7 +125,7 @@ def runnable() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OverflowError, AttributeError) as error:
-        said = " ".join(str(error).split())[:300]
+        said = one_line(error, 300)
         raise SimPOError(f"the model cannot be run: {type(error).__name__}: {said}") from None
 
 
