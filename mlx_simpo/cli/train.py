@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Train, with progress on stderr, and print the adapter's folder or the result as JSON."""
     config = load_config(options.config, options.settings)
-    announce(f"training {config.model} on {config.data.train} into {config.output}")
+    announce(f"training {config.model}, output in {config.output}")
     with exit_on_interrupt():
         from ..api import train
 
