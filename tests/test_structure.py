@@ -21,8 +21,8 @@ FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 # room; modules and rooms that share a floor do not know each other.
 FLOORS = [
     ["errors", "version"],
-    ["objectives", "paths", "blas"],
-    ["files"],
+    ["objectives", "paths"],
+    ["files", "blas"],
     ["kernels"],
     ["config", "doctor"],
     ["runs", "data", "model"],
