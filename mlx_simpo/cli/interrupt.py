@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -32,6 +31,5 @@ def exit_on_interrupt() -> Iterator[None]:
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:
-    sys.stderr.write(MESSAGE)
-    sys.stderr.flush()
+    os.write(2, MESSAGE.encode())  # sys.stderr may be in the middle of a write
     os._exit(STATUS)
