@@ -21,8 +21,6 @@ BIN := $(VENV)/bin
 PIP_FLAGS := --disable-pip-version-check
 # Of the comparisons: TORCH=torch==2.13.0+cpu takes PyTorch's CPU index, where pip is told of it.
 TORCH ?= torch==2.13.0
-# The environment in which MLX finds a fast BLAS on a Linux CPU; it says on stderr what it does.
-fast = env $$($(1)/python -m mlx_simpo.blas)
 
 .PHONY: help demo test check parity golden bench doctor wheel wheel-test model clean
 
@@ -30,10 +28,10 @@ help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
 demo: $(VENV)/.installed
-	@$(call fast,$(BIN)) $(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test
-	@$(call fast,$(BIN)) $(BIN)/python -m pytest -q --ignore tests/parity
+	@$(BIN)/python -m pytest -q --ignore tests/parity
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
@@ -42,17 +40,18 @@ check: $(VENV)/.dev
 
 # Real pairs beside the examples: make parity PARITY_PAIRS=some.jsonl
 parity: $(PARITY_VENV)/.installed
-	@$(call fast,$(PARITY_VENV)/bin) $(PARITY_VENV)/bin/python -m pytest -q -s tests/parity
+	@$(PARITY_VENV)/bin/python -m pytest -q -s tests/parity
 
 # Records tests/golden/objective.json anew from TRL and Liger.
 golden: $(PARITY_VENV)/.installed
 	@cd tests && ../$(PARITY_VENV)/bin/python -m golden.make_objective
 
 # Real pairs give it more shapes: make bench BENCH_PAIRS=some.jsonl BENCH="--batches 3"
+# The other libraries do not import mlx_simpo: on a Linux CPU they get OpenBLAS by LD_PRELOAD.
 BENCH_PAIRS ?= examples/train.jsonl
 BENCH ?= --shapes natural --batches 2
 bench: $(BENCH_VENV)/.installed
-	@$(call fast,$(BENCH_VENV)/bin) $(BENCH_VENV)/bin/python benchmarks/step.py \
+	@env $$($(BENCH_VENV)/bin/python -m mlx_simpo.blas) $(BENCH_VENV)/bin/python benchmarks/step.py \
 		--model "$$($(BENCH_VENV)/bin/python examples/smollm2.py)" --data $(BENCH_PAIRS) $(BENCH)
 
 doctor: $(VENV)/.installed
@@ -116,7 +115,7 @@ $(BENCH_VENV)/.installed: $(VENV)/.created pyproject.toml
 	@$(call openblas,$(BENCH_VENV)/bin)
 	@touch $@
 
-# Without it everything works, slowly; mlx_simpo.blas says so.
+# Without it everything works, slowly, and every command that loads a model says so.
 openblas = test "$$(uname -s)" != Linux || \
 	$(1)/python -m pip install $(PIP_FLAGS) -q -e ".[openblas]" || \
 	echo "cmeel-openblas could not be installed: matrix products will be slow here"

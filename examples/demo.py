@@ -2,10 +2,13 @@
 
     make demo        (or: python examples/demo.py [name=value …])
 
-Shows the Python API: make a configuration, train, ask the model before and after.
+Shows the Python API: load a configuration, train, ask the model before and after.
 """
 
-import platform
+# First, before anything imports MLX: on a Linux CPU it loads a fast BLAS in place of MLX's own.
+from mlx_simpo import SimPOError, blas, generate, load_config, train
+
+# isort: split
 import shlex
 import shutil
 import sys
@@ -16,9 +19,6 @@ from rich.panel import Panel
 from rich.text import Text
 from smollm2 import smollm2
 
-from mlx_simpo import SimPOError, generate, load_config, train
-from mlx_simpo.blas import is_loaded
-
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "Tell me something nice about rain."
 MAX_TOKENS = 120
@@ -26,13 +26,17 @@ DEMO_OUTPUT = "runs/demo"
 
 
 def main() -> None:
-    """Train on the example pairs and print one answer before and after."""
+    """Train on the example pairs and print one response before and after.
+
+    Raises:
+        SimPOError: a setting on the command line is wrong.
+    """
     console = Console(highlight=False)
     console.print("[bold]1. The model[/bold]: SmolLM2-135M-Instruct, from its PyPI wheel")
     model = smollm2("float32")
     console.print(f"   {model}\n")
 
-    console.print("[bold]2. Training[/bold] with SimPO: brief answers are preferred to rambling")
+    console.print("[bold]2. Training[/bold] with SimPO: brief responses are preferred to rambling")
     console.print("   settings: configs/demo.yaml, pairs: examples/train.jsonl")
     settings = [f"model={model}", *sys.argv[1:]]
     config = load_config(ROOT / "configs" / "demo.yaml", settings)
@@ -41,18 +45,18 @@ def main() -> None:
     result = train(config)
 
     console.print(f"\n[bold]3. One question[/bold], before and after: {QUESTION}")
-    answers = generate(config, QUESTION, result.adapter, max_tokens=MAX_TOKENS)
+    responses = generate(config, QUESTION, result.adapter, max_tokens=MAX_TOKENS)
     for name, title, style in (("base", "before", "red"), ("adapter", "after", "green")):
         title = f"{title} (at most {MAX_TOKENS} tokens)"
-        console.print(Panel(Text(answers[name]), title=title, title_align="left", style=style))
+        console.print(Panel(Text(responses[name]), title=title, title_align="left", style=style))
 
-    console.print(f"[bold]The adapter[/bold] lies in {result.adapter}. Ask it yourself:\n")
-    python = Path(sys.executable).parent
-    if platform.system() == "Linux" and is_loaded():
-        python = f"env $({python}/python -m mlx_simpo.blas) {python}"
+    console.print(f"[bold]The adapter[/bold] is in {result.adapter}. Ask it yourself:\n")
+    programs = Path(sys.executable).parent
+    # mlx_lm's own commands do not import mlx_simpo, and so get OpenBLAS by LD_PRELOAD.
+    fast = f"env $({programs}/python -m mlx_simpo.blas) " if blas.library() else ""
     prompt = shlex.quote("How does a rainbow form?")
     console.print(
-        f"  {python}/mlx_lm.generate --model {model} \\\n"
+        f"  {fast}{programs}/mlx_lm.generate --model {model} \\\n"
         f"    --adapter-path {result.adapter} --prompt {prompt}\n",
         soft_wrap=True,
     )

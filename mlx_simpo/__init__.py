@@ -2,30 +2,39 @@
 
 >>> from mlx_simpo import load_config, train
 >>> result = train(load_config("recipe.yaml", ["train.learning_rate=2e-5"]))
+
+Public names are loaded when they are first used (PEP 562): importing the package loads neither MLX
+nor mlx-lm, and on a Linux CPU makes MLX fast if MLX is imported later (see `blas`).
 """
 
-from .api import TrainResult, evaluate, generate, inspect, train
-from .config.simpo_config import (
-    DataConfig,
-    LogpsConfig,
-    LoRAConfig,
-    ObjectiveConfig,
-    SimPOConfig,
-    TrainConfig,
-    load_config,
-)
-from .convert import Conversion, from_hf, from_peft, fuse, to_peft
-from .data.encode import EncodedPair, Encoder, encode_pairs
-from .data.pairs import load_pairs
-from .errors import SimPOError
-from .evaluation import Evaluation, evaluate_pairs
-from .hub import Push, push
-from .model.adapters import load_adapter
-from .model.loading import load_model
-from .objectives import simpo_loss
-from .training.session import Session, prepare
-from .training.trainer import StepMetrics, train_steps
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import blas as _blas
 from .version import __version__ as __version__
+
+if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same to Python
+    from .api import TrainResult, evaluate, generate, inspect, train
+    from .config.simpo_config import (
+        DataConfig,
+        LogpsConfig,
+        LoRAConfig,
+        ObjectiveConfig,
+        SimPOConfig,
+        TrainConfig,
+        load_config,
+    )
+    from .convert import Conversion, from_hf, from_peft, fuse, to_peft
+    from .data.encode import EncodedPair, Encoder, encode_pairs
+    from .data.pairs import load_pairs
+    from .errors import SimPOError
+    from .evaluation import Evaluation, evaluate_pairs
+    from .hub import Push, push
+    from .model.adapters import load_adapter
+    from .model.loading import load_model
+    from .objectives import simpo_loss
+    from .training.session import Session, prepare
+    from .training.trainer import StepMetrics, train_steps
 
 __all__ = [
     "Conversion",
@@ -62,3 +71,48 @@ __all__ = [
     "train",
     "train_steps",
 ]
+
+_MODULES = {
+    "api": ("TrainResult", "evaluate", "generate", "inspect", "train"),
+    "config.simpo_config": (
+        "DataConfig",
+        "LogpsConfig",
+        "LoRAConfig",
+        "ObjectiveConfig",
+        "SimPOConfig",
+        "TrainConfig",
+        "load_config",
+    ),
+    "convert": ("Conversion", "from_hf", "from_peft", "fuse", "to_peft"),
+    "data.encode": ("EncodedPair", "Encoder", "encode_pairs"),
+    "data.pairs": ("load_pairs",),
+    "errors": ("SimPOError",),
+    "evaluation": ("Evaluation", "evaluate_pairs"),
+    "hub": ("Push", "push"),
+    "model.adapters": ("load_adapter",),
+    "model.loading": ("load_model",),
+    "objectives": ("simpo_loss",),
+    "training.session": ("Session", "prepare"),
+    "training.trainer": ("StepMetrics", "train_steps"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+_blas.load()
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at its first use.
+
+    Raises:
+        AttributeError: there is no such name.
+    """
+    if name not in _MODULE_OF:
+        message = f"module {__name__!r} has no attribute {name!r}; its names are in __all__"
+        raise AttributeError(message)  # Python adds "Did you mean …?" from __dir__
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,15 +3,16 @@
 import sys
 from io import TextIOWrapper
 
-from .blas import restart_with_openblas
+from .cli.interrupt import exit_on_interrupt
 
 
 def main() -> None:
-    """Run the command line; on a Linux CPU with OpenBLAS loaded before MLX is."""
-    restart_with_openblas()
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be no text
-    from .cli.main import run_command
+    """Run the command line and exit with its status."""
+    with exit_on_interrupt():
+        if isinstance(sys.stdout, TextIOWrapper):
+            # A file name may hold bytes that are not text.
+            sys.stdout.reconfigure(errors="backslashreplace")
+        from .cli.main import run_command
 
     sys.exit(run_command(sys.argv[1:]))
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from .errors import SimPOError
+from .errors import SimPOError, one_line
 
 # What safetensors allows and MLX does not survive: arrays of many axes end the process when NumPy
 # reads them (255 in MLX 0.32), and a size of more than 32 bits wraps around.
@@ -142,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(require_regular_file(path).read_text(encoding="utf-8"))
     # json raises RecursionError at deeply nested brackets.
     except (OSError, ValueError, RecursionError) as error:
-        raise SimPOError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+        raise SimPOError(f"cannot read {path}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise SimPOError(f"{path} must hold a JSON object, not {str(content)[:40]}")
     return content

@@ -1,23 +1,38 @@
-"""Names of local files and folders as users write them."""
+"""Names of local files and folders as users write them, and the folder of the user's cache."""
 
+import os
 from pathlib import Path
 
 from .errors import SimPOError
 
 
 def local_path(name: str | Path) -> Path:
-    """``name`` as a path, ~ standing for the home folder; it need not exist.
+    """Return ``name`` as a path, with ~ for the home folder; nothing need exist there.
 
     Raises:
-        SimPOError: nothing of that name can exist: it is empty, too long, or an unknown user's.
+        SimPOError: the name is empty, too long, holds a NUL, or starts with an unknown user's ~.
     """
     try:
         if "\0" in str(name):
             raise ValueError("it has a NUL in it")
         path = Path(name).expanduser()
-        path.exists()
+        path.exists()  # asks the system, which knows what is too long
     except (OSError, RuntimeError, ValueError) as error:
-        raise SimPOError(f"no such file or folder can be: {str(name)!r} ({error})") from None
+        raise SimPOError(f"not a valid path: {str(name)!r} ({error})") from None
     if not str(name):
-        raise SimPOError("no such file or folder can be: '' (the name is empty)")
+        raise SimPOError("not a valid path: '' (the name is empty)")
     return path
+
+
+def cache_folder() -> Path:
+    """Return the folder of files that can be made again; it need not exist.
+
+    It is $MLX_SIMPO_CACHE, or mlx_simpo in the user's cache folder.
+
+    Raises:
+        RuntimeError: the user has no home folder, and neither variable is set.
+    """
+    folder = os.environ.get("MLX_SIMPO_CACHE")
+    if folder:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_simpo"

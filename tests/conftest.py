@@ -1,5 +1,9 @@
 """Fixtures shared by the tests."""
 
+# First, before anything imports MLX: on a Linux CPU it loads a fast BLAS in place of MLX's own.
+from mlx_simpo import load_config, train
+
+# isort: split
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,8 +11,6 @@ import pytest
 from helpers.commands import small_run
 from helpers.tiny import some_pairs, tiny_folder, write_jsonl
 from smollm2 import cache_folder, smollm2
-
-from mlx_simpo import load_config, train
 
 USERS_CACHE = cache_folder()
 

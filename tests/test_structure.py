@@ -21,8 +21,8 @@ FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 # room; modules and rooms that share a floor do not know each other.
 FLOORS = [
     ["errors", "version"],
-    ["objectives", "paths", "blas", "device"],
-    ["files"],
+    ["objectives", "paths", "device"],
+    ["files", "blas"],
     ["kernels"],
     ["config", "doctor"],
     ["runs", "data", "model"],

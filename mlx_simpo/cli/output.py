@@ -1,62 +1,61 @@
-"""What commands print on standard output: tables for people, JSON for programs."""
+"""What every command prints: notes on stderr; on stdout tables for people, JSON for programs.
+
+rich is imported where something is printed with it: it takes longer than the parser itself.
+"""
 
 import argparse
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+from ..errors import one_line
+from ..version import __version__
 
-from ..errors import SimPOError
+if TYPE_CHECKING:
+    from rich.console import Console
 
-
-def counts_table(summary: dict[str, Any]) -> Table:
-    """How many records are used, cut and quarantined."""
-    table = Table(show_header=False, title="what will be trained on", title_justify="left")
-    table.add_column(justify="right")
-    table.add_column()
-    table.add_row(str(summary["records"]), "records")
-    table.add_row(str(summary["pairs"]), "pairs")
-    for reason, count in summary["quarantined"].items():
-        first = next(q for q in summary["quarantined_records"] if q["reason"] == reason)
-        table.add_row(str(count), f"quarantined: {reason}, e.g. {first['source']}")
-    table.add_row(str(summary["prompts_cut"]), "prompts cut on the left")
-    table.add_row(str(summary["responses_cut"]), "pairs with a response cut on the right")
-    table.add_row(str(summary["tokens_cut"]), "tokens cut in all")
-    table.add_row(
-        str(summary["boundary_merges"]),
-        "pairs in which a token spans prompt and response",
-    )
-    table.add_row(f"{summary['scored_tokens']:,}", f"scored tokens of {summary['tokens']:,}")
-    return table
+    from ..convert import Conversion
 
 
-def lengths_table(summary: dict[str, Any]) -> Table:
-    """Quantiles of prompt and response lengths, in tokens."""
-    table = Table(title="tokens", title_justify="left")
-    table.add_column("")
-    rows = summary["lengths"]
-    for label in next(iter(rows.values())):
-        table.add_column(label, justify="right")
-    for name, values in rows.items():
-        table.add_row(name, *(str(v) for v in values.values()))
-    return table
+def announce(text: str) -> None:
+    """Say on stderr what a command is about to do, before the imports that take a second or more.
+
+    Later notes come there too (see `reporting.display`).
+    """
+    sys.stderr.write(f"mlx-simpo {__version__}: {escaped(text)} …\n")
+    sys.stderr.flush()
 
 
-def plain_console() -> Console:
-    """Standard output; what looks like markup or an emoji's name is neither."""
-    return Console(highlight=False, markup=False, emoji=False)
+def print_error(error: object) -> None:
+    """Print an error to stderr as the one line that every mistake of a user gets."""
+    sys.stderr.write(f"mlx-simpo: error: {escaped(one_line(error))}\n")
 
 
 def print_json(value: Any) -> None:
-    """JSON to stdout, for other programs; what is no text (half an emoji) as \\u escapes."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Print JSON to stdout, for other programs."""
+    print_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_text(text: str) -> None:
+    r"""Print to stdout; what is not valid Unicode (half of an emoji) as \u escapes."""
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode())
 
 
-def refuse_settings(options: argparse.Namespace, command: str) -> None:
-    """SimPOError if a command that takes no settings was given some, or a file of them."""
-    if options.config or options.settings:
-        extra = options.config or options.settings[0]
-        raise SimPOError(f"{command} takes no settings; leave out {extra!r}")
+def print_conversion(options: argparse.Namespace, result: "Conversion") -> None:
+    """Print the folder that a conversion has written, or with --json all of the result."""
+    if options.json:
+        print_json(result.as_dict())
+    else:
+        print_text(f"{result.output}\n")
+
+
+def plain_console() -> "Console":
+    """Return standard output; what looks like markup or an emoji's name is printed as it is."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def escaped(text: str) -> str:
+    """Return ``text`` with escapes for what a terminal would act on or cannot show."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

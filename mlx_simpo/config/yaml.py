@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
 
 _BOOL, _INT, _FLOAT, _NULL, _MERGE = (
     f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "null", "merge")
@@ -80,8 +80,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise SimPOError(f"{where} is not valid YAML: {reason}") from None
+        raise SimPOError(f"{where} is not valid YAML: {one_line(error)}") from None
 
 
 def dump_yaml(values: dict) -> str:

@@ -17,7 +17,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
+from ..paths import cache_folder
 from .encode import Encoder
 from .keys import NotCacheableError, file_sha256, short_sha256, token_key
 from .pairs import Quarantined
@@ -50,8 +51,7 @@ class DamagedCacheError(Exception):
 
 def token_cache_folder() -> Path:
     """Return the folder of the token cache: $MLX_SIMPO_CACHE/tokens, or in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_simpo"
-    return Path(os.environ.get("MLX_SIMPO_CACHE") or default) / "tokens"
+    return cache_folder() / "tokens"
 
 
 def load_or_tokenize(encoder: Encoder, source: Source, progress: Progress) -> TokenizedSource:
@@ -158,7 +158,7 @@ def load_folder(folder: Path) -> TokenizedSource:
         pairs = TokenizedPairs(folder)
         os.utime(folder / MANIFEST)  # the time of last use, for `delete_unused`
     except (OSError, ValueError) as error:
-        raise DamagedCacheError(" ".join(str(error).split())) from None
+        raise DamagedCacheError(one_line(error)) from None
     quarantined = [Quarantined(*entry) for entry in content["quarantined"]]
     return TokenizedSource(pairs, quarantined, f"tokens are loaded from the cache in {folder}")
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
 from ..paths import local_path
 from .records import InvalidRecordError, Message, Pair, as_messages
 
@@ -90,9 +90,7 @@ class Renderer:
                 messages, tokenize=False, add_generation_prompt=generation, **options
             )
         except TEMPLATE_ERRORS as error:
-            raise InvalidRecordError(
-                "rejected by the chat template", " ".join(str(error).split())
-            ) from None
+            raise InvalidRecordError("rejected by the chat template", one_line(error)) from None
 
 
 def read_template(setting: str) -> tuple[str, str]:

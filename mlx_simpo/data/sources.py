@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
 from ..paths import local_path
 
 # Rows of a Parquet file that are converted to Python objects at a time, to limit memory.
@@ -259,5 +259,4 @@ def without_nulls(value: Any) -> Any:
 
 def first_line(error: BaseException) -> str:
     """Return an error's message on one line, shortened to 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "…"
+    return one_line(error, 300) or type(error).__name__

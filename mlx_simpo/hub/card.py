@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
 from .card_values import card_values
 from .folders import Folder, as_text, lookup, read_text
 from .outgoing import CARD
@@ -58,7 +58,7 @@ def read_card(folder: Folder) -> ModelCard | None:
     try:
         return ModelCard(read_text(path), ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise SimPOError(
             f"the lines between --- in {path} are not valid YAML: {reason}; fix them, or remove "
             "the file to have a card written"

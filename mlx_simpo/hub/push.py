@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
 from ..reporting.display import Display
 from .card import make_card, users_card
 from .folders import open_folder
@@ -186,17 +186,17 @@ def hub_error(error: Exception, plan: Push) -> SimPOError:
             "another repository"
         )
     if isinstance(error, HfHubHTTPError):
-        reason = one_line(error.server_message or "no reason given")
+        reason = redacted_line(error.server_message or "no reason given")
         return SimPOError(f"{begin}the Hub answered {status}: {reason}; fix this and push again")
     if isinstance(error, TransportError | ConnectionError | TimeoutError):
         return SimPOError(
             f"{begin}no connection to the Hub ({type(error).__name__}); check the network and "
             "push again"
         )
-    reason = one_line(str(error) or type(error).__name__)
+    reason = redacted_line(str(error) or type(error).__name__)
     return SimPOError(f"{begin}{reason}; fix this and push again")
 
 
-def one_line(text: str) -> str:
+def redacted_line(text: str) -> str:
     """Return a message on one line of at most 300 characters, with nothing like a token in it."""
-    return _TOKEN.sub("…", " ".join(text.split()))[:300]
+    return _TOKEN.sub("…", one_line(text))[:300]

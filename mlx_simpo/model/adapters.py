@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
 from ..files import load_safetensors, read_header, read_json, save_safetensors
 from ..paths import local_path
 
@@ -134,7 +134,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
         load_adapters(model, str(local_path(folder)))
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         raise SimPOError(
-            f"the adapter in {folder} does not fit this model: {' '.join(str(error).split())[:300]}"
+            f"the adapter in {folder} does not fit this model: {one_line(error, 300)}"
         ) from None
     check_complete(model, folder)
     model.eval()

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 
-from ..errors import SimPOError
+from ..errors import SimPOError, one_line
 from ..files import read_header, weight_files
 from ..paths import local_path
 from .adapters import flat_arrays
@@ -81,7 +81,7 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = True
     except (OSError, ValueError) as error:
         raise SimPOError(
             f"model is {name!r}; it is not a local folder and could not be downloaded from "
-            f"the Hugging Face Hub: {' '.join(str(error).split())}"
+            f"the Hugging Face Hub: {one_line(error)}"
         ) from None
 
 
@@ -137,11 +137,10 @@ def loader_errors(problem: str) -> Iterator[None]:
     try:
         yield
     except LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SimPOError(f"{problem}: {type(error).__name__}: {reason}") from None
+        raise SimPOError(f"{problem}: {type(error).__name__}: {one_line(error, 300)}") from None
     except Exception as error:
         if type(error) is Exception:  # the tokenizers library raises this class itself
-            raise SimPOError(f"{problem}: {' '.join(str(error).split())[:300]}") from None
+            raise SimPOError(f"{problem}: {one_line(error, 300)}") from None
         raise
 
 

@@ -1,4 +1,4 @@
-"""Bad input on the command line: one clear line on stderr, nothing left behind."""
+"""Bad input to every command: one clear line on stderr, and no file left behind."""
 
 import json
 import sys
@@ -22,10 +22,10 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def refused(
+def train_error(
     capsys: Capture, tmp_path: Path, model_folder: Path, pairs_file: Path
 ) -> Callable[..., str]:
-    """Train with settings that are wrong: the complaint, if nothing at all was left behind."""
+    """Train with settings that are wrong; return the error, after checking that no file is left."""
 
     def run(*settings: object, model: Path = model_folder) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -62,8 +62,8 @@ def refused(
         (["/no/such.yaml"], "cannot read the configuration '/no/such.yaml'"),
     ],
 )
-def test_wrong_settings(refused: Callable, settings: list[str], message: str) -> None:
-    assert message in refused(*settings)
+def test_wrong_settings(train_error: Callable, settings: list[str], message: str) -> None:
+    assert message in train_error(*settings)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,10 @@ def test_wrong_settings(refused: Callable, settings: list[str], message: str) ->
         ("--lora-rank", "lora.rank"),
     ],
 )
-def test_an_unknown_option_shows_the_setting(refused: Callable, option: str, setting: str) -> None:
-    assert refused(option).endswith(f"did you mean {setting!r}?")
+def test_an_unknown_option_shows_the_setting(
+    train_error: Callable, option: str, setting: str
+) -> None:
+    assert train_error(option).endswith(f"did you mean {setting!r}?")
 
 
 SAME = "the same words again and again, " * 12
@@ -99,43 +101,46 @@ CONVERSATION = {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Hi"),
         ("d.csv", b"prompt,chosen,rejected\n", "has an unknown type"),
     ],
 )
-def test_unusable_data(
-    refused: Callable, tmp_path: Path, name: str, content: bytes, message: str
+def test_data_without_a_valid_record(
+    train_error: Callable, tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    found = refused(f"data.train={path}")
-    assert message in found
-    assert str(path) in found
+    error = train_error(f"data.train={path}")
+    assert message in error
+    assert str(path) in error
 
 
-def test_too_many_bad_rows_are_counted_and_named(refused: Callable, tmp_path: Path) -> None:
+def test_too_many_bad_rows_are_counted_and_named(train_error: Callable, tmp_path: Path) -> None:
     data = with_bad_rows(tmp_path / "d.jsonl", 8, (2, 5))
-    message = refused(f"data.train={data}")
+    message = train_error(f"data.train={data}")
     assert "2 of 10 records are quarantined, more than data.max_quarantined=0.05" in message
     assert f"2 × missing response, e.g. {data}:3 " in message
 
 
-def test_a_folder_without_data(refused: Callable, tmp_path: Path) -> None:
+def test_a_folder_without_data(train_error: Callable, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "holds no data" in refused(f"data.train={tmp_path / 'empty'}")
+    assert "holds no data" in train_error(f"data.train={tmp_path / 'empty'}")
 
 
 def test_conversations_without_a_chat_template(
-    refused: Callable, tmp_path: Path, bare_folder: Path
+    train_error: Callable, tmp_path: Path, bare_folder: Path
 ) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", [CONVERSATION])
-    message = refused(f"data.train={data}", model=bare_folder)
+    message = train_error(f"data.train={data}", model=bare_folder)
     assert message.startswith(f"{data}:1 is a conversation")
     assert "data.chat_template" in message
 
 
-def test_truncation_that_leaves_no_difference(refused: Callable, tmp_path: Path) -> None:
+def test_truncation_that_leaves_no_difference(train_error: Callable, tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}?", "chosen": f"{SAME}yes", "rejected": f"{SAME}no"} for i in range(4)]
     data = write_jsonl(tmp_path / "d.jsonl", rows)
     lengths = ("data.max_length=64", "data.max_prompt_length=32", "data.valid_fraction=0")
-    message = refused(f"data.train={data}", *lengths)
+    message = train_error(f"data.train={data}", *lengths)
     assert "4 of 4 records are quarantined, all of them: 4 × identical responses" in message
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
 
 
 def config_json(**changes: object) -> str:
@@ -155,44 +160,33 @@ def config_json(**changes: object) -> str:
         ({"config__json": config_json(hidden_size="x")}, "TypeError"),
         ({"tokenizer__json": None, "tokenizer_config__json": None}, "tokenizer"),
         ({"tokenizer__json": '{"a":'}, "tokenizer.json"),
-        ({"tokenizer__json": '{"a": 1}'}, ""),
-        ({"tokenizer_config__json": '{"a":'}, ""),
+        ({"tokenizer__json": '{"a": 1}'}, "no tokenizer that can be loaded: KeyError"),
+        ({"tokenizer_config__json": '{"a":'}, "no tokenizer that can be loaded: JSONDecodeError"),
+        ({"tokenizer_config__json": "[]"}, "no tokenizer that can be loaded: AttributeError"),
+        ({"config__json": "[]"}, "no tokenizer that can be loaded: AttributeError"),
+        ({"config__json": config_json(num_attention_heads=0)}, "ZeroDivisionError"),
+        ({"model__safetensors": b""}, "its header claims 0 bytes, the file has 0"),
+        ({"model__safetensors": LFS_POINTER}, "bytes, the file has 56"),
     ],
 )
 def test_a_broken_model_folder(
-    refused: Callable, model_folder: Path, tmp_path: Path, files: dict, message: str
+    train_error: Callable, model_folder: Path, tmp_path: Path, files: dict, message: str
 ) -> None:
     broken = changed_copy(model_folder, tmp_path / "broken", **files)
-    found = refused(model=broken)
-    assert message in found
-    assert str(broken) in found
+    error = train_error(model=broken)
+    assert message in error
+    assert str(broken) in error
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"config__json": "[]"},
-        {"config__json": config_json(num_attention_heads=0)},
-        {"model__safetensors": b""},
-        {"model__safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
-        {"tokenizer_config__json": "[]"},
-    ],
-    ids=["config-is-a-list", "no-heads", "empty", "lfs-pointer", "tokenizer-list"],
-)
-def test_a_model_folder_broken_in_other_ways(
-    refused: Callable, model_folder: Path, tmp_path: Path, files: dict
-) -> None:
-    broken = changed_copy(model_folder, tmp_path / "broken", **files)
-    assert str(broken) in refused(model=broken)
-
-
-def test_weights_of_which_half_was_fetched(
-    refused: Callable, model_folder: Path, tmp_path: Path
+def test_weights_that_were_half_downloaded(
+    train_error: Callable, model_folder: Path, tmp_path: Path
 ) -> None:
     whole = (model_folder / "model.safetensors").read_bytes()
     half = {"model__safetensors": whole[: len(whole) // 2]}
     broken = changed_copy(model_folder, tmp_path / "broken", **half)
-    assert str(broken) in refused(model=broken)
+    error = train_error(model=broken)
+    assert str(broken) in error
+    assert "bytes, it holds" in error
 
 
 def with_weight(folder: Path, copy: Path, name: str, value: float) -> Path:
@@ -204,10 +198,9 @@ def with_weight(folder: Path, copy: Path, name: str, value: float) -> Path:
     return changed
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("valid", [0, 0.2])
-def test_a_loss_that_is_no_number_names_the_step_and_the_pairs(
-    refused: Callable,
+@pytest.mark.parametrize(("value", "valid"), [(float("nan"), 0), (float("inf"), 0.2)])
+def test_a_loss_that_is_not_finite_names_the_step_and_the_pairs(
+    train_error: Callable,
     model_folder: Path,
     pairs_file: Path,
     tmp_path: Path,
@@ -216,7 +209,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_pairs(
 ) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     broken = with_weight(model_folder, tmp_path / "broken", name, value)
-    message = refused(f"data.valid_fraction={valid}", model=broken)
+    message = train_error(f"data.valid_fraction={valid}", model=broken)
     begins = "the log-probabilities of 2 of 2" if valid else "the loss of step 1"
     assert message.startswith(begins)
     named = message.partition("(")[2].removeprefix("pairs: ").partition(")")[0].split(", ")
@@ -224,10 +217,10 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_pairs(
     assert set(named) <= {f"{pairs_file}:{line}" for line in range(1, 13)}
 
 
-def test_only_the_pairs_that_are_at_fault_are_named(
-    refused: Callable, tmp_path: Path, model_folder: Path
+def test_only_the_pairs_at_fault_are_named(
+    train_error: Callable, tmp_path: Path, model_folder: Path
 ) -> None:
-    """Embedding and head are apart here, and one token's embedding is NaN."""
+    """Embedding and head are not tied here, and one token's embedding is NaN."""
     model = tiny_model(tie_word_embeddings=False)
     token = tiny_tokenizer().encode("~", add_special_tokens=False)[0]
     model.model.embed_tokens.weight[token] = mx.array(float("nan"))
@@ -238,13 +231,13 @@ def test_only_the_pairs_that_are_at_fault_are_named(
     rows = some_pairs(6)
     rows[3]["rejected"] += "~ and on"
     data = write_jsonl(tmp_path / "d.jsonl", rows)
-    message = refused(
+    message = train_error(
         f"data.train={data}", "data.valid_fraction=0", "train.batch_size=6", model=broken
     )
     assert f"the loss of step 1 is not a finite number (pairs: {data}:4); " in message
 
 
-def test_an_output_that_holds_a_run(
+def test_an_output_folder_that_holds_a_run(
     capsys: Capture, adapter: Path, model_folder: Path, pairs_file: Path
 ) -> None:
     before = {path: path.read_bytes() for path in adapter.iterdir()}
@@ -255,10 +248,10 @@ def test_an_output_that_holds_a_run(
 
 @pytest.mark.parametrize("output", ["pairs.jsonl", "pairs.jsonl/run"])
 def test_an_output_that_is_a_file_or_under_one(
-    refused: Callable, pairs_file: Path, tmp_path: Path, output: str
+    train_error: Callable, pairs_file: Path, tmp_path: Path, output: str
 ) -> None:
     before = pairs_file.read_bytes()
-    assert f"output is '{tmp_path / output}'" in refused(f"output={tmp_path / output}")
+    assert f"output is '{tmp_path / output}'" in train_error(f"output={tmp_path / output}")
     assert pairs_file.read_bytes() == before
 
 
@@ -293,59 +286,78 @@ def test_an_output_that_is_a_file_or_under_one(
 def test_bad_input_of_the_other_commands(
     capsys: Capture, model_folder: Path, pairs_file: Path, command_line: list[str], message: str
 ) -> None:
-    places = {"PAIRS": str(pairs_file), "MODEL": str(model_folder)}
-    assert message in complaint(command(capsys, *(places.get(a, a) for a in command_line)))
+    paths = {"PAIRS": str(pairs_file), "MODEL": str(model_folder)}
+    assert message in complaint(command(capsys, *(paths.get(a, a) for a in command_line)))
 
 
 @pytest.mark.parametrize(
-    "command_line",
+    ("command_line", "message"),
     [
-        [],
-        ["nope"],
-        ["evaluate"],
-        ["generate", "--prompt"],
-        ["generate", "--prompt", "x", "--max-tokens", "many"],
-        ["data", "inspect", "--model", "x"],
+        ([], "are required: COMMAND; see `mlx-simpo --help`"),
+        (["nope"], "argument COMMAND: invalid choice: 'nope'"),
+        (["evaluate"], "are required: --data; see `mlx-simpo evaluate --help`"),
+        (["generate", "--prompt"], "argument --prompt: expected one argument"),
+        (["generate", "--prompt", "x", "--max-tokens", "many"], "invalid int value: 'many'"),
+        (
+            ["data", "inspect", "--model", "x"],
+            "required: data; see `mlx-simpo data inspect --help`",
+        ),
     ],
 )
-def test_a_command_line_that_lacks_something(capsys: Capture, command_line: list[str]) -> None:
-    assert complaint(command(capsys, *command_line))
+def test_an_incomplete_command_line(capsys: Capture, command_line: list[str], message: str) -> None:
+    assert message in complaint(command(capsys, *command_line))
 
 
 @pytest.mark.parametrize(
-    "reason", ["no config", "no weights", "peft", "missing", "shape", "broken"]
+    ("files", "message"),
+    [
+        ({"adapter_config__json": None}, "is no adapter folder"),
+        ({"adapters__safetensors": None}, "adapters.safetensors: No such file"),
+        ({"adapter_config__json": '{"peft_type": "LORA"}'}, "holds a PEFT adapter"),
+        ({"adapters__safetensors": b"\x09" + bytes(990)}, "adapters.safetensors"),
+    ],
 )
-def test_a_broken_adapter(capsys: Capture, adapter: Path, tmp_path: Path, reason: str) -> None:
+def test_a_broken_adapter(
+    capsys: Capture, adapter: Path, tmp_path: Path, files: dict, message: str
+) -> None:
+    broken = changed_copy(adapter, tmp_path / "broken", **files)
+    error = complaint(command(capsys, "generate", "--prompt", "x", "--adapter", broken))
+    assert str(broken) in error
+    assert message in error
+
+
+@pytest.mark.parametrize("shape", [None, (3, 3)])
+def test_an_adapter_of_which_a_weight_is_missing_or_does_not_fit(
+    capsys: Capture, adapter: Path, pairs_file: Path, tmp_path: Path, shape: tuple | None
+) -> None:
     weights = dict(mx.load(str(adapter / "adapters.safetensors")))
     first = min(weights)
-    files: dict = {
-        "no config": {"adapter_config__json": None},
-        "no weights": {"adapters__safetensors": None},
-        "peft": {"adapter_config__json": '{"peft_type": "LORA"}'},
-        "broken": {"adapters__safetensors": (adapter / "adapters.safetensors").read_bytes()[:999]},
-    }
-    broken = changed_copy(adapter, tmp_path / "broken", **files.get(reason, {}))
-    if reason == "missing":
-        del weights[first]
-    elif reason == "shape":
-        weights[first] = mx.zeros((3, 3))
-    if reason in ("missing", "shape"):
-        mx.save_safetensors(str(broken / "adapters.safetensors"), weights)
-    for arguments in (["generate", "--prompt", "x"], ["evaluate", "--data", tmp_path / "p.jsonl"]):
-        write_jsonl(tmp_path / "p.jsonl", some_pairs(2))
-        message = complaint(command(capsys, *arguments, "--adapter", broken, "--json"))
-        assert str(broken) in message
-        assert {"peft": "PEFT adapter", "missing": first, "shape": first}.get(reason, "") in message
+    del weights[first]
+    weights |= {} if shape is None else {first: mx.zeros(shape)}
+    broken = changed_copy(adapter, tmp_path / "broken", adapters__safetensors=None)
+    mx.save_safetensors(str(broken / "adapters.safetensors"), weights)
+    arguments = ("--data", pairs_file, "--adapter", broken, "--json")
+    error = complaint(command(capsys, "evaluate", *arguments))
+    assert str(broken) in error
+    assert first in error
+    assert ("1 missing" if shape is None else "adapter shape (3, 3) does not match") in error
 
 
 @pytest.mark.parametrize(
-    "setting",
-    [f"{name}=~nosuchuser/x" for name in ("output", "model", "data.train", "lora.init_from")]
-    + [f"{name}={'x' * 300}" for name in ("output", "model", "data.train")],
+    ("setting", "reason"),
+    [
+        ("output=~nosuchuser/x", "Could not determine home directory"),
+        ("model=~nosuchuser/x", "Could not determine home directory"),
+        ("data.train=~nosuchuser/x", "Could not determine home directory"),
+        ("lora.init_from=~nosuchuser/x", "Could not determine home directory"),
+        (f"model={'x' * 300}", "File name too long"),
+    ],
     ids=lambda text: text[:16],
 )
-def test_a_path_that_cannot_be(refused: Callable, setting: str) -> None:
-    assert setting.partition("=")[2][:100] in refused(setting)
+def test_a_path_that_is_not_valid(train_error: Callable, setting: str, reason: str) -> None:
+    error = train_error(setting)
+    assert f"not a valid path: {setting.partition('=')[2]!r}" in error
+    assert reason in error
 
 
 def test_a_huge_margin_trains(
@@ -356,28 +368,31 @@ def test_a_huge_margin_trains(
     assert ran.status == 0
 
 
-def test_evaluating_a_broken_model_says_so(
+def test_evaluating_a_broken_model_is_an_error(
     capsys: Capture, model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     broken = with_weight(model_folder, tmp_path / "b", "model.norm.weight", float("nan"))
     ran = command(capsys, "evaluate", "--model", broken, "--data", pairs_file, "--json")
-    assert "finite" in complaint(ran)
+    assert "the log-probabilities of 12 of 12 pairs are not finite numbers" in complaint(ran)
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("arguments", "message"),
     [
-        ["--prompt", "x", "--max-tokens", "0"],
-        ["--prompt", "", "data.chat_template=none"],
-        ["--prompt", "x", "data.chat_template={{ raise_exception('no system turn') }}"],
-        ["--prompt", "x", "data.chat_template={% bad %}"],
+        (["x", "--max-tokens", "0"], "max_tokens is 0; it must be 1 or greater"),
+        (["", "data.chat_template=none"], "the prompt is empty"),
+        (["x", "data.chat_template={{ raise_exception('no system turn') }}"], "no system turn"),
+        (["x", "data.chat_template={% bad %}"], "unknown tag 'bad'"),
     ],
 )
-def test_generate_with_nothing_to_do(capsys: Capture, model_folder: Path, more: list[str]) -> None:
-    assert complaint(command(capsys, "generate", "--model", model_folder, *more))
+def test_a_prompt_from_which_nothing_can_be_generated(
+    capsys: Capture, model_folder: Path, arguments: list[str], message: str
+) -> None:
+    ran = command(capsys, "generate", "--model", model_folder, "--prompt", *arguments)
+    assert message in complaint(ran)
 
 
-def test_a_row_with_half_an_emoji_is_left_out(
+def test_a_record_with_half_an_emoji_is_quarantined(
     capsys: Capture, model_folder: Path, tmp_path: Path
 ) -> None:
     rows = [*some_pairs(5), {"prompt": "a \ud83d b", "chosen": "x", "rejected": "y"}]
@@ -387,7 +402,9 @@ def test_a_row_with_half_an_emoji_is_left_out(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
-def test_a_file_name_that_is_no_text(capsys: Capture, model_folder: Path, tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_valid_unicode(
+    capsys: Capture, model_folder: Path, tmp_path: Path
+) -> None:
     data = with_bad_rows(tmp_path / "p\udcff.jsonl", 30, (4,))
     run = small_run(model_folder, data, tmp_path / "run")
     assert command(capsys, "train", *run).status == 0

@@ -217,7 +217,7 @@ def test_an_empty_name_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_home_directory() -> None:
-    with pytest.raises(SimPOError, match="no such file"):
+    with pytest.raises(SimPOError, match="not a valid path"):
         rows_of("~no-such-user-here/pairs.jsonl")
 
 

@@ -17,7 +17,7 @@ from mlx_simpo.reporting.display import Display
 
 
 def small_run(model: Path, pairs: Path, output: Path, *more: str) -> list[str]:
-    """Settings of a run of three steps; what comes in ``more`` wins."""
+    """Return the settings of a run of three steps; those in ``more`` override them."""
     return [
         f"model={model}",
         f"data.train={pairs}",
@@ -34,7 +34,7 @@ def small_run(model: Path, pairs: Path, output: Path, *more: str) -> list[str]:
 
 
 class Ran(NamedTuple):
-    """What a command came to."""
+    """The exit status and the output of a command."""
 
     status: int
     out: str
@@ -42,37 +42,37 @@ class Ran(NamedTuple):
 
     @property
     def json(self) -> dict[str, Any]:
-        """Standard output as one JSON object, as JSON's own rules have it (no NaN)."""
+        """Standard output as one JSON object, by JSON's own rules (no NaN)."""
         value = json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
         assert isinstance(value, dict)
         return value
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ran:
-    """Run ``mlx-simpo`` with these arguments."""
+    """Run ``mlx-simpo`` with these arguments, in this process."""
     capsys.readouterr()
     try:
         status = run_command([str(a) for a in arguments])
-    except SystemExit as ended:  # --help, --version and argparse's own errors
-        status = int(ended.code or 0)
+    except SystemExit as exit:  # --help and --version
+        status = int(exit.code or 0)
     captured = capsys.readouterr()
     return Ran(status, captured.out, captured.err)
 
 
 def complaint(ran: Ran) -> str:
-    """The message of a command that refused its input, in the one form that is allowed."""
+    """Return the error message of a command, after checking the one form that is allowed."""
     lines = ran.err.splitlines()
-    begins = "mlx-simpo: error: "
+    start = "mlx-simpo: error: "
     assert ran.status == 2
     assert ran.out == ""
-    assert lines[-1].startswith(begins), ran.err
+    assert lines[-1].startswith(start), ran.err
     assert sum("error:" in line[:40] for line in lines) == 1
     assert "Traceback" not in ran.err
-    return lines[-1].removeprefix(begins)
+    return lines[-1].removeprefix(start)
 
 
 def changed_copy(folder: Path, copy: Path, **files: str | bytes | None) -> Path:
-    """A copy of ``folder`` with files replaced (config__json="…") or, where None, left out."""
+    """Copy ``folder`` with files replaced (config__json="…") or, if None, removed."""
     shutil.copytree(folder, copy)
     for name, content in files.items():
         path = copy / name.replace("__", ".")
@@ -84,33 +84,34 @@ def changed_copy(folder: Path, copy: Path, **files: str | bytes | None) -> Path:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file with one JSON object per line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def captured_display(*, terminal: bool = False) -> tuple[Display, io.StringIO]:
-    """A report, and what it has written so far."""
+    """Return a display, and what it has written so far."""
     text = io.StringIO()
     console = Console(file=text, width=100, force_terminal=terminal, highlight=False)
     return Display(console), text
 
 
 def arrays(file: Path) -> dict[str, np.ndarray]:
-    """The content of a safetensors file."""
+    """Return the content of a safetensors file."""
     loaded = mx.load(str(file))
     assert isinstance(loaded, dict)
     return {name: np.array(value) for name, value in loaded.items()}
 
 
-def assert_same_arrays(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """Bit for bit."""
-    assert found.keys() == expected.keys()
+def assert_same_arrays(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Check that all arrays are the same, bit for bit."""
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
+        np.testing.assert_array_equal(actual[name], value, err_msg=name)
 
 
 def with_bad_rows(path: Path, good: int, bad_at: tuple[int, ...]) -> Path:
-    """Good records, with a record that has no answers in each row of ``bad_at``."""
+    """Write ``good`` records, and one without responses at each index of ``bad_at``."""
     rows: list[dict] = list(some_pairs(good))
-    for place in bad_at:
-        rows.insert(place, {"prompt": "no answers"})
+    for index in bad_at:
+        rows.insert(index, {"prompt": "no responses"})
     return write_jsonl(path, rows)

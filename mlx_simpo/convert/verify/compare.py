@@ -10,7 +10,7 @@ import numpy as np
 from mlx_lm.utils import get_total_parameters
 
 from ...device import total_memory_bytes
-from ...errors import SimPOError
+from ...errors import SimPOError, one_line
 from ...model.loading import LoadedModel
 from ..names import EMBEDDING
 
@@ -148,7 +148,7 @@ def errors_of_running() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OverflowError, AttributeError) as error:
-        said = " ".join(str(error).split())[:300]
+        said = one_line(error, 300)
         raise SimPOError(f"the model cannot be run: {type(error).__name__}: {said}") from None
 
 

@@ -1,0 +1,35 @@
+"""Ctrl-C while modules load."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+STATUS = 130  # 128 + SIGINT, as a shell reports it
+MESSAGE = "mlx-simpo: interrupted\n"
+
+
+@contextmanager
+def exit_on_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process with one line while the context lasts: for imports.
+
+    KeyboardInterrupt would not do: importlib's callbacks and modules that try several imports
+    swallow it, and otherwise it comes with a page of frames. Nothing is lost by ending at once,
+    because no command has begun. A handler that someone else has set, or SIGINT ignored as under
+    nohup, stays as it is.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, MESSAGE.encode())  # sys.stderr may be in the middle of a write
+    os._exit(STATUS)

@@ -1,0 +1,27 @@
+"""What is printed: text that is not valid Unicode, and what a terminal would act on."""
+
+import json
+
+import pytest
+
+from mlx_simpo import SimPOError, __version__
+from mlx_simpo.cli.output import announce, print_error, print_json
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_json_with_half_an_emoji(capsys: Capture) -> None:
+    print_json({"text": "a \ud83d b", "é": None})
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"text": "a \ud83d b", "é": None}
+    assert "é" in out
+
+
+def test_an_error_is_one_line_without_control_characters(capsys: Capture) -> None:
+    print_error(SimPOError("a\nname\x1b[31m is\tred \udcff"))
+    assert capsys.readouterr() == ("", "mlx-simpo: error: a name\\x1b[31m is red \\udcff\n")
+
+
+def test_the_announcement_of_a_command(capsys: Capture) -> None:
+    announce("training m\x07")
+    assert capsys.readouterr() == ("", f"mlx-simpo {__version__}: training m\\x07 …\n")
