@@ -17,7 +17,9 @@ from .output import plain_console, print_conversion, print_json
 def add(commands: Any) -> None:
     """Add the command with its actions."""
     about = "Convert adapters and models between MLX and Hugging Face."
-    convert = commands.add_parser("convert", help="to and from Hugging Face", description=about)
+    convert = commands.add_parser(
+        "convert", help="convert adapters and models to and from Hugging Face", description=about
+    )
     actions = convert.add_subparsers(metavar="ACTION", required=True)
 
     to_peft = add_command(
