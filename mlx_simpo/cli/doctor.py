@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
         print_json(report)
     else:
         print_text(as_text(report))
-    if "problem" in report or not all(check["right"] for check in report["checks"]):
+    if "problem" in report or not all(check["passed"] for check in report["checks"]):
         raise SimPOError(
             "log-probabilities are not right on this machine; please report the lines above"
         )

@@ -65,15 +65,15 @@ def _counts_table(summary: dict[str, Any]) -> "Table":
     table.add_column(justify="right")
     table.add_column()
     table.add_row(str(summary["records"]), "records")
-    table.add_row(str(summary["pairs"]), "pairs that can be used")
-    for reason, count in summary["left_out"].items():
-        first = next(q for q in summary["left_out_records"] if q["reason"] == reason)
+    table.add_row(str(summary["pairs"]), "pairs")
+    for reason, count in summary["quarantined"].items():
+        first = next(q for q in summary["quarantined_records"] if q["reason"] == reason)
         table.add_row(str(count), f"quarantined: {reason}, e.g. {first['source']}")
     table.add_row(str(summary["prompts_cut"]), "prompts truncated on the left")
-    table.add_row(str(summary["answers_cut"]), "pairs with a response truncated on the right")
+    table.add_row(str(summary["responses_cut"]), "pairs with a response truncated on the right")
     table.add_row(str(summary["tokens_cut"]), "tokens truncated in all")
     table.add_row(
-        str(summary["boundary_moved"]), "pairs with a token that spans prompt and response"
+        str(summary["boundary_merges"]), "pairs with a token that spans prompt and response"
     )
     table.add_row(f"{summary['scored_tokens']:,}", f"scored tokens of {summary['tokens']:,}")
     return table

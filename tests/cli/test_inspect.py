@@ -19,7 +19,7 @@ def test_inspect_shows_counts_and_one_pair_in_tokens(
     data = write_jsonl(tmp_path / "pairs.jsonl", [*rows, {"prompt": "?"}])
     ran = command(capsys, "data", "inspect", data, "--model", model_folder, "--pair", 2)
     assert ran.status == 0
-    for words in ("5 │ records", "4 │ pairs that can be used", "quarantined: missing answer"):
+    for words in ("5 │ records", "4 │ pairs", "quarantined: missing response"):
         assert words in ran.out
     assert "Say [bold] and :100: and [/]." in ran.out.replace("↵\n", "")
     assert "scored tokens, between" in ran.out
@@ -33,8 +33,8 @@ def test_inspect_as_json_is_the_summary(
     expected = inspect(load_config(None, [f"model={model_folder}"]), str(data)).summary
     assert ran.json == expected
     assert (ran.json["records"], ran.json["pairs"]) == (8, 6)
-    assert ran.json["left_out"] == {"missing answer": 2}
-    assert [q["source"] for q in ran.json["left_out_records"]] == [f"{data}:2", f"{data}:4"]
+    assert ran.json["quarantined"] == {"missing response": 2}
+    assert [q["source"] for q in ran.json["quarantined_records"]] == [f"{data}:2", f"{data}:4"]
 
 
 def test_inspect_shows_the_hundredth_pair(
