@@ -89,7 +89,7 @@ MODEL_SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"torch_dtype": []}, (*LOAD, "IndexError")),
     *(({"rope_theta": value}, (*RUN, "rope()")) for value in ("x", HUGE_INTEGER)),
     ({"rope_theta": None}, (*RUN, "[rope]", "base")),
-    ({"rope_theta": float("nan")}, ("not right", "nothing was written", "logits", "inf")),
+    ({"rope_theta": float("nan")}, ("nothing was written", "logits", "inf")),
 ]
 
 
@@ -109,7 +109,7 @@ def test_fuse_checks_the_same_model_settings(reject: Reject) -> None:
         ({"num_hidden_layers": 10**9}, (*LOAD, "num_hidden_layers", str(10**9))),
         ({"hidden_size": 48}, (*LOAD, "(512, 48)", "embed_tokens")),
         ({"rope_theta": "x"}, (*RUN, "rope()")),
-        ({"rope_theta": float("nan")}, ("not right", "nothing was written", "rope_theta")),
+        ({"rope_theta": float("nan")}, ("nothing was written", "rope_theta")),
     ):
         message = reject("fuse-model", set_json(MODEL_CONFIG, **values), verify=True)
         assert_mentions(message, *parts)
@@ -249,7 +249,7 @@ def test_tokens_beyond_the_vocabulary(
 )
 def test_infinite_and_nan_logits_are_never_equal(actual: float, expected: float) -> None:
     logits = [np.array([[[1.0, value]]], dtype=np.float32) for value in (actual, expected)]
-    with pytest.raises(SimPOError, match="conversion is not right"):
+    with pytest.raises(SimPOError, match=r"nothing was written.*the two"):
         check([compare("the two", *logits)])
 
 

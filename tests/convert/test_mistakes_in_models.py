@@ -68,7 +68,7 @@ def merged_twice(patch: Patch) -> None:
 
 
 def no_transposition(patch: Patch) -> None:
-    """Transpose the square weights that come out of `inverse`."""
+    """Square weights come out of `inverse` transposed."""
     square = lambda b, *_: b.T if b.ndim == 2 and b.shape[0] == b.shape[1] else b  # noqa: E731
     after(patch, modules["mlx_simpo.convert.weights"], "inverse", square)
 

@@ -1,5 +1,5 @@
-"""Adapters between mlx-lm's format and PEFT's, compared by logits alone: ours computed with MLX,
-theirs by PEFT on the model in transformers, for tiny models of every architecture."""
+"""Adapters between mlx-lm's format and PEFT's, judged by logits alone: ours computed with MLX,
+theirs by PEFT on transformers' model, on tiny models of every architecture."""
 
 import json
 import warnings
@@ -12,7 +12,7 @@ import pytest
 import torch
 from parity.zoo import (
     ZOO,
-    assert_agree,
+    agree,
     attention,
     mlx_adapter,
     mlx_logits,
@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from mlx_simpo import SimPOError
 from mlx_simpo.convert import from_peft, to_peft
 
-CLOSE = 1e-3  # in addition to the floor
+CLOSE = 1e-3  # beyond the floor
 MOE = [name for name in ZOO if ZOO[name].experts]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 GLU = ["gate_proj", "up_proj", "down_proj"]
@@ -33,7 +33,7 @@ SWITCH = [f"mlp.switch_mlp.{n}" for n in GLU]
 
 
 def peft_adapter(base: Path, folder: Path, config: Any, dtype: Any = None, **saving: Any) -> Path:
-    """Create and save an adapter with PEFT, with random A and B; return its folder."""
+    """An adapter that PEFT made and saved, with random weights; A's and B's both."""
     torch.manual_seed(5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -50,25 +50,24 @@ def peft_adapter(base: Path, folder: Path, config: Any, dtype: Any = None, **sav
 
 
 def check_exported(name: str, base: Path, adapter: Path, output: Path) -> None:
-    """Convert an MLX adapter to PEFT; check that PEFT computes what MLX does, and that the adapter
-    changes the logits at all."""
+    """MLX adapter -> PEFT: what PEFT computes is what MLX computes, and something at all."""
     to_peft(adapter, output, model=str(base), verify=False)
     ours = mlx_logits(base, adapter=adapter)
     assert np.abs(ours - mlx_logits(base)).max() > 0.1
-    assert_agree(torch_logits(base, adapter=output), ours, ZOO[name].floor + CLOSE)
+    agree(torch_logits(base, adapter=output), ours, ZOO[name].floor + CLOSE)
 
 
 def check_imported(name: str, base: Path, adapter: Path, output: Path) -> None:
-    """Convert a PEFT adapter to MLX; check the same."""
+    """PEFT adapter -> MLX."""
     from_peft(adapter, output, model=str(base), verify=False)
     theirs = torch_logits(base, adapter=adapter)
     assert np.abs(theirs - torch_logits(base)).max() > 0.1
-    assert_agree(theirs, mlx_logits(base, adapter=output), ZOO[name].floor + CLOSE)
+    agree(theirs, mlx_logits(base, adapter=output), ZOO[name].floor + CLOSE)
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_to_peft(name: str, tmp_path: Path) -> None:
-    """On all linear layers, routers, experts and shared experts included."""
+    """All linear layers of the blocks: routers, experts and shared experts too."""
     base = saved(name, tmp_path / "base")
     check_exported(name, base, mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft")
 
@@ -84,8 +83,8 @@ def test_dora_to_peft(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "key"), [("deepseek_v2", "mlp.down_proj"), ("mixtral", "block_sparse_moe.gate")]
 )
-def test_dora_on_a_parameter_is_rejected(name: str, key: str, tmp_path: Path) -> None:
-    """PEFT can adapt these only as parameters, for which it has no DoRA."""
+def test_dora_of_a_parameter_is_refused(name: str, key: str, tmp_path: Path) -> None:
+    """PEFT reaches these as parameters only, and there it has no DoRA."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx", dora=True, keys=[key])
     with pytest.raises(SimPOError, match=rf"DoRA.*{key.rpartition('.')[2]}.*fuse"):
@@ -94,9 +93,9 @@ def test_dora_on_a_parameter_is_rejected(name: str, key: str, tmp_path: Path) ->
 
 PARTIAL: dict[str, dict[str, Any]] = {
     "last-layer": {"num_layers": 1},
-    "zero-layers-mean-all": {"num_layers": 0},
-    "fractional-alpha": {"rank": 3, "scale": 1.7},
-    "alpha-of-one": {"rank": 8, "scale": 0.125},
+    "zero-is-all": {"num_layers": 0},
+    "scale-no-integer": {"rank": 3, "scale": 1.7},
+    "scale-one-alpha": {"rank": 8, "scale": 0.125},
     "full-path": {"num_layers": 1, "keys": ["model.layers.0.self_attn.q_proj"]},
     "dropout": {"dropout": 0.05},
 }
@@ -112,7 +111,7 @@ def test_settings_to_peft(name: str, case: str, tmp_path: Path) -> None:
     check_exported(name, base, mlx_adapter(base, tmp_path / "mlx", **settings), tmp_path / "peft")
 
 
-SINGLE = {
+ALONE = {
     "llama": ["lm_head", "model.embed_tokens"],
     "gemma4_text": ["model.per_layer_model_projection"],
     "mixtral": ["block_sparse_moe.gate", "block_sparse_moe.switch_mlp.up_proj"],
@@ -126,16 +125,16 @@ SINGLE = {
 }
 
 
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name in SINGLE for key in SINGLE[name]])
-def test_a_single_layer_to_peft(name: str, key: str, tmp_path: Path) -> None:
-    """Among them a half of what PEFT has fused, and what PEFT has as a parameter."""
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name in ALONE for key in ALONE[name]])
+def test_alone_to_peft(name: str, key: str, tmp_path: Path) -> None:
+    """One layer and no other: half of what PEFT has fused, or what it calls a parameter."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx", keys=[key], scale=5.0)
     check_exported(name, base, adapter, tmp_path / "peft")
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2", "cohere"])
-def test_an_adapter_on_a_tied_embedding_is_rejected(name: str, tmp_path: Path) -> None:
+def test_tied_embedding_is_refused(name: str, tmp_path: Path) -> None:
     """PEFT would adapt the embedding and not the head."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx", keys=["model.embed_tokens"])
@@ -145,15 +144,14 @@ def test_an_adapter_on_a_tied_embedding_is_rejected(name: str, tmp_path: Path) -
 
 
 def peft_config(name: str, **changes: Any) -> LoraConfig:
-    """Return a configuration for all that can be converted: linear layers, and fused experts as
-    target_parameters."""
+    """For all that can be converted: linear layers, and fused experts as target_parameters."""
     modules = attention(name) if name in MOE else "all-linear"
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": modules}
+    wanted = {"r": 4, "lora_alpha": 6, "target_modules": modules}
     if name in MOE:
-        settings["target_parameters"] = [
+        wanted["target_parameters"] = [
             f"{ZOO[name].experts}.{p}" for p in ("gate_up_proj", "down_proj")
         ]
-    return LoraConfig(**(settings | changes))
+    return LoraConfig(**(wanted | changes))
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -168,7 +166,7 @@ EXPERT_VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "gate-up": {"target_parameters": EXPERTS[:1]},
     "down": {"target_parameters": EXPERTS[1:]},
-    "experts-only": {"target_modules": []},
+    "alone": {"target_modules": []},
     "last-layer": {"target_parameters": [f"model.layers.1.{p}" for p in EXPERTS]},
     "patterns": {
         "rank_pattern": {r"mlp\.experts\.gate_up_proj": 7, "q_proj": 2},
@@ -183,7 +181,7 @@ EXPERT_VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "qwen2_moe"])
 @pytest.mark.parametrize("case", EXPERT_VARIANTS)
 def test_experts_from_peft(name: str, case: str, tmp_path: Path) -> None:
-    """With all-linear, PEFT adapts these models' routers, and fused experts at twice the rank."""
+    """all-linear: of these models PEFT makes it the router and fused experts of twice the rank."""
     base = saved(name, tmp_path / "base")
     config = peft_config(name, **EXPERT_VARIANTS[case])
     adapter = peft_adapter(base, tmp_path / "peft", config)
@@ -194,8 +192,8 @@ PER_EXPERT = {"mixtral": ["w1", "w3", "w2"]} | dict.fromkeys(MOE[2:-1], GLU)
 
 
 @pytest.mark.parametrize("name", PER_EXPERT)
-def test_separate_experts_from_peft(name: str, tmp_path: Path) -> None:
-    """One A and B per expert, as with transformers 4. PEFT fuses them while it loads them."""
+def test_pairs_per_expert_from_peft(name: str, tmp_path: Path) -> None:
+    """As transformers 4 had the experts: a pair each. PEFT fuses them while it loads."""
     base, adapter = saved(name, tmp_path / "base"), tmp_path / "peft"
     rng = np.random.default_rng(3)
     weights = {}
@@ -251,8 +249,8 @@ def test_variants_from_peft(name: str, case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_saved_embeddings_from_peft(target: str, tmp_path: Path) -> None:
-    """For an adapted output layer or embedding, PEFT saves the base model's weights as well."""
+def test_saved_embedding_from_peft(target: str, tmp_path: Path) -> None:
+    """Of an adapted head or embedding PEFT saves the base's weights beside the adapter's."""
     base = saved("llama", tmp_path / "base")
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", target])
     check_imported("llama", base, peft_adapter(base, tmp_path / "peft", config), tmp_path / "mlx")
@@ -260,53 +258,51 @@ def test_saved_embeddings_from_peft(target: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_bfloat16_from_peft(name: str, tmp_path: Path) -> None:
-    """The adapter keeps its bfloat16 values unless another dtype is asked for."""
+    """The adapter's own numbers, not rounded once more; asked for, they are float32."""
     base = saved(name, tmp_path / "base")
     config = LoraConfig(r=4, lora_alpha=6, target_modules=GLU)
     adapter = peft_adapter(base, tmp_path / "peft", config, torch.bfloat16)
     check_imported(name, base, adapter, tmp_path / "mlx")
     from_peft(adapter, tmp_path / "float32", model=str(base), dtype="float32", verify=False)
-    half, wide = (contents(tmp_path / k, "adapters.safetensors")[0] for k in ("mlx", "float32"))
+    kept, wide = (contents(tmp_path / k, "adapters.safetensors")[0] for k in ("mlx", "float32"))
     assert {str(v.dtype) for v in wide.values()} == {"mlx.core.float32"}
-    assert all(mx.array_equal(half[k].astype(mx.float32), v).item() for k, v in wide.items())
+    assert all(mx.array_equal(kept[k].astype(mx.float32), v).item() for k, v in wide.items())
 
 
 def contents(folder: Path, weights: str) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Return an adapter's weights and its configuration."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return mx.load(str(folder / weights)), config  # type: ignore[return-value]
+    read = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return mx.load(str(folder / weights)), read  # type: ignore[return-value]
 
 
-def assert_same(first: dict[str, mx.array], second: dict[str, mx.array]) -> None:
-    """Assert that the weights are the same, bit for bit."""
+def same(first: dict[str, mx.array], second: dict[str, mx.array]) -> None:
     assert first.keys() == second.keys()
     assert [k for k, v in first.items() if not mx.array_equal(v, second[k]).item()] == []
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_from_mlx_to_peft_and_back(name: str, tmp_path: Path) -> None:
-    """The same weights bit for bit, and the same scale; to PEFT again, the same once more."""
+def test_there_and_back(name: str, tmp_path: Path) -> None:
+    """MLX, PEFT, MLX: bit for bit and the same scale; and from there to PEFT, bit for bit again."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx")
     for turn, (convert, source) in enumerate([(to_peft, "mlx"), (from_peft, "0"), (to_peft, "1")]):
         convert(tmp_path / source, tmp_path / str(turn), model=str(base), verify=False)
     before, settings = contents(adapter, "adapters.safetensors")
     after, read = contents(tmp_path / "1", "adapters.safetensors")
-    assert_same(before, after)
+    same(before, after)
     for key in ("rank", "scale"):
         assert read["lora_parameters"][key] == settings["lora_parameters"][key]
     first, _ = contents(tmp_path / "0", "adapter_model.safetensors")
-    assert_same(first, contents(tmp_path / "2", "adapter_model.safetensors")[0])
+    same(first, contents(tmp_path / "2", "adapter_model.safetensors")[0])
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in MOE])
-def test_from_peft_to_mlx_and_back(name: str, tmp_path: Path) -> None:
-    """For an adapter of one rank and scale: what PEFT saved, bit for bit, and the same scale."""
+def test_peft_there_and_back(name: str, tmp_path: Path) -> None:
+    """PEFT, MLX, PEFT: what PEFT saved for a uniform adapter, bit for bit, and the same scaling."""
     base = saved(name, tmp_path / "base")
     adapter = peft_adapter(base, tmp_path / "peft", peft_config(name))
     from_peft(adapter, tmp_path / "mlx", model=str(base), verify=False)
     to_peft(tmp_path / "mlx", tmp_path / "back", model=str(base), verify=False)
     before, config = contents(adapter, "adapter_model.safetensors")
     after, again = contents(tmp_path / "back", "adapter_model.safetensors")
-    assert_same(before, after)
+    same(before, after)
     assert config["lora_alpha"] / config["r"] == again["lora_alpha"] / again["r"]

@@ -1,4 +1,5 @@
-"""The conversions with their own verification, torch included. Other files convert without it."""
+"""The commands with their own verification, torch included, where the matrix of the other files
+calls the functions behind them without it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from helpers.commands import written_report
 from parity.wrapped import MODELS
-from parity.zoo import ZOO, assert_agree, mlx_adapter, mlx_logits, saved, torch_logits
+from parity.zoo import ZOO, agree, mlx_adapter, mlx_logits, saved, torch_logits
 
 from mlx_simpo import SimPOError, from_hf, from_peft, fuse, to_peft
 from mlx_simpo.convert import names
@@ -19,15 +20,15 @@ PEFT_FAILS = ("granitemoe", "qwen2_moe", "phimoe")
 SEPARATE = [n for n, zoo in ZOO.items() if zoo.experts and n not in PEFT_FAILS]
 
 
-def test_the_zoo_has_every_type_of_the_table() -> None:
+def test_every_type_of_the_table_is_in_the_zoo() -> None:
     assert {zoo.model_type for zoo in (*ZOO.values(), *MODELS.values())} == {
         name for name, entry in TABLE.items() if not entry.refused
     }
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "qwen3_moe", "qwen3_5_text", "deepseek_v3"])
-def test_every_conversion_is_verified_with_torch(name: str, tmp_path: Path) -> None:
-    """Also where mlx-lm itself deviates."""
+def test_everything_verified(name: str, tmp_path: Path) -> None:
+    """What the commands compare, they compare with torch; also where mlx-lm itself deviates."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx")
     there = to_peft(adapter, tmp_path / "peft", verify=True)
@@ -41,39 +42,39 @@ def test_every_conversion_is_verified_with_torch(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
-def test_a_base_model_that_differs_by_itself_is_reported(name: str, tmp_path: Path) -> None:
-    """A mistake of the conversion that is smaller than this difference would not be noticed."""
+def test_a_base_that_differs_by_itself_is_said(name: str, tmp_path: Path) -> None:
+    """What it differs by hides as much of a conversion's mistakes."""
     base = saved(name, tmp_path / "base")
     display, text = written_report()
     to_peft(mlx_adapter(base, tmp_path / "mlx"), tmp_path / "peft", verify=True, display=display)
-    is_reported = "MLX and transformers on the base model itself" in text.getvalue()
-    assert is_reported == (name == "gemma")
-    assert ("exact GELU" in text.getvalue()) == is_reported
+    said = "MLX and transformers on the base model itself" in text.getvalue()
+    assert said == (name == "gemma")
+    assert ("exact GELU" in text.getvalue()) == said
 
 
 @pytest.mark.parametrize("name", SEPARATE)
-def test_separate_experts_to_peft(name: str, tmp_path: Path) -> None:
+def test_a_pair_of_matrices_for_each_expert(name: str, tmp_path: Path) -> None:
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx")
     done = to_peft(adapter, tmp_path / "peft", separate_experts=True, verify=True)
     assert len(done.comparisons) == 2
     ours = mlx_logits(base, adapter=adapter)
-    assert_agree(torch_logits(base, adapter=done.output), ours, ZOO[name].floor + CLOSE)
+    agree(torch_logits(base, adapter=done.output), ours, ZOO[name].floor + CLOSE)
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [("granitemoe", "never had single experts"), ("phimoe", "PEFT does not join single experts")],
 )
-def test_experts_that_cannot_be_separate(name: str, why: str, tmp_path: Path) -> None:
+def test_experts_that_cannot_be_single(name: str, why: str, tmp_path: Path) -> None:
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx")
     with pytest.raises(SimPOError, match=why):
         to_peft(adapter, tmp_path / "peft", separate_experts=True, verify=False)
 
 
-def test_separate_experts_of_phimoe_are_rejected(tmp_path: Path) -> None:
-    """PEFT ignores such experts when it loads the adapter, so nothing could be compared."""
+def test_single_experts_of_phimoe_are_not_read(tmp_path: Path) -> None:
+    """PEFT reads them as an adapter without the experts: there is nothing to hold them to."""
     base, rule = saved("phimoe", tmp_path / "base"), TABLE["phimoe"]
     adapter = mlx_adapter(base, tmp_path / "mlx")
     assert rule.experts is not None
@@ -86,15 +87,15 @@ def test_separate_experts_of_phimoe_are_rejected(tmp_path: Path) -> None:
         from_peft(tmp_path / "peft", tmp_path / "back", model=str(base), verify=False)
 
 
-def exchange_gate_and_up(patch: pytest.MonkeyPatch) -> None:
-    """Exchange gate_proj and up_proj, for the reader and the writer alike."""
+def exchanged(patch: pytest.MonkeyPatch) -> None:
+    """gate_proj and up_proj in each other's place, for reader and writer alike."""
     fused = names._FUSED
     patch.setitem(fused, "gate_proj", ("gate_up_proj", (1, 2)))
     patch.setitem(fused, "up_proj", ("gate_up_proj", (0, 2)))
 
 
-def double_alpha(patch: pytest.MonkeyPatch) -> None:
-    """Let the reader double lora_alpha; a conversion from PEFT relies on the reader alone."""
+def twice(patch: pytest.MonkeyPatch) -> None:
+    """lora_alpha counted twice by the reader, whose word a conversion from PEFT takes."""
     right = PeftConfig.scale
 
     def wrong(config: PeftConfig, path: str) -> tuple[int, float]:
@@ -106,16 +107,12 @@ def double_alpha(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "plant", "back"),
-    [
-        ("mixtral", exchange_gate_and_up, False),
-        ("mixtral", exchange_gate_and_up, True),
-        ("llama", double_alpha, True),
-    ],
+    [("mixtral", exchanged, False), ("mixtral", exchanged, True), ("llama", twice, True)],
 )
-def test_mistakes_that_reader_and_writer_share(
+def test_mistakes_that_both_of_our_sides_share(
     name: str, plant: Any, back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLX alone cannot notice them; PEFT does, where it is installed."""
+    """MLX alone cannot see them; PEFT does, where it is installed."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx")
     if back:

@@ -1,5 +1,5 @@
-"""SmolLM2, a real model, in both directions: the conversions' own verification with torch, an
-adapter of a 4-bit model, and what the demo's adapter generates in transformers and in mlx_lm."""
+"""SmolLM2, a real model, both ways: the commands' own verification with torch in it, an adapter of
+a 4-bit base, and the demo's adapter answering in transformers as it does in mlx_lm."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ QUESTIONS = (
 
 
 def random_adapter(model: Path, folder: Path, **settings: Any) -> Path:
-    """Save an mlx-lm adapter on all linear layers that changes logits by several units."""
+    """An mlx-lm adapter on all linear layers that moves logits by several units."""
     loaded = load_model(str(model))
     config = attach_lora(loaded.model, LoRAConfig(rank=4, **settings), seed=5)
     mx.random.seed(6)
@@ -52,7 +52,7 @@ def random_adapter(model: Path, folder: Path, **settings: Any) -> Path:
 
 @pytest.mark.parametrize("settings", [{"dora": True}, {"scale": 1.23}], ids=str)
 def test_to_peft_and_back(settings: dict, smollm2_folder: Path, tmp_path: Path) -> None:
-    """Verified in MLX, and with PEFT within 1e-3."""
+    """Verified by the command: in MLX, and by PEFT within 1e-3 of the base's own difference."""
     adapter = random_adapter(smollm2_folder, tmp_path / "mlx", **settings)
     there = to_peft(adapter, tmp_path / "peft", verify=True)
     back = from_peft(there.output, tmp_path / "back", verify=True)
@@ -82,23 +82,23 @@ def test_an_adapter_trained_by_peft(smollm2_folder: Path, tmp_path: Path) -> Non
     assert all(c.agreement == 1.0 and c.largest <= 1e-3 for c in done.comparisons)
 
 
-def test_an_adapter_of_a_4_bit_model(smollm2_4bit: Path, tmp_path: Path) -> None:
-    """PEFT on the dequantized model computes what MLX does with the 4-bit model."""
+def test_an_adapter_of_a_4_bit_base(smollm2_4bit: Path, tmp_path: Path) -> None:
+    """Applied by PEFT to the base unpacked in float32, it is the live 4-bit model's equal."""
     adapter = random_adapter(smollm2_4bit, tmp_path / "mlx")
     peft = to_peft(adapter, tmp_path / "peft", verify=True).output
     unpacked = fuse(tmp_path / "base", model=str(smollm2_4bit), verify=True).output
-    loaded = load_model(str(smollm2_4bit))
-    load_adapter(loaded.model, adapter)
-    tokens = sample_tokens(loaded)
+    live = load_model(str(smollm2_4bit))
+    load_adapter(live.model, adapter)
+    tokens = sample_tokens(live)
     with torch.no_grad():
         theirs = torch_model(unpacked, peft)(torch.tensor(tokens)).logits.numpy()
-    ours = mlx_logits(loaded.model, tokens)
+    ours = mlx_logits(live.model, tokens)
     print(f"\n4-bit base: {np.abs(theirs - ours).max():.1e}")
     assert np.abs(theirs - ours).max() <= 1e-3
     assert (theirs.argmax(-1) == ours.argmax(-1)).all()
 
 
-def test_a_merged_model(smollm2_folder: Path, tmp_path: Path) -> None:
+def test_fused(smollm2_folder: Path, tmp_path: Path) -> None:
     adapter = random_adapter(smollm2_folder, tmp_path / "mlx")
     done = fuse(tmp_path / "fused", adapter=adapter, verify=True)
     assert len(done.comparisons) == 2
@@ -113,7 +113,7 @@ def test_from_hugging_face(smollm2_folder: Path, tmp_path: Path) -> None:
     assert packed.comparisons[1].limit is None
 
 
-def test_the_demo_generates_the_same_in_transformers_and_mlx_lm(
+def test_the_demo_answers_in_transformers_as_in_mlx_lm(
     smollm2_folder: Path, tmp_path: Path
 ) -> None:
     settings = [f"model={smollm2_folder}", f"output={tmp_path / 'run'}"]
@@ -131,8 +131,8 @@ def test_the_demo_generates_the_same_in_transformers_and_mlx_lm(
             out = theirs.generate(
                 torch.tensor([ids]), max_new_tokens=60, do_sample=False, pad_token_id=0
             )
-        response = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        answer = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         expected = generate(ours.model, ours.tokenizer, ids, max_tokens=60)
-        print(f"\n{question} {response!r}")
-        assert response == expected
-        assert response.startswith("In short")
+        print(f"\n{question} {answer!r}")
+        assert answer == expected
+        assert answer.startswith("In short")

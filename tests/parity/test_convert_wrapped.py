@@ -1,5 +1,5 @@
-"""Vision-language models: their text parts converted and compared by logits, their vision towers
-copied bit for bit."""
+"""Models that see: the conversions of their text parts, judged by logits, with the vision tower
+going along bit for bit."""
 
 import json
 import warnings
@@ -12,39 +12,33 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_config, quantize_model, save
-from parity.wrapped import CASES, COMPANIONS, MODELS, rewrite, saved, torch_logits, torch_model
-from parity.zoo import EXACT, assert_agree, mlx_adapter, mlx_logits
+from parity.wrapped import CASES, COMPANIONS, MODELS, rewritten, saved, torch_logits, torch_model
+from parity.zoo import EXACT, agree, mlx_adapter, mlx_logits
 from peft import LoraConfig, get_peft_model
 
 from mlx_simpo import SimPOError, load_model
 from mlx_simpo.convert import from_hf, from_peft, fuse, to_peft
 
-CLOSE = EXACT + 1e-3  # the floor, and what is allowed in addition
+CLOSE = EXACT + 1e-3  # the floor and what is beyond it
 
 
 def experts_of(name: str) -> list[str]:
-    """Return PEFT's names for the parameters that hold a model's routed experts."""
+    """PEFT's names for the parameters that hold a model's routed experts."""
     parameters = ("gate_up_proj", "down_proj") if MODELS[name].experts else ()
     return [f"{MODELS[name].experts}.{parameter}" for parameter in parameters]
 
 
 LINEAR = r".*language_model\..*(self_attn\.[qkvo]_proj|{})"
 every_case = pytest.mark.parametrize(("name", "spelling"), CASES)
-WITH_TEXT_CLASS = [name for name in MODELS if MODELS[name].text_class]
+TWICE = [name for name in MODELS if MODELS[name].text_class]
 
 
 def tensors(folder: Path) -> dict[str, mx.array]:
-    """Return all tensors of a model folder."""
     return mx.load(str(folder / "model.safetensors"))  # type: ignore[return-value]
 
 
 def peft_adapter(base: Path, folder: Path, *, alone: bool = False, **changes: Any) -> Path:
-    """Create and save an adapter with PEFT, with random weights; return its folder.
-
-    Args:
-        alone: of the text part alone, as transformers' class for text loads it.
-        changes: to the configuration.
-    """
+    """An adapter that PEFT made and saved, with random weights."""
     torch.manual_seed(5)
     config = LoraConfig(**({"r": 4, "lora_alpha": 6} | changes))
     with warnings.catch_warnings():
@@ -61,7 +55,7 @@ def peft_adapter(base: Path, folder: Path, *, alone: bool = False, **changes: An
 
 
 @every_case
-def test_the_frameworks_agree_to_the_floor(name: str, spelling: str, tmp_path: Path) -> None:
+def test_floor(name: str, spelling: str, tmp_path: Path) -> None:
     base = saved(name, tmp_path / "base", spelling)
     theirs = torch_logits(base)
     assert theirs.std() > 0.5
@@ -71,23 +65,21 @@ def test_the_frameworks_agree_to_the_floor(name: str, spelling: str, tmp_path: P
 @every_case
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_to_peft(name: str, spelling: str, dora: bool, tmp_path: Path) -> None:
-    """On all linear layers, the router and the experts included."""
+    """On all linear layers, the router and the experts too."""
     base = saved(name, tmp_path / "base", spelling)
     keys = {"keys": ["self_attn.q_proj", "self_attn.o_proj"]} if dora else {}
     adapter = mlx_adapter(base, tmp_path / "mlx", dora=dora, **keys)
     to_peft(adapter, tmp_path / "peft", model=str(base), verify=False)
     ours = mlx_logits(base, adapter=adapter)
     assert np.abs(ours - mlx_logits(base)).max() > 0.1
-    assert_agree(torch_logits(base, tmp_path / "peft"), ours, CLOSE)
+    agree(torch_logits(base, tmp_path / "peft"), ours, CLOSE)
 
 
-@pytest.mark.parametrize("name", WITH_TEXT_CLASS)
+@pytest.mark.parametrize("name", TWICE)
 @pytest.mark.parametrize("key", ["mlp", "self_attn.q_proj"])
-def test_peft_rejects_the_adapter_on_the_text_part_alone(
-    name: str, key: str, tmp_path: Path
-) -> None:
-    """AutoModelForCausalLM loads another model, with other paths. PEFT must fail there: with short
-    names it would only warn, and the adapter would do nothing."""
+def test_no_adapter_without_effect(name: str, key: str, tmp_path: Path) -> None:
+    """AutoModelForCausalLM makes another model of these, with other paths. PEFT fails there: with
+    short names it would only warn, and the adapter would do nothing."""
     base = saved(name, tmp_path / "base")
     if key == "mlp":
         key = "mlp.switch_mlp.up_proj" if "moe" in name else "mlp.up_proj"
@@ -111,13 +103,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3_5_moe"])
 @pytest.mark.parametrize("case", SETTINGS)
 def test_settings_to_peft(name: str, case: str, tmp_path: Path) -> None:
-    """Short names would match the vision tower's layers as well, for which there are no tensors."""
+    """Short names would mean the vision tower's layers as well; PEFT would miss their tensors."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx", **SETTINGS[case])
     to_peft(adapter, tmp_path / "peft", model=str(base), verify=False)
     ours = mlx_logits(base, adapter=adapter)
     assert np.abs(ours - mlx_logits(base)).max() > 0.1
-    assert_agree(torch_logits(base, tmp_path / "peft"), ours, CLOSE)
+    agree(torch_logits(base, tmp_path / "peft"), ours, CLOSE)
 
 
 MIXTURES = {
@@ -134,19 +126,19 @@ MIXTURES = {
 @pytest.mark.parametrize(
     ("name", "key"), [(name, key) for name in MIXTURES for key in MIXTURES[name]]
 )
-def test_a_single_layer_of_a_mixture_to_peft(name: str, key: str, tmp_path: Path) -> None:
+def test_one_of_the_mixture_to_peft(name: str, key: str, tmp_path: Path) -> None:
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx", keys=[key], scale=5.0)
     to_peft(adapter, tmp_path / "peft", model=str(base), verify=False)
     ours = mlx_logits(base, adapter=adapter)
     assert np.abs(ours - mlx_logits(base)).max() > 0.1
-    assert_agree(torch_logits(base, tmp_path / "peft"), ours, CLOSE)
+    agree(torch_logits(base, tmp_path / "peft"), ours, CLOSE)
 
 
 @every_case
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_from_peft(name: str, spelling: str, dora: bool, tmp_path: Path) -> None:
-    """Created by PEFT on the whole model, with a pattern for the layers of its text part."""
+    """By PEFT on the whole model, its text part's layers by a pattern."""
     base = saved(name, tmp_path / "base", spelling)
     mlp = r"mlp\.(gate|up|down)_proj"
     changes: dict[str, Any] = {"use_dora": dora}
@@ -158,13 +150,13 @@ def test_from_peft(name: str, spelling: str, dora: bool, tmp_path: Path) -> None
     from_peft(adapter, tmp_path / "mlx", model=str(base), verify=False)
     theirs = torch_logits(base, adapter)
     assert np.abs(theirs - torch_logits(base)).max() > 0.1
-    assert_agree(theirs, mlx_logits(base, adapter=tmp_path / "mlx"), CLOSE)
+    agree(theirs, mlx_logits(base, adapter=tmp_path / "mlx"), CLOSE)
 
 
-@pytest.mark.parametrize("name", WITH_TEXT_CLASS)
+@pytest.mark.parametrize("name", TWICE)
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "out_proj", "up_proj"]], ids=str)
 def test_from_peft_on_the_text_part(name: str, targets: Any, tmp_path: Path) -> None:
-    """Created by PEFT on what AutoModelForCausalLM loads: the adapter has other paths."""
+    """By PEFT on what AutoModelForCausalLM makes of the checkpoint: other paths in its files."""
     base = saved(name, tmp_path / "base")
     experts = experts_of(name)
     if experts and targets != "all-linear":
@@ -181,17 +173,17 @@ def test_from_peft_on_the_text_part(name: str, targets: Any, tmp_path: Path) -> 
     from_peft(adapter, tmp_path / "mlx", model=str(base), verify=False)
     theirs = torch_logits(base, adapter, alone=True)
     assert np.abs(theirs - torch_logits(base)).max() > 0.1
-    assert_agree(theirs, mlx_logits(base, adapter=tmp_path / "mlx"), CLOSE)
+    agree(theirs, mlx_logits(base, adapter=tmp_path / "mlx"), CLOSE)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3"])
 def test_from_peft_of_transformers_4(name: str, tmp_path: Path) -> None:
-    """Before 4.52 the text part had another path; PEFT renames such an adapter as it loads it."""
+    """Before 4.52 the text part lay elsewhere; PEFT renames such an adapter while it loads."""
     base = saved(name, tmp_path / "base")
     adapter = peft_adapter(
         base, tmp_path / "peft", target_modules=r".*language_model\..*(q|down)_proj"
     )
-    rewrite(
+    rewritten(
         adapter,
         lambda weights: {
             key.replace("model.language_model.", "language_model.model."): value
@@ -202,11 +194,11 @@ def test_from_peft_of_transformers_4(name: str, tmp_path: Path) -> None:
     from_peft(adapter, tmp_path / "mlx", model=str(base), verify=False)
     theirs = torch_logits(base, adapter)
     assert np.abs(theirs - torch_logits(base)).max() > 0.1
-    assert_agree(theirs, mlx_logits(base, adapter=tmp_path / "mlx"), CLOSE)
+    agree(theirs, mlx_logits(base, adapter=tmp_path / "mlx"), CLOSE)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_adapter_on_the_vision_tower_is_rejected(name: str, tmp_path: Path) -> None:
+def test_an_adapter_on_the_vision_tower_is_refused(name: str, tmp_path: Path) -> None:
     base = saved(name, tmp_path / "base")
     adapter = peft_adapter(base, tmp_path / "peft", target_modules="all-linear")
     with pytest.raises(SimPOError, match=r"not in this model.*vision tower"):
@@ -215,8 +207,8 @@ def test_an_adapter_on_the_vision_tower_is_rejected(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_from_mlx_to_peft_and_back(name: str, tmp_path: Path) -> None:
-    """The same weights bit for bit, and the same scale."""
+def test_there_and_back(name: str, tmp_path: Path) -> None:
+    """MLX, PEFT, MLX: bit for bit and the same scale."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx")
     to_peft(adapter, tmp_path / "peft", model=str(base), verify=False)
@@ -229,35 +221,35 @@ def test_from_mlx_to_peft_and_back(name: str, tmp_path: Path) -> None:
 
 
 @every_case
-def test_a_merged_model(name: str, spelling: str, tmp_path: Path) -> None:
-    """The folder is complete: what MLX does not run is copied bit for bit, and both libraries
-    compute what MLX does with base model and adapter; so does MLX after from_hf."""
+def test_fused(name: str, spelling: str, tmp_path: Path) -> None:
+    """A complete folder: what MLX did not run is there bit for bit, and both libraries compute what
+    MLX does with base and adapter; then back into MLX's format."""
     base, fused = saved(name, tmp_path / "base", spelling), tmp_path / "fused"
     adapter = mlx_adapter(base, tmp_path / "mlx")
     fuse(fused, adapter=str(adapter), model=str(base), verify=False)
-    expected = mlx_logits(base, adapter=adapter)
-    assert np.abs(expected - mlx_logits(base)).max() > 0.1
-    assert_agree(torch_logits(fused), expected, CLOSE)
-    assert_agree(mlx_logits(fused), expected, MODELS[name].same)
+    live = mlx_logits(base, adapter=adapter)
+    assert np.abs(live - mlx_logits(base)).max() > 0.1
+    agree(torch_logits(fused), live, CLOSE)
+    agree(mlx_logits(fused), live, MODELS[name].same)
     before, after = tensors(base), tensors(fused)
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
-    changed = [k for k in before if not mx.array_equal(before[k], after[k]).item()]
-    assert changed
-    assert all("layers." in k and "vision" not in k and "mtp" not in k for k in changed)
-    old, new = (json.loads((f / "config.json").read_text("utf-8")) for f in (base, fused))
-    assert new["vision_config"] == old["vision_config"]
-    assert old["text_config"].items() <= new["text_config"].items()
-    assert {k: v for k, v in old.items() if k != "text_config"}.items() <= new.items()
+    beside = [k for k in before if not mx.array_equal(before[k], after[k]).item()]
+    assert beside
+    assert all("layers." in k and "vision" not in k and "mtp" not in k for k in beside)
+    was, now = (json.loads((f / "config.json").read_text("utf-8")) for f in (base, fused))
+    assert now["vision_config"] == was["vision_config"]
+    assert was["text_config"].items() <= now["text_config"].items()
+    assert {k: v for k, v in was.items() if k != "text_config"}.items() <= now.items()
     assert [(fused / f).read_bytes() for f in COMPANIONS] == [
         (base / f).read_bytes() for f in COMPANIONS
     ]
     from_hf(str(fused), tmp_path / "converted", verify=False)
-    assert_agree(mlx_logits(tmp_path / "converted"), expected, MODELS[name].same)
+    agree(mlx_logits(tmp_path / "converted"), live, MODELS[name].same)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_conversion_is_verified_with_torch(name: str, tmp_path: Path) -> None:
-    """With transformers and PEFT on the whole model."""
+def test_the_commands_prove_it(name: str, tmp_path: Path) -> None:
+    """Verified by the commands themselves, with transformers and PEFT on the whole model."""
     base = saved(name, tmp_path / "base")
     adapter = mlx_adapter(base, tmp_path / "mlx", keys=["self_attn.q_proj"])
     for done in (
@@ -270,8 +262,8 @@ def test_every_conversion_is_verified_with_torch(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
-def test_bfloat16(name: str, tmp_path: Path) -> None:
-    """Every tensor, and the dtype at every level of the configuration."""
+def test_in_bfloat16(name: str, tmp_path: Path) -> None:
+    """All of it, and the configuration says so at every level."""
     base = saved(name, tmp_path / "base")
     fuse(tmp_path / "half", model=str(base), dtype="bfloat16", verify=False)
     assert {value.dtype for value in tensors(tmp_path / "half").values()} == {mx.bfloat16}
@@ -283,7 +275,7 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_mlx_format_has_no_vision_tower(name: str, tmp_path: Path) -> None:
-    """An adapter of a 4-bit model can be converted; a complete folder cannot be written."""
+    """An adapter of a 4-bit model converts; a complete folder cannot be made of it."""
     base, small = saved(name, tmp_path / "base"), tmp_path / "small"
     loaded = load_model(str(base), dtype="float32")
     model, config = quantize_model(loaded.model, load_config(base), group_size=32, bits=4)
@@ -293,18 +285,16 @@ def test_mlx_format_has_no_vision_tower(name: str, tmp_path: Path) -> None:
         fuse(tmp_path / "out", adapter=str(adapter), model=str(small), verify=False)
     assert not (tmp_path / "out").exists()
     fuse(tmp_path / "wide", adapter=str(adapter), model=str(small), format="mlx", verify=False)
-    assert_agree(
-        mlx_logits(tmp_path / "wide"), mlx_logits(small, adapter=adapter), MODELS[name].same
-    )
+    agree(mlx_logits(tmp_path / "wide"), mlx_logits(small, adapter=adapter), MODELS[name].same)
     to_peft(adapter, tmp_path / "peft", model=str(small), verify=False)
     torch_logits(base, tmp_path / "peft")
 
 
-def test_a_checkpoint_with_unexpected_names_is_rejected(tmp_path: Path) -> None:
-    """MLX's names in a file whose metadata say that it comes from transformers."""
+def test_tensors_that_no_rule_names_are_refused(tmp_path: Path) -> None:
+    """MLX's own names in a file that says it is transformers'."""
     base = saved("qwen3_5_moe", tmp_path / "base")
     weights = dict(tree_flatten(load_model(str(base)).model.parameters()))
     mx.eval(weights)
-    rewrite(base, lambda _: weights)
+    rewritten(base, lambda _: weights)
     with pytest.raises(SimPOError, match="does not have"):
         fuse(tmp_path / "out", model=str(base), verify=False)

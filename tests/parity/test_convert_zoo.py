@@ -1,5 +1,5 @@
-"""The models that the conversions are tested on: without an adapter, both frameworks agree to the
-floor that the other tests add their own bound to; and the logits show every layer of an adapter.
+"""The models that the conversions are tested on: without any adapter both frameworks agree, to
+the floor that the other tests add their own bound to; and what an adapter loses, the logits show.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from mlx_simpo.files import read_json
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_the_frameworks_agree_to_the_floor(name: str, tmp_path: Path) -> None:
+def test_floor(name: str, tmp_path: Path) -> None:
     zoo = ZOO[name]
     folder = saved(name, tmp_path)
     theirs = torch_logits(folder)
@@ -29,7 +29,7 @@ def test_the_frameworks_agree_to_the_floor(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["phi3", "phimoe"])
 def test_longrope_is_another_model(name: str, tmp_path: Path) -> None:
-    """mlx-lm reads it otherwise than transformers; the conversions say so and set no limit."""
+    """mlx-lm's reading of it is not transformers'; the commands say so and do not judge."""
     steps = {"short_factor": [1.1] * 8, "long_factor": [1.5 + 0.1 * n for n in range(8)]}
     scales = {"short_mscale": 1.2, "long_mscale": 1.3} if name == "phimoe" else {}
     rope = COMMON["rope_parameters"] | steps | scales
@@ -43,8 +43,8 @@ def test_longrope_is_another_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*ZOO, *wrapped.MODELS])
-def test_the_logits_show_every_layer_of_an_adapter(name: str, tmp_path: Path) -> None:
-    """Without the adapter on any single layer, the logits differ by more than the tests allow."""
+def test_every_layer_is_seen(name: str, tmp_path: Path) -> None:
+    """Without the adapter of any one layer the logits are off by more than the tests allow."""
     base = (saved if name in ZOO else wrapped.saved)(name, tmp_path / "base")
     floor = ZOO[name].floor if name in ZOO else EXACT
     model = load_model(str(base), dtype="float32").model

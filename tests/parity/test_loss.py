@@ -1,4 +1,4 @@
-"""The loss and its gradients against TRL and Liger, which still compute the recorded values, too."""
+"""The loss and its gradients against TRL and Liger, which still compute the recorded values."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""Tiny random vision-language models, as transformers saves them. mlx-lm runs the text part alone.
+"""Tiny random models that see, as transformers saves them: mlx-lm runs the text part alone.
 
-Their text parts are those of the zoo; every vision tower is there, and no conversion changes it.
+Their text parts are those of the zoo; every vision tower is there and stays as it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,15 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 
 class Wrapped(NamedTuple):
-    """A type of vision-language model.
-
-    Attributes:
-        text, vision, top: changes to the three levels of the configuration.
-        spellings: the ways in which checkpoints of this type name their tensors; see `saved`.
-        q_norm, experts: as in the zoo.
-        text_class: whether transformers has a class for the text alone, with other paths.
-        same: the most that rounding the weights in float32 changes the logits by within one
-            framework (qwen3_5_moe: up to 2.6e-4 by random changes of 6e-8).
+    """text, vision, top: changes to the three levels of the configuration. spellings: how else the
+    checkpoints of this type name their tensors. q_norm: as in the zoo. text_class: transformers'
+    class for text alone makes another model of it, with other paths. experts: as in the zoo. same:
+    what rounding weights in float32 moves the logits by in one framework, at most (qwen3_5_moe: up
+    to 2.6e-4 by random changes of 6e-8).
     """
 
     model_type: str
@@ -109,14 +105,14 @@ MODELS: dict[str, Wrapped] = {
         MISTRAL | {"model_type": "mistral"},
         PIXTRAL,
         {"image_token_index": 511},
-        ("saved", "modules"),
+        ("saved", "live"),
     ),
     "mistral3-ministral3": Wrapped(
         "mistral3",
         MISTRAL | YARN | {"model_type": "ministral3"},
         PIXTRAL,
         {"image_token_index": 511},
-        ("saved", "modules"),
+        ("saved", "live"),
     ),
     "qwen3_5": Wrapped(
         "qwen3_5",
@@ -142,12 +138,11 @@ COMPANIONS = ("preprocessor_config.json", "processor_config.json", "video_prepro
 
 
 def saved(name: str, folder: Path, spelling: str = "saved") -> Path:
-    """Save the model of MODELS[name], the same at every call, with tokenizer and image settings.
+    """The model of MODELS[name], the same at every call, with a tokenizer and files for images.
 
     Args:
-        spelling: the names of its tensors. "saved": as transformers saves it, with experts as on
-            the Hub; "modules": as its modules are called; "mtp": as "saved", with the tensors for
-            multi-token prediction that checkpoints on the Hub have as well.
+        spelling: "saved" as transformers names it (experts as the Hub has them), "live" as its
+            modules are called, "mtp" with the tensors that the Hub has beside the model's.
     """
     wrapped = MODELS[name]
     torch.manual_seed(0)
@@ -173,48 +168,47 @@ def saved(name: str, folder: Path, spelling: str = "saved") -> Path:
     for number, file in enumerate(COMPANIONS):
         (folder / file).write_text(f'{{"a": {number}}}\n', encoding="utf-8")
     if wrapped.model_type == "qwen3_5_moe":
-        rewrite(folder, with_fused_experts)
+        rewritten(folder, with_fused_experts)
     if spelling != "saved":
-        rewrite(folder, {"modules": with_module_names, "mtp": with_mtp}[spelling])
+        rewritten(folder, {"live": with_live_names, "mtp": with_mtp}[spelling])
     return folder
 
 
 Weights = dict[str, mx.array]
 
 
-def rewrite(
+def rewritten(
     folder: Path, change: Callable[[Weights], Weights], file: str = "model.safetensors"
 ) -> None:
-    """Replace the tensors of a file by ``change(tensors)``."""
     weights = {key: mx.array(value) for key, value in mx.load(str(folder / file)).items()}  # type: ignore
     mx.eval(weights)
     (folder / file).unlink()
     mx.save_safetensors(str(folder / file), change(weights), {"format": "pt"})
 
 
-def with_module_names(weights: Weights) -> Weights:
-    """Rename language_model.model. to model.language_model., as transformers 5 calls its modules
+def with_live_names(weights: Weights) -> Weights:
+    """model.language_model. instead of language_model.model., as transformers 5 calls its modules
     and has saved some of these models."""
 
-    def renamed(key: str) -> str:
+    def live(key: str) -> str:
         inner = key.removeprefix("language_model.")
         if inner == key:
             return f"model.{key}"
         rest = inner.removeprefix("model.")
         return inner if rest == inner else f"model.language_model.{rest}"
 
-    return {renamed(key): value for key, value in weights.items()}
+    return {live(key): value for key, value in weights.items()}
 
 
 def with_mtp(weights: Weights) -> Weights:
-    """Add a layer for multi-token prediction, which neither library runs."""
+    """The layer that predicts a token more, which neither library runs."""
     extra = {name: mx.random.normal((64,)) for name in ("mtp.norm.weight", "mtp.fc.weight")}
     return weights | extra
 
 
 def with_fused_experts(weights: Weights) -> Weights:
-    """Stack the experts, as Qwen3.5's checkpoints on the Hub have them. transformers 5 saves those
-    of a new model one by one, which mlx-lm does not read."""
+    """As the Hub has Qwen3.5's experts; transformers 5 saves a new model's one by one, which
+    mlx-lm does not read."""
     fused = {key: value for key, value in weights.items() if ".experts." not in key}
     blocks = {key.partition(".experts.")[0] for key in weights if ".experts." in key}
     for block in blocks:
@@ -228,13 +222,11 @@ def with_fused_experts(weights: Weights) -> Weights:
 
 
 def torch_model(folder: Path, adapter: Path | None = None, *, alone: bool = False) -> Any:
-    """Load the whole model, as `zoo.torch_model` does, or the text part alone, with transformers'
-    class for text."""
+    """The zoo's, of the whole model; alone: of what transformers' class for text makes of it."""
     kind = AutoModelForCausalLM if alone else AutoModelForImageTextToText
     return zoo.torch_model(folder, adapter, kind)
 
 
 def torch_logits(folder: Path, adapter: Path | None = None, *, alone: bool = False) -> np.ndarray:
-    """Return the logits of TOKENS in transformers; alone: see `torch_model`."""
     with torch.no_grad():
         return torch_model(folder, adapter, alone=alone)(torch.tensor(TOKENS)).logits.numpy()

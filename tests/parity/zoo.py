@@ -2,7 +2,7 @@
 logits in both frameworks.
 
 Weights are large enough for logits of size 1 to 10, and norms, biases and the other vectors are
-moved away from their defaults, so that the logits show whatever a conversion loses.
+moved off their defaults: whatever is lost on the way, the logits show it.
 """
 
 import json
@@ -24,22 +24,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mlx_simpo import load_adapter, load_model
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-EXACT = 1e-4  # the largest difference between frameworks that compute the same
+EXACT = 1e-4  # between the frameworks where nothing is known to differ
 TOKENS = np.random.default_rng(1).integers(3, 500, (2, 40))
 
 
 class Zoo(NamedTuple):
-    """An architecture."""
+    """changes: to COMMON. floor: the largest |torch - MLX| of a base's logits; why: where it is
+    more than EXACT. std: of the random matrices; q_norm: what that norm is multiplied by (Gemma 4
+    does not scale its attention, and is chaotic in float32 with random queries of full size).
+    experts: the module that holds the routed ones, as transformers names it.
+    """
 
     model_type: str
-    changes: Mapping[str, Any] = NOTHING  # to COMMON
-    floor: float = EXACT  # the largest |torch - MLX| of the base model's logits
-    why: str = ""  # the reason if the floor is more than EXACT
-    std: float = 0.15  # of the random matrices
-    # A factor for the weights of that norm: Gemma 4 does not scale its attention, and is chaotic in
-    # float32 with random queries of full size.
+    changes: Mapping[str, Any] = NOTHING
+    floor: float = EXACT
+    why: str = ""
+    std: float = 0.15
     q_norm: float = 1.0
-    experts: str | None = None  # the module of the routed experts, as transformers names it
+    experts: str | None = None
 
 
 COMMON: dict[str, Any] = {
@@ -192,7 +194,7 @@ ZOO: dict[str, Zoo] = {
 
 
 def attention(name: str) -> list[str]:
-    """Return the attention's linear layers of a mixture of experts that both frameworks have."""
+    """The linear layers of a mixture of experts' attention that both frameworks have."""
     if not name.startswith("deepseek"):
         return ["q_proj", "k_proj", "v_proj", "o_proj"]
     both = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]
@@ -200,7 +202,7 @@ def attention(name: str) -> list[str]:
 
 
 def saved(name: str, folder: Path) -> Path:
-    """Save the model of ZOO[name] with transformers, the same at every call, and a tokenizer."""
+    """The model of ZOO[name], the same at every call, saved by transformers with a tokenizer."""
     zoo = ZOO[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(zoo.model_type, **(COMMON | zoo.changes))
@@ -219,19 +221,16 @@ def saved(name: str, folder: Path) -> Path:
 
 
 def torch_model(folder: Path, adapter: Path | None = None, kind: Any = AutoModelForCausalLM) -> Any:
-    """Load a model with transformers (its class ``kind``) in float32, and an adapter with PEFT;
-    assert that no tensor is missing or unused."""
-    model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        assert not info[problem], (problem, sorted(info[problem])[:5])
+    """transformers' model in float32, with the PEFT adapter; not one key may be missing or left."""
+    model, display = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not display[kind], (kind, sorted(display[kind])[:5])
     if adapter is not None:
-        with warnings.catch_warnings(record=True) as warned:
+        with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             model = PeftModel.from_pretrained(model, str(adapter))
             result = model.load_adapter(str(adapter), "default")
-        assert not [w for w in warned if "missing adapter keys" in str(w.message)], warned[
-            -1
-        ].message
+        assert not [w for w in heard if "missing adapter keys" in str(w.message)], heard[-1].message
         assert not result.missing_keys, result.missing_keys[:5]
         assert not result.unexpected_keys, result.unexpected_keys[:5]
     return model.eval()
@@ -240,7 +239,6 @@ def torch_model(folder: Path, adapter: Path | None = None, kind: Any = AutoModel
 def torch_logits(
     folder: Path, tokens: np.ndarray = TOKENS, adapter: Path | None = None
 ) -> np.ndarray:
-    """Return the logits of a model in transformers, with an adapter in PEFT."""
     with torch.no_grad():
         return torch_model(folder, adapter)(torch.tensor(tokens)).logits.numpy()
 
@@ -248,7 +246,6 @@ def torch_logits(
 def mlx_logits(
     folder: Path, tokens: np.ndarray = TOKENS, adapter: Path | None = None
 ) -> np.ndarray:
-    """Return the logits of a model in MLX in float32, with an adapter."""
     model = load_model(str(folder), dtype="float32").model
     if adapter is not None:
         load_adapter(model, adapter)
@@ -259,8 +256,8 @@ def mlx_logits(
 def mlx_adapter(
     base: Path, folder: Path, *, num_layers: int = -1, dora: bool = False, **lora: Any
 ) -> Path:
-    """Save an adapter with random weights as mlx-lm does; return its folder. ``lora`` changes its
-    lora_parameters; without ``keys`` it is on all linear layers, the experts' included."""
+    """An adapter as mlx-lm saves it, with random weights; lora: changes to its lora_parameters.
+    Without keys it is on all linear layers of the blocks, the experts' too."""
     mx.random.seed(7)
     parameters = {"rank": 4, "scale": 2.5, "dropout": 0.0} | lora
     model = load_model(str(base), dtype="float32").model
@@ -286,8 +283,8 @@ def mlx_adapter(
     return folder
 
 
-def assert_agree(theirs: np.ndarray, ours: np.ndarray, bound: float) -> None:
-    """Assert that logits agree to the bound, and the best tokens wherever that is clear of it."""
+def agree(theirs: np.ndarray, ours: np.ndarray, bound: float) -> None:
+    """Logits to the bound, and the same best token wherever that is no matter of rounding."""
     largest = np.abs(theirs - ours).max()
     print(f"{largest:.1e} of {bound:.1e}", end=" ")
     assert largest <= bound
