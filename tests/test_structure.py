@@ -2,10 +2,20 @@
 
 import ast
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from house_rules import (
+    MAX_LINES,
+    Violation,
+    code_lines,
+    long_modules,
+    phrase_violations,
+    repeated,
+    silent_raises,
+    word_violations,
+)
 
 import mlx_simpo
 
@@ -58,17 +68,25 @@ ROOMS = {
 }
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
-modules = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-
 
 def name_of(path: Path) -> str:
-    """A module's name in FLOORS: its room's if it is in one."""
-    first = path.relative_to(PACKAGE).parts[0]
-    return first.removesuffix(".py")
+    """Return a module's name in FLOORS: its room's if it is in one."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def lines_where(condition: Callable[[ast.AST], bool], paths: Iterable[Path]) -> list[str]:
+    """Return "file:line" of every node in these files that the condition holds for."""
+    return [
+        f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        for path in paths
+        for node in ast.walk(TREES[path])
+        if condition(node)
+    ]
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The absolute names of all modules that are imported, and of what is taken from them."""
+    """Yield the absolute names of all modules that a file imports, and of what it takes from
+    them."""
     folder = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
@@ -79,135 +97,148 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def ours(path: Path) -> set[str]:
-    """The names in FLOORS of what a module imports from the package."""
-    found = (name.split(".") for name in imported(path))
-    inner = [parts[1] if parts[1:] else "" for parts in found if parts[0] == "mlx_simpo"]
+def imported_rooms(path: Path) -> set[str]:
+    """Return the names in FLOORS of what a file imports from the package."""
+    names = (name.split(".") for name in imported(path))
+    inner = [parts[1] if parts[1:] else "" for parts in names if parts[0] == "mlx_simpo"]
     return {name if name in LEVEL else "__init__" for name in inner}
+
+
+# --- house rules: what each is for stands in house_rules.py ----------------------------------
+
+
+@pytest.mark.parametrize("rule", [word_violations, phrase_violations, silent_raises])
+def test_the_package_keeps_the_house_rules(rule: Callable[[Path], list[Violation]]) -> None:
+    violations = [violation for path in FILES for violation in rule(path)]
+    assert not violations, "\n" + "\n".join(map(str, violations))
+
+
+def test_modules_have_at_most_300_lines() -> None:
+    assert MAX_LINES == 300
+    assert long_modules(FILES) == []
+
+
+def test_at_most_1_percent_of_the_lines_are_repeated() -> None:
+    lines = sum(len(code_lines(path)) for path in FILES)
+    violations = repeated(FILES)
+    assert len(violations) / lines <= 0.01, "\n" + "\n".join(map(str, violations))
 
 
 # --- size ------------------------------------------------------------------------------------
 
 
-def lines(path: Path) -> int:
-    return len(path.read_text(encoding="utf-8").splitlines())
+def test_the_median_module_has_at_most_130_lines() -> None:
+    assert statistics.median(len(path.read_text("utf-8").splitlines()) for path in FILES) <= 130
 
 
-@modules
-def test_a_module_has_300_lines_at_most(path: Path) -> None:
-    assert lines(path) <= 300
+def test_functions_have_at_most_60_lines() -> None:
+    def is_long(node: ast.AST) -> bool:
+        return isinstance(node, FUNCTION) and (node.end_lineno or 0) - node.lineno >= 60
 
-
-def test_the_usual_module_is_short() -> None:
-    assert statistics.median(map(lines, FILES)) <= 130
-
-
-@modules
-def test_a_function_has_60_lines_at_most(path: Path) -> None:
-    functions = [node for node in ast.walk(TREES[path]) if isinstance(node, FUNCTION)]
-    sizes = {f.name: (f.end_lineno or 0) - f.lineno + 1 for f in functions}
-    assert {name: size for name, size in sizes.items() if size > 60} == {}
+    assert lines_where(is_long, FILES) == []
 
 
 # --- output and errors -----------------------------------------------------------------------
 
 
-@modules
-def test_the_library_does_not_print(path: Path) -> None:
-    if name_of(path) in ("cli", "__main__"):
-        return
-    names = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Name)]
-    assert [node.lineno for node in names if node.id in ("print", "input", "breakpoint")] == []
+def test_only_the_command_line_prints_and_asks() -> None:
+    def is_terminal_access(node: ast.AST) -> bool:
+        return isinstance(node, ast.Name) and node.id in ("print", "input", "breakpoint")
+
+    library = [path for path in FILES if name_of(path) not in ("cli", "__main__")]
+    assert lines_where(is_terminal_access, library) == []
 
 
-@modules
-def test_only_the_command_line_has_standard_output(path: Path) -> None:
-    if name_of(path) in ("cli", "__main__", "blas"):
-        return
-    attributes = [n for n in ast.walk(TREES[path]) if isinstance(n, ast.Attribute)]
-    assert [n.lineno for n in attributes if n.attr == "stdout"] == []
+def test_only_the_command_line_uses_standard_output() -> None:
+    def is_stdout(node: ast.AST) -> bool:
+        return isinstance(node, ast.Attribute) and node.attr == "stdout"
+
+    library = [path for path in FILES if name_of(path) not in ("cli", "__main__", "blas")]
+    assert lines_where(is_stdout, library) == []
 
 
-def caught(handler: ast.ExceptHandler) -> set[str]:
-    if handler.type is None:
-        return {"everything"}
-    return {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)}
+def test_errors_of_any_kind_are_caught_only_to_be_raised_again() -> None:
+    def swallows_everything(node: ast.AST) -> bool:
+        if not isinstance(node, ast.ExceptHandler):
+            return False
+        names = ast.walk(node.type) if node.type else iter(())
+        caught = {name.id for name in names if isinstance(name, ast.Name)}
+        if node.type is not None and not caught & {"Exception", "BaseException"}:
+            return False
+        last = node.body[-1]
+        return not (isinstance(last, ast.Raise) and last.exc is None)
 
-
-@modules
-def test_no_error_is_caught_unseen(path: Path) -> None:
-    """Everything may be caught only to be raised again."""
-    handlers = [n for n in ast.walk(TREES[path]) if isinstance(n, ast.ExceptHandler)]
-    for handler in handlers:
-        if caught(handler) & {"everything", "Exception", "BaseException"}:
-            last = handler.body[-1]
-            assert isinstance(last, ast.Raise), f"line {handler.lineno}"
-            assert last.exc is None, f"line {handler.lineno}"
+    assert lines_where(swallows_everything, FILES) == []
 
 
 # --- documentation ---------------------------------------------------------------------------
 
 
-@modules
-def test_a_module_says_what_it_is_for(path: Path) -> None:
-    assert ast.get_docstring(TREES[path])
+def test_modules_have_docstrings() -> None:
+    def lacks_docstring(node: ast.AST) -> bool:
+        return isinstance(node, ast.Module) and not ast.get_docstring(node)
+
+    assert lines_where(lacks_docstring, FILES) == []
 
 
 def test_the_public_names_exist_in_order() -> None:
     assert list(mlx_simpo.__all__) == sorted(set(mlx_simpo.__all__))
-    assert all(hasattr(mlx_simpo, name) for name in mlx_simpo.__all__)
+    assert [name for name in mlx_simpo.__all__ if not hasattr(mlx_simpo, name)] == []
 
 
 def definition(name: str) -> ast.ClassDef | ast.FunctionDef:
-    """The source of a public name; a dataclass makes up a docstring where it has none."""
+    """Return the source of a public name: a dataclass without a docstring makes one up."""
     path = ROOT / (getattr(mlx_simpo, name).__module__.replace(".", "/") + ".py")
     nodes = [n for n in TREES[path].body if isinstance(n, ast.ClassDef | ast.FunctionDef)]
     return next(node for node in nodes if node.name == name)
 
 
-@pytest.mark.parametrize("name", mlx_simpo.__all__)
-def test_public_things_have_docstrings(name: str) -> None:
-    node = definition(name)
-    assert ast.get_docstring(node), name
+def test_public_names_have_docstrings() -> None:
+    assert [name for name in mlx_simpo.__all__ if not ast.get_docstring(definition(name))] == []
 
 
 def test_public_functions_are_annotated() -> None:
+    incomplete = []
     for name in mlx_simpo.__all__:
         node = definition(name)
         if isinstance(node, ast.FunctionDef):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            assert node.returns is not None, name
-            assert [a.arg for a in arguments if a.annotation is None] == [], name
+            incomplete += [f"{name}({a.arg})" for a in arguments if a.annotation is None]
+            incomplete += [f"{name} ->"] if node.returns is None else []
+    assert incomplete == []
 
 
 # --- imports ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", FILES + EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_torch_is_not_imported(path: Path) -> None:
-    if path == TORCH_SIDE:  # only when a comparison is made, see below
-        return
-    assert {name.split(".")[0] for name in imported(path)}.isdisjoint(
-        {"torch", "trl", "peft", "liger_kernel", "tensorflow", "jax"}
-    )
+def test_only_the_comparison_with_torch_imports_it() -> None:
+    libraries = {"torch", "trl", "peft", "liger_kernel", "tensorflow", "jax"}
+    imports = {
+        str(path.relative_to(ROOT)): libraries & {name.split(".")[0] for name in imported(path)}
+        for path in FILES + EXAMPLES
+        if path != TORCH_SIDE
+    }
+    assert {path: names for path, names in imports.items() if names} == {}
 
 
-def test_the_comparison_with_torch_imports_it_in_functions_alone() -> None:
-    tree = TREES[TORCH_SIDE]
-    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {getattr(node, "module", None) or node.names[0].name for node in top}  # type: ignore
+def test_the_comparison_with_torch_imports_it_within_functions() -> None:
+    top = [node for node in TREES[TORCH_SIDE].body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {getattr(node, "module", None) or node.names[0].name for node in top}
     assert names.isdisjoint({"torch", "transformers", "peft"})
 
 
-def test_every_module_has_its_floor() -> None:
+def test_every_module_is_on_a_floor() -> None:
     assert {name_of(path) for path in FILES} == LEVEL.keys()
 
 
-@modules
-def test_imports_point_downwards(path: Path) -> None:
-    name = name_of(path)
-    others = ours(path) - {name}
-    assert {other for other in others if LEVEL[other] >= LEVEL[name]} == set()
+def test_imports_point_downwards() -> None:
+    upwards = []
+    for path in FILES:
+        name = name_of(path)
+        for other in sorted(imported_rooms(path) - {name}):
+            if LEVEL[other] >= LEVEL[name]:
+                upwards.append(f"{path.relative_to(ROOT)} imports {other}")
+    assert upwards == []
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -215,11 +246,13 @@ def test_imports_within_a_room_point_downwards(room: str) -> None:
     level = {name: number for number, names in enumerate(ROOMS[room]) for name in names}
     files = {path.stem: path for path in (PACKAGE / room).glob("*.py") if path.stem != "__init__"}
     assert files.keys() == level.keys()
+    upwards = []
     for name, path in files.items():
-        parts = [found.split(".") for found in imported(path)]
-        inner = {p[2] for p in parts if p[:2] == ["mlx_simpo", room] and len(p) > 2}
-        assert {other for other in inner if level[other] >= level[name]} == set(), name
+        modules = [module.split(".") for module in imported(path)]
+        inner = {m[2] for m in modules if m[:2] == ["mlx_simpo", room] and len(m) > 2}
+        upwards += [f"{name} imports {o}" for o in sorted(inner) if level[o] >= level[name]]
+    assert upwards == []
 
 
 def test_the_objectives_import_nothing_of_ours() -> None:
-    assert ours(PACKAGE / "objectives.py") == set()
+    assert imported_rooms(PACKAGE / "objectives.py") == set()

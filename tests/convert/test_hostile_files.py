@@ -1,140 +1,249 @@
-"""Safetensors files that lie: one clear error, nothing written."""
+"""Safetensors files that are damaged or lie about themselves: one clear error, nothing written."""
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.hostile import FILE, SOURCE, Header, conversions, convert, file_of, first, parts
+from helpers.hostile import (
+    SOURCE,
+    WEIGHTS,
+    Header,
+    Reject,
+    assert_mentions,
+    change_first_tensor,
+    convert,
+    every_conversion,
+    join_safetensors,
+    split_safetensors,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo.errors import SimPOError
 from mlx_simpo.files import load_safetensors, read_header
 
+EMPTY_TENSOR = {"dtype": "F32", "shape": [2**70, 0], "data_offsets": [0, 0]}
+FIRST_TENSOR = "layers.0.mlp.down_proj.lora_A"
+Damage = Callable[[Header, bytes], bytes]  # (header, data) of a valid file → bytes of a bad one
 
-@conversions
-def test_controls_what_is_not_spoilt_is_converted(name: str, good: Path, tmp_path: Path) -> None:
-    convert(name, good / SOURCE[name], tmp_path / "out", str(good / "model"), verify=True)
+
+@every_conversion
+def test_the_undamaged_input_is_converted(
+    conversion: str, valid_inputs: Path, tmp_path: Path
+) -> None:
+    source, model = valid_inputs / SOURCE[conversion], str(valid_inputs / "model")
+    convert(conversion, source, tmp_path / "out", model, verify=True)
     assert any((tmp_path / "out").glob("*.safetensors"))
 
 
-def renamed(name: str) -> Callable[[Header, bytes], bytes]:
-    def spoil(header: Header, data: bytes) -> bytes:
-        old = next(n for n in header if n != "__metadata__")
-        return file_of({name if n == old else n: entry for n, entry in header.items()}, data)
-
-    return spoil
+def entry(**changes: object) -> tuple[Damage, tuple[str, ...]]:
+    """Damage the entry of the first tensor in the header; the error must name that tensor."""
+    damage = lambda h, d: join_safetensors(change_first_tensor(h, **changes), d)  # noqa: E731
+    return damage, (FIRST_TENSOR,)
 
 
-def again(header: Header) -> Header:
-    """The first tensor's bytes under another name as well."""
+def renamed(name: str) -> Damage:
+    """Rename the first tensor."""
+
+    def damage(header: Header, data: bytes) -> bytes:
+        first = next(n for n in header if n != "__metadata__")
+        return join_safetensors({name if n == first else n: e for n, e in header.items()}, data)
+
+    return damage
+
+
+def with_copy(header: Header) -> Header:
+    """The first tensor's bytes under the name zz as well."""
     return header | {"zz": next(e for n, e in header.items() if n != "__metadata__")}
 
 
-BROKEN: dict[str, Callable[[Header, bytes], bytes]] = {
-    "nothing": lambda h, d: b"",
-    "eight zeros": lambda h, d: bytes(8),
-    "length too big": lambda h, d: file_of(h, d, 2**63),
-    "length all ones": lambda h, d: file_of(h, d, 2**64 - 1),
-    "length one more": lambda h, d: file_of(h, d, len(json.dumps(h)) + 1),
-    "length zero": lambda h, d: file_of(h, d, 0),
-    "not JSON": lambda h, d: file_of(b"{{{{", d),
-    "no UTF-8": lambda h, d: file_of(b"\xff\xfe\xfd", d),
-    "UTF-16": lambda h, d: file_of(json.dumps(h).encode("utf-16"), d),
-    "deep": lambda h, d: file_of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", d),
-    "a list": lambda h, d: file_of([], d),
-    "a number": lambda h, d: file_of(b"5", d),
-    "no tensors": lambda h, d: file_of({}),
-    "data without tensors": lambda h, d: file_of({}, d),
-    "entries no tables": lambda h, d: file_of(dict.fromkeys(h, 5), d),
-    "metadata no text": lambda h, d: file_of(h | {"__metadata__": {"format": 1}}, d),
-    "a byte too many": lambda h, d: file_of(h, d + b"x"),
-    "negative offset": lambda h, d: file_of(first(h, data_offsets=[-4, 0]), d),
-    "huge offset": lambda h, d: file_of(first(h, data_offsets=[0, 2**70]), d),
-    "float offset": lambda h, d: file_of(first(h, data_offsets=[0.0, 256.0]), d),
-    "reversed offsets": lambda h, d: file_of(first(h, data_offsets=[256, 0]), d),
-    "NaN in shape": lambda h, d: file_of(first(h, shape=[float("nan")]), d),
-    "negative shape": lambda h, d: file_of(first(h, shape=[-1, -64]), d),
-    "shape that does not fit": lambda h, d: file_of(first(h, shape=[3, 5]), d),
-    "huge shape of nothing": lambda h, d: file_of(again(h) | {"zz": EMPTY}, d),
-    "100,000 axes": lambda h, d: file_of(first(h, shape=[1] * 100_000 + [2, 3]), d),
-    "overlapping": lambda h, d: file_of(again(h), d),
-    "unknown type": lambda h, d: file_of(first(h, dtype="C64"), d),
-    "other size of type": lambda h, d: file_of(first(h, dtype="F8_E5M2"), d),
-    "no type": lambda h, d: file_of(first(h, dtype=None), d),
-    "type a list": lambda h, d: file_of(first(h, dtype=["F32"]), d),
-    "name with a path": renamed("../../x"),
-    "name with NUL": renamed("a\0b"),
-    "name with lines": renamed("a\nb\r\u2028c"),
-    "name of 10,000 letters": renamed("x" * 10_000),
-    "name of nothing": renamed(""),
-    "name of dots": renamed("." * 1000),
-    "name too deep": renamed("a." * 100_000),
-    "name with a huge number": renamed("model.layers.99999999999.x"),
-    "name half an emoji": renamed("\ud800"),
+# Damage → parts of the message. The header's own checks find all of these.
+BAD_HEADERS: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "empty file": (lambda h, d: b"", ("header", " 0")),
+    "eight zeros": (lambda h, d: bytes(8), ("header", "JSON")),
+    "length 2**63": (lambda h, d: join_safetensors(h, d, 2**63), ("header", str(2**63))),
+    "length 2**64 - 1": (lambda h, d: join_safetensors(h, d, 2**64 - 1), ("header", "1615 ")),
+    "length one too many": (
+        lambda h, d: join_safetensors(h, d, len(json.dumps(h)) + 1),
+        ("header", "JSON"),
+    ),
+    "length zero": (lambda h, d: join_safetensors(h, d, 0), ("header", "JSON")),
+    "not JSON": (lambda h, d: join_safetensors(b"{{{{", d), ("header", "JSON")),
+    "not UTF-8": (lambda h, d: join_safetensors(b"\xff\xfe\xfd", d), ("header", "JSON")),
+    "deeply nested": (
+        lambda h, d: join_safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", d),
+        ("header", "JSON"),
+    ),
+    "a list": (lambda h, d: join_safetensors([], d), ("header", "tensors")),
+    "a number": (lambda h, d: join_safetensors(b"5", d), ("header", "tensors")),
+    "entries that are numbers": (
+        lambda h, d: join_safetensors(dict.fromkeys(h, 5), d),
+        (FIRST_TENSOR,),
+    ),
+    "one byte too many": (
+        lambda h, d: join_safetensors(h, d + b"x"),
+        ("2304", "2305"),
+    ),
+    "one byte missing": (
+        lambda h, d: join_safetensors(h, d[:-1]),
+        ("2304", "2303"),
+    ),
+    "cut within the length": (lambda h, d: join_safetensors(h, d)[:7], ("header", " 7")),
+    "cut after the length": (lambda h, d: join_safetensors(h, d)[:8], ("header", " 8")),
+    "cut within the header": (lambda h, d: join_safetensors(h, d)[:200], ("header", " 200")),
+    "cut within the data": (lambda h, d: join_safetensors(h, d[:100]), ("2304", "100")),
+    "negative offset": entry(data_offsets=[-4, 0]),
+    "huge offset": entry(data_offsets=[0, 2**70]),
+    "fractional offset": entry(data_offsets=[0.0, 256.0]),
+    "offsets in reverse": entry(data_offsets=[256, 0]),
+    "NaN in the shape": entry(shape=[float("nan")]),
+    "negative shape": entry(shape=[-1, -64]),
+    "shape of another size": entry(shape=[3, 5]),
+    "100,000 axes": entry(shape=[1] * 100_000 + [2, 3]),
+    "unknown dtype": entry(dtype="C64"),
+    "dtype of another size": entry(dtype="F8_E5M2"),
+    "no dtype": entry(dtype=None),
+    "list as dtype": entry(dtype=["F32"]),
+    "overlapping tensors": (lambda h, d: join_safetensors(with_copy(h), d), ("overlap",)),
 }
-EMPTY = {"dtype": "F32", "shape": [2**70, 0], "data_offsets": [0, 0]}
+# These have a header that is valid by itself; MLX or the conversion rejects the content.
+BAD_CONTENT: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "UTF-16": (
+        lambda h, d: join_safetensors(json.dumps(h).encode("utf-16"), d),
+        ("MLX", "utf-8"),
+    ),
+    "number as metadata": (
+        lambda h, d: join_safetensors(h | {"__metadata__": {"format": 1}}, d),
+        ("MLX", "must be string"),
+    ),
+    "no tensors": (lambda h, d: join_safetensors({}), ("no tensors", "down_proj")),
+    "data without tensors": (lambda h, d: join_safetensors({}, d), ("no tensors", "down_proj")),
+    "huge empty tensor": (
+        lambda h, d: join_safetensors(with_copy(h) | {"zz": EMPTY_TENSOR}, d),
+        ("'zz'",),
+    ),
+    "name with a path": (renamed("../../x"), ("'../../x'",)),
+    "name with NUL": (renamed("a\0b"), (r"'a\x00b'",)),
+    "name with line breaks": (renamed("a\nb\r\u2028c"), (r"'a\nb\r\u2028c'",)),
+    "name of 10,000 letters": (renamed("x" * 10_000), ("'" + "x" * 80,)),
+    "empty name": (renamed(""), ("''",)),
+    "name of dots": (renamed("." * 1000), ("'" + "." * 80,)),
+    "deep name": (renamed("a." * 100_000), ("'a.a.a.",)),
+    "name with a huge number": (renamed("model.layers.99999999999.x"), ("99999999999",)),
+    "name with a lone surrogate": (renamed("\ud800"), ("MLX",)),
+}
 
 
-@conversions
-@pytest.mark.parametrize("broken", BROKEN)
-def test_broken_safetensors(name: str, broken: str, refused: Callable[..., str]) -> None:
-    def spoil(folder: Path) -> None:
-        path = folder / FILE[SOURCE[name]]
-        path.write_bytes(BROKEN[broken](*parts(path.read_bytes())))
-
-    refused(name, spoil)
+@pytest.mark.parametrize("damage", BAD_HEADERS | BAD_CONTENT)
+def test_bad_safetensors(damage: str, reject: Reject) -> None:
+    write, parts = (BAD_HEADERS | BAD_CONTENT)[damage]
+    message = reject("from-peft", damaged(WEIGHTS["peft"], write))
+    assert_mentions(message, WEIGHTS["peft"], *parts)
+    assert len(message) < 1000
 
 
-@conversions
-@pytest.mark.parametrize("cut", [0, 1, 7, 8, 9, 200, 0.3, 0.6, 0.9, -257, -1])
-def test_truncated_safetensors(name: str, cut: float, refused: Callable[..., str]) -> None:
-    def spoil(folder: Path) -> None:
-        path = folder / FILE[SOURCE[name]]
-        whole = path.read_bytes()
-        path.write_bytes(whole[: int(cut * len(whole)) if 0 < cut < 1 else int(cut)])
+def damaged(file: str, damage: Damage) -> Callable[[Path], None]:
+    """Return a function that damages a safetensors file in a folder."""
 
-    assert "not a valid safetensors file" in refused(name, spoil)
+    def corrupt(folder: Path) -> None:
+        path = folder / file
+        path.write_bytes(damage(*split_safetensors(path.read_bytes())))
+
+    return corrupt
 
 
-def test_truncated_at_any_byte(good: Path, tmp_path: Path) -> None:
-    whole = (good / "peft" / FILE["peft"]).read_bytes()
-    for length in range(len(whole)):
-        (tmp_path / "cut").write_bytes(whole[:length])
-        with pytest.raises(SimPOError, match="not a valid safetensors file"):
+# What each conversion says first of a file whose header is valid and whose content is not. Those
+# that call mlx-lm's loaders report what these find.
+CONTENT_ERROR = {
+    "to-peft": "adapter",
+    "fuse": "adapter",
+    "from-hf": "loaded",
+    "fuse-model": "loaded",
+}
+
+
+@pytest.mark.parametrize("conversion", CONTENT_ERROR)
+def test_every_conversion_checks_its_safetensors(conversion: str, reject: Reject) -> None:
+    """The other conversions reject the same files, by the same checks of the header."""
+    file = WEIGHTS[SOURCE[conversion]]
+    for damage in ("cut within the header", "deeply nested", "overlapping tensors"):
+        write, parts = BAD_HEADERS[damage]
+        assert_mentions(reject(conversion, damaged(file, write)), file, *parts)
+    for write, _ in BAD_CONTENT.values():
+        message = reject(conversion, damaged(file, write))
+        assert_mentions(message, "source", CONTENT_ERROR[conversion])
+        assert len(message) < 1000
+
+
+def test_a_shape_of_a_million_axes_is_rejected_within_a_second(
+    tmp_path: Path, reject: Reject
+) -> None:
+    """Multiplying its sizes would take minutes."""
+    file = WEIGHTS["peft"]
+    message = reject("from-peft", damaged(file, entry(shape=[9] * 1_000_000)[0]))
+    assert_mentions(message, file, FIRST_TENSOR)
+    start = time.process_time()  # not of the clock: other processes may have the machine
+    with pytest.raises(SimPOError):
+        read_header(tmp_path / "source" / file)
+    assert time.process_time() - start < 1
+
+
+def test_a_file_truncated_at_any_byte_is_rejected(valid_inputs: Path, tmp_path: Path) -> None:
+    content = (valid_inputs / "peft" / WEIGHTS["peft"]).read_bytes()
+    read_header(valid_inputs / "peft" / WEIGHTS["peft"])
+    for length in range(len(content)):
+        (tmp_path / "cut").write_bytes(content[:length])
+        with pytest.raises(SimPOError, match=r"cut is .*safetensors"):
             read_header(tmp_path / "cut")
+
+
+def tensor_bytes(content: bytes) -> dict[str, bytes]:
+    """The bytes of each tensor of a safetensors file, by the format's definition alone."""
+    header, data = split_safetensors(content)
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return {name: data[slice(*entry["data_offsets"])] for name, entry in entries.items()}
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(position=st.integers(0, 900), byte=st.integers(0, 255))
-def test_any_byte_changed_is_read_or_refused(position: int, byte: int) -> None:
+def test_a_file_with_any_byte_changed_is_read_exactly_or_rejected(position: int, byte: int) -> None:
     weights = {f"layers.{n}.{k}": mx.ones((n + 2, 3)) for n in range(4) for k in "ab"}
     path = Path(os.environ["MLX_SIMPO_CACHE"]) / "changed.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(path), weights, {"format": "pt"})
-    whole = bytearray(path.read_bytes())
-    whole[position % len(whole)] = byte
-    path.write_bytes(whole)
+    valid = path.read_bytes()
+    changed = bytearray(valid)
+    changed[position % len(valid)] = byte
+    path.write_bytes(changed)
+    in_data = position % len(valid) >= len(valid) - sum(w.nbytes for w in weights.values())
     try:
-        for array in load_safetensors([path]).values():
-            np.array(array.astype(mx.float32))
-    except SimPOError:
-        pass
+        tensors = load_safetensors([path])
+    except SimPOError as error:
+        assert_mentions(str(error), "changed.safetensors")
+        assert not in_data, "the data may be any bytes"
+        assert changed != valid, "the file was not changed"
+    else:
+        expected = tensor_bytes(bytes(changed))
+        assert {name: np.array(t).tobytes() for name, t in tensors.items()} == expected
 
 
-@conversions
-@pytest.mark.parametrize("what", ["missing", "a folder", "a broken link", "/dev/zero"])
-def test_weights_that_are_no_file(name: str, what: str, refused: Callable[..., str]) -> None:
-    def spoil(folder: Path) -> None:
-        path = folder / FILE[SOURCE[name]]
-        path.unlink()
-        if what == "a folder":
-            path.mkdir()
-        elif what != "missing":
-            path.symlink_to("/no/such" if what == "a broken link" else what)
+@pytest.mark.parametrize("kind", ["missing", "folder", "broken link", "endless"])
+@pytest.mark.parametrize("conversion", ["to-peft", "from-peft", "from-hf"])
+def test_weights_that_are_not_a_file(conversion: str, kind: str, reject: Reject) -> None:
+    file = WEIGHTS[SOURCE[conversion]]
 
-    refused(name, spoil)
+    def corrupt(folder: Path) -> None:
+        (folder / file).unlink()
+        if kind == "folder":
+            (folder / file).mkdir()
+        elif kind != "missing":
+            (folder / file).symlink_to("/dev/zero" if kind == "endless" else "/no/such/file")
+
+    # A model's weights are all of model*.safetensors.
+    name = "model*.safetensors" if (conversion, kind) == ("from-hf", "missing") else file
+    assert_mentions(reject(conversion, corrupt), "source", name)

@@ -1,4 +1,4 @@
-"""Mistakes planted in the conversion of adapters, which its verification must find."""
+"""Mistakes planted in the conversion of adapters, which verification must catch."""
 
 from collections.abc import Callable
 from sys import modules
@@ -11,7 +11,7 @@ from helpers.mistakes import (
     EXPERT_ORDER,
     WRONG,
     Arrays,
-    Converted,
+    ConvertVerified,
     Patch,
     after,
     all_of,
@@ -26,9 +26,14 @@ from mlx_simpo.errors import SimPOError
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-@pytest.mark.parametrize("conversion", ["to-peft", "from-peft", "fuse", "from-hf"])
-def test_without_a_mistake(conversion: str, name: str, converted: Converted) -> None:
-    converted(conversion, name)
+@pytest.mark.parametrize("conversion", ["to-peft", "from-peft", "fuse"])
+def test_without_a_mistake(conversion: str, name: str, convert_verified: ConvertVerified) -> None:
+    convert_verified(conversion, name)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_base_model_without_a_mistake(name: str, convert_verified: ConvertVerified) -> None:
+    convert_verified("from-hf", name)
 
 
 def tensors(patch: Patch, change: Callable[[Arrays, Written], Arrays]) -> None:
@@ -48,36 +53,36 @@ def settings(patch: Patch, **changes: Callable[[Any], Any]) -> None:
 
 def only(part: str, change: Callable[[mx.array], mx.array]) -> Callable[[Arrays, Written], Arrays]:
     """Change the tensors that have this in their names."""
-    return lambda found, _: {n: change(a) if part in n else a for n, a in found.items()}
+    return lambda arrays, _: {n: change(a) if part in n else a for n, a in arrays.items()}
 
 
 def exchanged(one: str, other: str) -> Callable[[Arrays, Written], Arrays]:
     """Exchange parts of the tensors' names."""
 
-    def change(found: Arrays, _: Written) -> Arrays:
+    def change(arrays: Arrays, _: Written) -> Arrays:
         swap = {one: other, other: one}
-        parts = {n: next((p for p in swap if p in n), None) for n in found}
-        return {n.replace(p, swap[p]) if (p := parts[n]) else n: a for n, a in found.items()}
+        parts = {n: next((p for p in swap if p in n), None) for n in arrays}
+        return {n.replace(p, swap[p]) if (p := parts[n]) else n: a for n, a in arrays.items()}
 
     return change
 
 
-def slowest(found: Arrays, module: Written) -> Arrays:
-    """B with the number of the expert running slowest."""
+def transpose_experts(arrays: Arrays, module: Written) -> Arrays:
+    """Write B with the expert as its slowest index; PEFT has it as the fastest."""
     b = module.delta.b
-    made = b.transpose(1, 0, 2).reshape(b.shape[1], -1)
-    return {n: made if "lora_B" in n else a for n, a in found.items()}
+    transposed = b.transpose(1, 0, 2).reshape(b.shape[1], -1)
+    return {n: transposed if "lora_B" in n else a for n, a in arrays.items()}
 
 
-def two_experts(found: Arrays, module: Written) -> Arrays:
-    """A with two experts exchanged."""
+def exchange_two_experts(arrays: Arrays, module: Written) -> Arrays:
+    """Write A with two experts exchanged."""
     a = module.delta.a[mx.array([1, 0, 2, 3])]
-    return {n: a.reshape(-1, a.shape[-1]) if "lora_A" in n else x for n, x in found.items()}
+    return {n: a.reshape(-1, a.shape[-1]) if "lora_A" in n else x for n, x in arrays.items()}
 
 
 def without(part: str) -> Callable[[Arrays, Written], Arrays]:
-    """Leave out the tensors that have this in their names."""
-    return lambda found, _: {n: a for n, a in found.items() if part not in n}
+    """Omit the tensors that have this in their names."""
+    return lambda arrays, _: {n: a for n, a in arrays.items() if part not in n}
 
 
 def no_magnitudes(patch: Patch) -> None:
@@ -85,13 +90,13 @@ def no_magnitudes(patch: Patch) -> None:
     settings(patch, use_dora=lambda _: False)
 
 
-def gate_is_up(real: Target, *_: object) -> Target:
-    """The halves of gate_up_proj exchanged."""
+def exchange_halves(real: Target, *_: object) -> Target:
+    """Return the target with the halves of gate_up_proj exchanged."""
     return real._replace(part=(1 - real.part[0], 2)) if real.part[1] == 2 else real
 
 
 def writer_exchanges(patch: Patch) -> None:
-    after(patch, modules["mlx_simpo.convert.peft.write"], "peft_target", gate_is_up)
+    after(patch, modules["mlx_simpo.convert.peft.write"], "peft_target", exchange_halves)
 
 
 def both_exchange(patch: Patch) -> None:
@@ -102,7 +107,7 @@ def both_exchange(patch: Patch) -> None:
 
 LAYER_0 = "layers.0.self_attn.q_proj.lora_B"
 TO_PEFT = {
-    "alpha twice": ("llama", lambda p: settings(p, lora_alpha=lambda a: 2 * a)),
+    "alpha doubled": ("llama", lambda p: settings(p, lora_alpha=lambda a: 2 * a)),
     "alpha 10 % off": ("llama", lambda p: settings(p, lora_alpha=lambda a: round(1.1 * a))),
     "rslora": ("llama", lambda p: settings(p, use_rslora=lambda r: not r)),
     "A not transposed": ("square", lambda p: tensors(p, only("lora_A", mx.transpose))),
@@ -114,19 +119,21 @@ TO_PEFT = {
     "q and o exchanged": ("llama", lambda p: tensors(p, exchanged("q_proj", "o_proj"))),
     "no magnitudes": ("dora", no_magnitudes),
     "magnitudes off": ("dora", lambda p: tensors(p, only("magnitude", lambda m: m * 1.02))),
-    "expert slowest in B": ("mixtral", lambda p: tensors(p, slowest)),
-    "two experts exchanged": ("mixtral", lambda p: tensors(p, two_experts)),
+    "experts transposed in B": ("mixtral", lambda p: tensors(p, transpose_experts)),
+    "two experts exchanged": ("mixtral", lambda p: tensors(p, exchange_two_experts)),
     "gate and up exchanged": ("mixtral", writer_exchanges),
-    "alpha pattern left out": ("mixtral", lambda p: settings(p, alpha_pattern=lambda _: {})),
+    "alpha pattern omitted": ("mixtral", lambda p: settings(p, alpha_pattern=lambda _: {})),
 }
 
 
 @pytest.mark.parametrize("mistake", TO_PEFT)
-def test_to_peft(mistake: str, converted: Converted, monkeypatch: Patch) -> None:
+def test_to_peft_catches(
+    mistake: str, convert_verified: ConvertVerified, monkeypatch: Patch
+) -> None:
     name, plant = TO_PEFT[mistake]
     plant(monkeypatch)
     with pytest.raises(SimPOError, match=WRONG):
-        converted("to-peft", name)
+        convert_verified("to-peft", name)
 
 
 @pytest.mark.parametrize(
@@ -144,12 +151,12 @@ def test_to_peft(mistake: str, converted: Converted, monkeypatch: Patch) -> None
         ),
     ],
 )
-def test_to_peft_makes_what_cannot_be_read(
-    name: str, plant: Callable, message: str, converted: Converted, monkeypatch: Patch
+def test_to_peft_notices_that_its_output_cannot_be_read(
+    name: str, plant: Callable, message: str, convert_verified: ConvertVerified, monkeypatch: Patch
 ) -> None:
     plant(monkeypatch)
     with pytest.raises(SimPOError, match=message):
-        converted("to-peft", name)
+        convert_verified("to-peft", name)
 
 
 def mlx_weights(patch: Patch, change: Callable[[Arrays], None]) -> None:
@@ -163,7 +170,7 @@ def mlx_config(patch: Patch, change: Callable[[dict], Any]) -> None:
 
 Q = "model.layers.{}.self_attn.q_proj.lora_b"
 FROM_PEFT = {
-    "scale twice": ("llama", lambda p: mlx_config(p, lambda c: c.update(scale=c["scale"] * 2))),
+    "scale doubled": ("llama", lambda p: mlx_config(p, lambda c: c.update(scale=c["scale"] * 2))),
     "scale 10 % off": ("llama", lambda p: mlx_config(p, lambda c: c.update(scale=5.5))),
     "A not transposed": ("square", lambda p: mlx_weights(p, all_of("lora_a", mx.transpose))),
     "B not transposed": ("square", lambda p: mlx_weights(p, all_of("lora_b", mx.transpose))),
@@ -175,8 +182,10 @@ FROM_PEFT = {
 
 
 @pytest.mark.parametrize("mistake", FROM_PEFT)
-def test_from_peft(mistake: str, converted: Converted, monkeypatch: Patch) -> None:
+def test_from_peft_catches(
+    mistake: str, convert_verified: ConvertVerified, monkeypatch: Patch
+) -> None:
     name, plant = FROM_PEFT[mistake]
     plant(monkeypatch)
     with pytest.raises(SimPOError, match=WRONG):
-        converted("from-peft", name)
+        convert_verified("from-peft", name)

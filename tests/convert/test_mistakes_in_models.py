@@ -1,4 +1,4 @@
-"""Mistakes planted in the writing of models, which its verification must find."""
+"""Mistakes planted in the writing of models, which verification must catch."""
 
 import json
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from helpers.mistakes import (
     FUSE,
     WRONG,
     Arrays,
-    Converted,
+    ConvertVerified,
     Patch,
     after,
     all_of,
-    base,
+    base_folder,
     before,
     swap,
 )
@@ -47,16 +47,16 @@ def rope(config: dict) -> None:
 
 def weights_of(module: Any, change: Callable[[Arrays], Any]) -> Callable[[Patch], None]:
     """Change the tensors before they are written."""
-    return lambda p: before(p, module, "write_weights", lambda _, found, *__: change(found))
+    return lambda p: before(p, module, "write_weights", lambda _, weights, *__: change(weights))
 
 
 def half_changed(patch: Patch) -> None:
-    """One of the changed weights is taken for unchanged."""
+    """Take one of the changed weights for an unchanged one."""
     after(patch, FUSE, "fused_model", lambda f, *_: f._replace(changed=set(sorted(f.changed)[1:])))
 
 
 def merged_twice(patch: Patch) -> None:
-    """The adapter merged with twice its scale."""
+    """Merge the adapter with twice its scale."""
 
     def double(model: nn.Module, folder: Path) -> None:
         load_adapter(model, folder)
@@ -74,8 +74,8 @@ def no_transposition(patch: Patch) -> None:
 
 
 def tied(patch: Patch) -> None:
-    """The output layer forgotten, and taken for tied."""
-    weights_of(FUSE, lambda found: found.pop("lm_head.weight"))(patch)
+    """Forget the output layer and declare it tied to the embedding."""
+    weights_of(FUSE, lambda weights: weights.pop("lm_head.weight"))(patch)
     model_config(patch, lambda config: config.update(tie_word_embeddings=True))
 
 
@@ -100,49 +100,46 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("mistake", WHOLE)
-def test_fuse(mistake: str, converted: Converted, monkeypatch: Patch) -> None:
+def test_fuse_catches(mistake: str, convert_verified: ConvertVerified, monkeypatch: Patch) -> None:
     name, plant = WHOLE[mistake]
     plant(monkeypatch)
     with pytest.raises(SimPOError, match=WRONG):
-        converted("fuse", name)
+        convert_verified("fuse", name)
 
 
-def test_fuse_without_the_output_layer(converted: Converted, monkeypatch: Patch) -> None:
-    weights_of(FUSE, lambda found: found.pop("lm_head.weight"))(monkeypatch)
+def test_fuse_notices_a_missing_output_layer(
+    convert_verified: ConvertVerified, monkeypatch: Patch
+) -> None:
+    weights_of(FUSE, lambda weights: weights.pop("lm_head.weight"))(monkeypatch)
     with pytest.raises(SimPOError, match=r"cannot be loaded.*lm_head"):
-        converted("fuse", "llama")
+        convert_verified("fuse", "llama")
 
 
-def test_fuse_with_a_rotary_base_that_mlx_does_not_read(
-    converted: Converted, monkeypatch: Patch
+def test_fuse_notices_a_rotary_base_that_mlx_does_not_read(
+    convert_verified: ConvertVerified, monkeypatch: Patch
 ) -> None:
     model_config(monkeypatch, lambda c: c["rope_parameters"].update(rope_theta=7.0))
     with pytest.raises(SimPOError, match=WRONG):
-        converted("fuse", "llama")
+        convert_verified("fuse", "llama")
 
 
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        "rope",
-        "not fused",
-        "untransposed",
-        "lm_head",
-    ],
-)
-def test_fuse_rounded(mistake: str, folders: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+@pytest.mark.parametrize("mistake", ["rope", "not fused", "untransposed", "lm_head"])
+def test_fuse_to_bfloat16_catches(
+    mistake: str, folders: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
     WHOLE[mistake][1](monkeypatch)
     with pytest.raises(SimPOError, match=WRONG):
         fuse(tmp_path / "out", adapter=folders / "llama" / "mlx", dtype="bfloat16", verify=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fuse_rounded_after_a_wrong_merge(
+def test_fuse_to_bfloat16_catches_a_wrong_merge(
     folders: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     merged_twice(monkeypatch)
     with pytest.raises(SimPOError, match=WRONG):
         fuse(tmp_path / "out", adapter=folders / "llama" / "mlx", dtype="bfloat16", verify=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def hf_config(patch: Patch, change: Callable[[dict], None]) -> None:
@@ -150,7 +147,7 @@ def hf_config(patch: Patch, change: Callable[[dict], None]) -> None:
 
 
 def scaled(array: mx.array) -> mx.array:
-    """2 % more; of packed weights, other codes."""
+    """Return the array 2 % larger; packed weights become other codes."""
     return (array * 1.02).astype(array.dtype)
 
 
@@ -167,11 +164,11 @@ HF = {
 
 @pytest.mark.parametrize("mistake", HF)
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantize": 8, "group_size": 32}])
-def test_from_hf(
+def test_from_hf_catches(
     mistake: str, options: dict, folders: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     name, plant = HF[mistake]
     plant(monkeypatch)
     with pytest.raises(SimPOError, match=WRONG):
-        from_hf(str(base(folders, name)), tmp_path / "out", verify=True, **options)
+        from_hf(str(base_folder(folders, name)), tmp_path / "out", verify=True, **options)
     assert list(tmp_path.iterdir()) == []

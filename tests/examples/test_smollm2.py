@@ -13,6 +13,7 @@ from mlx_lm.utils import load_tokenizer
 
 @pytest.fixture(scope="module")
 def four_bit_folder(smollm2_folder: Path) -> Path:
+    """The 4-bit model that smollm2 writes beside the float32 one."""
     return smollm2_folder.parent / "4bit"
 
 
@@ -36,8 +37,8 @@ def test_float32_is_the_dequantized_four_bit_model_bit_for_bit(
         assert (codes == value).all(), name
 
 
-def test_it_knows_things(smollm2_folder: Path) -> None:
-    """A wrong row order of q_proj/k_proj or a wrong tokenizer gives gibberish."""
+def test_the_model_knows_the_capital_of_germany(smollm2_folder: Path) -> None:
+    """With a wrong row order of q_proj and k_proj, or a wrong tokenizer, it generates gibberish."""
     model, tokenizer = load(str(smollm2_folder))[:2]
     text = "The capital of France is Paris. The capital of Germany is"
     tokens = mx.array([tokenizer.encode(text, add_special_tokens=False)])
@@ -49,8 +50,8 @@ def test_undo_rotary_order_on_a_small_matrix() -> None:
     """Two heads of four rows: llama.cpp interleaves the two halves of a head."""
     halves = np.arange(8).reshape(2, 2, 2)  # head, half, row
     interleaved = halves.swapaxes(1, 2).reshape(8, 1)
-    found = smollm2.undo_rotary_order(mx.array(interleaved), heads=2)
-    assert np.array(found).ravel().tolist() == list(range(8))
+    restored = smollm2.undo_rotary_order(mx.array(interleaved), heads=2)
+    assert np.array(restored).ravel().tolist() == list(range(8))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,9 @@ def test_undo_rotary_order_on_a_small_matrix() -> None:
         (" leading and trailing ", None),
     ],
 )
-def test_tokenizer(smollm2_folder: Path, text: str, pieces: list[str] | None) -> None:
+def test_texts_survive_the_tokenizer(
+    smollm2_folder: Path, text: str, pieces: list[str] | None
+) -> None:
     tokenizer = load_tokenizer(smollm2_folder)
     tokens = tokenizer.encode(text, add_special_tokens=True)
     assert tokenizer.decode(tokens) == text
@@ -72,7 +75,7 @@ def test_tokenizer(smollm2_folder: Path, text: str, pieces: list[str] | None) ->
         assert [tokenizer.decode([t]) for t in tokens] == pieces
 
 
-def test_tokenizer_facts(smollm2_folder: Path) -> None:
+def test_special_tokens_and_template(smollm2_folder: Path) -> None:
     tokenizer = load_tokenizer(smollm2_folder)
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert tokenizer.encode("a", add_special_tokens=True) == tokenizer.encode(
@@ -82,6 +85,6 @@ def test_tokenizer_facts(smollm2_folder: Path) -> None:
     assert "<|im_start|>assistant" in tokenizer.chat_template
 
 
-def test_unknown_precision_is_refused() -> None:
+def test_an_unknown_precision_is_rejected() -> None:
     with pytest.raises(ValueError, match="'8bit'"):
         smollm2.smollm2("8bit")

@@ -1,4 +1,4 @@
-"""What the tests of hostile input share: conversions by name, and inputs to spoil."""
+"""What the tests of hostile input share: conversions by name, and ways to corrupt their input."""
 
 import json
 import os
@@ -15,117 +15,132 @@ import pytest
 
 from mlx_simpo.convert import from_hf, from_peft, fuse, to_peft
 
-Spoil = Callable[[Path], Any]
-Header = dict[str, Any]
+Corrupt = Callable[[Path], Any]  # changes an input folder in place
+Reject = Callable[..., str]  # the fixture `reject`: the message of a conversion that fails
+Header = dict[str, Any]  # of a safetensors file, as JSON
+# Each conversion and the folder of the fixture `valid_inputs` that it reads. "fuse" merges an
+# adapter; "fuse-model" rewrites a model without one.
 SOURCE = {
     "to-peft": "mlx",
     "fuse": "mlx",
     "from-peft": "peft",
     "from-hf": "model",
-    "alone": "model",
+    "fuse-model": "model",
 }
-FILE = {
+WEIGHTS = {
     "mlx": "adapters.safetensors",
     "peft": "adapter_model.safetensors",
     "model": "model.safetensors",
 }
-ADAPTER = "adapter_config.json"
-conversions = pytest.mark.parametrize("name", SOURCE)
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+HUGE_INTEGER = 10**400  # JSON sets no limit to numbers; floats have one
+
+every_conversion = pytest.mark.parametrize("conversion", SOURCE)
+model_conversions = pytest.mark.parametrize("conversion", ["from-hf", "fuse-model"])
 
 
-def convert(name: str, given: Path, output: Path, model: str | None, **options: Any) -> None:
-    """Run a conversion of SOURCE; nothing may depend on the verification."""
+def convert(
+    conversion: str, source: Path, output: str | Path, model: str | None, **options: Any
+) -> None:
+    """Run a conversion of SOURCE, without verification unless ``options`` say so: nothing may rely
+    on verification alone to reject an input."""
     options = {"verify": False, **options}
-    if name == "from-hf":
-        from_hf(str(given), output, **options)
-    elif name == "alone":
-        fuse(output, model=str(given), **options)
-    elif name == "fuse":
-        fuse(output, adapter=given, model=model, **options)
+    if conversion == "from-hf":
+        from_hf(str(source), output, **options)
+    elif conversion == "fuse-model":
+        fuse(output, model=str(source), **options)
+    elif conversion == "fuse":
+        fuse(output, adapter=source, model=model, **options)
     else:
-        {"to-peft": to_peft, "from-peft": from_peft}[name](given, output, model=model, **options)
+        function = {"to-peft": to_peft, "from-peft": from_peft}[conversion]
+        function(source, output, model=model, **options)
 
 
-def content(folder: Path) -> dict[str, bytes | None]:
-    """All that is in a folder; None for what is no ordinary file."""
-    found = sorted(folder.rglob("*"))
-    return {str(p): p.read_bytes() if p.is_file() else None for p in found}
+def assert_mentions(message: str, *parts: str) -> None:
+    """Assert that a message has all of these parts, in any order and whatever stands between."""
+    missing = [part for part in parts if part not in message]
+    assert not missing, f"{missing} not in the message: {message[:600]}"
+
+
+def folder_content(folder: Path) -> dict[str, bytes | None]:
+    """Return the bytes of every file below a folder; None for what is not an ordinary file."""
+    paths = sorted(folder.rglob("*"))
+    return {str(p): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 @contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Fail what takes longer; not with a TimeoutError, which counts as an OSError."""
+def time_limit(seconds: float) -> Iterator[None]:
+    """Fail the test if the block takes longer."""
 
     def stop(*_: object) -> None:
+        # Not a TimeoutError: that is an OSError, which the code under test may catch.
         pytest.fail(f"still running after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
 
 
-def changed(file: str, **values: Any) -> Spoil:
-    """Set entries of a JSON file."""
+def set_json(file: str, **values: Any) -> Corrupt:
+    """Return a function that sets entries of a JSON file in a folder."""
 
-    def spoil(folder: Path) -> None:
-        there = json.loads((folder / file).read_text("utf-8"))
-        (folder / file).write_text(json.dumps(there | values))
+    def corrupt(folder: Path) -> None:
+        content = json.loads((folder / file).read_text("utf-8"))
+        (folder / file).write_text(json.dumps(content | values))
 
-    return spoil
-
-
-LONG = 10**400  # JSON's numbers have no limit; floats have
+    return corrupt
 
 
-def parts(content: bytes) -> tuple[Header, bytes]:
-    """(header, data) of a safetensors file."""
+def set_lora_parameters(**values: Any) -> Corrupt:
+    """Return a function that sets entries of an mlx-lm adapter's lora_parameters."""
+
+    def corrupt(folder: Path) -> None:
+        content = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
+        parameters = content["lora_parameters"] | values
+        set_json(ADAPTER_CONFIG, lora_parameters=parameters)(folder)
+
+    return corrupt
+
+
+def split_safetensors(content: bytes) -> tuple[Header, bytes]:
+    """Split the bytes of a safetensors file into its header and its data."""
     length = struct.unpack("<Q", content[:8])[0]
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
-def first(header: Header, **changes: Any) -> Header:
-    """The header with the entry of its first tensor changed."""
-    name = next(n for n in header if n != "__metadata__")
-    return header | {name: header[name] | changes}
+def join_safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    """Return the bytes of a safetensors file.
 
-
-def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file; ``length``: what it claims of its header."""
+    Args:
+        header: to be written as JSON, or the bytes themselves.
+        length: what the file claims of its header's length; None for the truth.
+    """
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-models = pytest.mark.parametrize("name", ["from-hf", "alone"])
-SETTINGS = "tokenizer_config.json"
+def change_first_tensor(header: Header, **changes: Any) -> Header:
+    """Return the header with the entry of its first tensor changed."""
+    name = next(n for n in header if n != "__metadata__")
+    return header | {name: header[name] | changes}
 
 
-def program(folder: Path, *arguments: str, answer: str = "") -> subprocess.CompletedProcess[str]:
-    """Run ``mlx-simpo`` in a process of its own, with 4 GB of memory where that can be had."""
+def run_program(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run ``mlx-simpo`` in a process of its own, on Linux with 4 GB of memory at most."""
     limit = "import resource as r; r.setrlimit(r.RLIMIT_AS, (4 << 30, 4 << 30)); "
-    run = "import sys; from mlx_simpo.cli.main import run_command; sys.exit(run_command(sys.argv[1:]))"
+    run = "import sys; from mlx_simpo.cli.main import run_command as r; sys.exit(r(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", limit * (sys.platform == "linux") + run, *arguments],
         cwd=folder,
         env=os.environ | {"HF_MODULES_CACHE": str(folder / "modules")},
-        input=answer,
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=60,
     )
-
-
-CONFIG = "config.json"
-
-
-def nested(**values: Any) -> Spoil:
-    """Set entries of lora_parameters."""
-
-    def spoil(folder: Path) -> None:
-        there = json.loads((folder / ADAPTER).read_text("utf-8"))
-        changed(ADAPTER, lora_parameters=there["lora_parameters"] | values)(folder)
-
-    return spoil

@@ -1,4 +1,4 @@
-"""How mistakes are planted in the conversions."""
+"""What the tests share that plant mistakes in the conversions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,7 @@ Patch = pytest.MonkeyPatch
 UNTIED = {"tie_word_embeddings": False}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, **UNTIED}
 GLU = ("gate_proj", "up_proj", "down_proj")
+# Adapters of the tests: the type of their base model, the modules they adapt, rank, whether DoRA.
 ADAPTERS: dict[str, tuple[str, list[str], int, bool]] = {
     "llama": ("llama", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"], 2, False),
     "square": ("llama", ["self_attn.q_proj", "self_attn.o_proj"], 32, False),
@@ -26,43 +27,45 @@ ADAPTERS: dict[str, tuple[str, list[str], int, bool]] = {
 
 
 def checkpoint_names(weights: Arrays) -> Arrays:
-    """Mixtral's tensors, an expert each, of MLX's stacked ones."""
-    made: Arrays = {}
+    """Split MLX's stacked experts into Mixtral's tensors, one per expert."""
+    renamed: Arrays = {}
     for name, array in weights.items():
-        block, found, rest = name.partition("switch_mlp.")
-        if not found:
-            made[name] = array
+        prefix, separator, rest = name.partition("switch_mlp.")
+        if not separator:
+            renamed[name] = array
             continue
         short = dict(zip(GLU, ("w1", "w3", "w2"), strict=True))[rest.partition(".")[0]]
-        made |= {f"{block}experts.{n}.{short}.weight": one for n, one in enumerate(array)}
-    return made
+        renamed |= {f"{prefix}experts.{n}.{short}.weight": one for n, one in enumerate(array)}
+    return renamed
 
 
-def trainable(model: nn.Module) -> list[tuple[str, mx.array]]:
+def trainable_weights(model: nn.Module) -> list[tuple[str, mx.array]]:
+    """Return the trainable weights of a model by their names."""
     return tree_flatten(model.trainable_parameters())  # type: ignore[return-value]
 
 
-def moved(name: str, array: mx.array) -> mx.array:
-    """Random weights of some size; a magnitude near its own."""
+def random_weight(name: str, array: mx.array) -> mx.array:
+    """Return random values for a weight, large enough to matter; for a magnitude, near its own."""
     noise = mx.random.normal(array.shape)
     return array * (1 + 0.2 * noise) if name.endswith(".m") else noise * 0.15
 
 
-def base(folders: Path, name: str) -> Path:
-    return folders / f"{ADAPTERS[name][0]}-base"
+def base_folder(folders: Path, adapter: str) -> Path:
+    """Return the folder of an adapter's base model."""
+    return folders / f"{ADAPTERS[adapter][0]}-base"
 
 
-Converted = Callable[[str, str], None]
+ConvertVerified = Callable[[str, str], None]
 
 
 def after(patch: Patch, module: Any, name: str, change: Callable[..., Any]) -> None:
-    """Let a function's result go through ``change(result, *arguments)``."""
+    """Replace a function so that its result passes through ``change(result, *arguments)``."""
     real = getattr(module, name)
     patch.setattr(module, name, lambda *a, **k: change(real(*a, **k), *a))
 
 
 def before(patch: Patch, module: Any, name: str, change: Callable[..., None]) -> None:
-    """Let a function's arguments be changed in place first."""
+    """Replace a function so that its arguments are changed in place first."""
     real = getattr(module, name)
 
     def changed(*arguments: Any, **more: Any) -> Any:
@@ -76,8 +79,10 @@ EXPERT_ORDER = mx.array([1, 0, 2, 3])
 
 
 def all_of(part: str, change: Callable[[mx.array], mx.array]) -> Callable[[Arrays], None]:
+    """Return a function that changes the weights that have this in their names."""
     return lambda weights: weights.update({n: change(a) for n, a in weights.items() if part in n})
 
 
 def swap(weights: Arrays, one: str, other: str) -> None:
+    """Exchange two weights."""
     weights[one], weights[other] = weights[other], weights[one]

@@ -3,8 +3,8 @@
 Everything here is written from the specification, with torch and transformers only
 and without sight of the library's own code. It favours plainness over speed.
 
-* ``scored_default`` follows the library's documented tokenization rules.
-* ``scored_official`` follows the rules of the authors' training script
+* ``encode_default`` follows the library's documented tokenization rules.
+* ``encode_official`` follows the rules of the authors' training script
   (princeton-nlp/SimPO: ``apply_chat_template`` and ``tokenize_row``).
 * ``average_logps`` and ``simpo_loss`` are the quantities SimPO optimizes.
 """
@@ -26,7 +26,7 @@ SIDES = ("chosen", "rejected")
 
 
 class TokenizedSequence(NamedTuple):
-    """A tokenized preference pair; each side is scored from its start index on."""
+    """A tokenized preference pair; each sequence is scored from its start index on."""
 
     chosen: list[int]
     chosen_start: int
@@ -35,38 +35,42 @@ class TokenizedSequence(NamedTuple):
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokenize ``text`` exactly as it stands: nothing added at either end."""
+    """Tokenize ``text`` exactly as it stands, without special tokens at either end."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _turns(value: str | Sequence[dict[str, Any]], role: str) -> Messages:
-    """A message list as it is, or a string as one turn spoken by ``role``."""
+    """Return a list of messages as it is, and a string as one message of ``role``."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return [dict(message) for message in value]
 
 
 def _require_eos(tokenizer: Tokenizer) -> int:
-    """Return the tokenizer's EOS id; appending one is impossible without it."""
+    """Return the tokenizer's EOS id.
+
+    Raises:
+        ValueError: it has none.
+    """
     if tokenizer.eos_token_id is None:
         raise ValueError("an EOS token has to be appended; the tokenizer has none")
     return tokenizer.eos_token_id
 
 
 def _automatic_bos(tokenizer: Tokenizer) -> int | None:
-    """Return the BOS id if an ordinary encode puts it in front, else None."""
+    """Return the BOS id if the tokenizer puts one in front of a text, else None."""
     bos = tokenizer.bos_token_id
     return bos if tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
 def _end_of_turn_ids(tokenizer: Tokenizer) -> set[int]:
-    """Ids that can close a turn: EOS, named special tokens, special added tokens."""
+    """Return the ids that can end a turn: EOS, named special tokens, special added tokens."""
     added = tokenizer.added_tokens_decoder.items()
     return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
 
 
 def _plain_text(tokenizer: Tokenizer, record: Record) -> list[list[int]]:
-    """Token ids of the prompt and both sides for a tokenizer without a template."""
+    """Return the ids of the prompt and of the prompt with each response, without a template."""
     eos = _require_eos(tokenizer)
     sequences = [_encode(tokenizer, record["prompt"])]
     for side in SIDES:
@@ -88,7 +92,7 @@ def _close_turn(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _conversation(tokenizer: Tokenizer, record: Record) -> list[list[int]]:
-    """Token ids of the prompt (with generation prompt) and of both whole sides."""
+    """Return the ids of the prompt, with generation prompt, and of both whole conversations."""
     prompt = _turns(record["prompt"], "user")
     prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     texts = [
@@ -100,13 +104,13 @@ def _conversation(tokenizer: Tokenizer, record: Record) -> list[list[int]]:
 
 
 def _common_prefix(*sequences: list[int]) -> int:
-    """Number of leading tokens that all ``sequences`` share."""
+    """Return how many leading tokens all ``sequences`` share."""
     columns = zip(*sequences, strict=False)
     return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
 
 
 def _cut_prompt(prompt: list[int], length: int, bos: int | None) -> list[int]:
-    """Keep the last ``length`` prompt tokens, a leading BOS among them, whoever wrote it."""
+    """Keep the last ``length`` prompt tokens; a leading BOS, whoever wrote it, is one of them."""
     if length >= len(prompt):
         return prompt
     if bos is not None and prompt[0] == bos:
@@ -114,14 +118,14 @@ def _cut_prompt(prompt: list[int], length: int, bos: int | None) -> list[int]:
     return prompt[len(prompt) - length :]
 
 
-def scored_default(
+def encode_default(
     tokenizer: Tokenizer, record: Record, max_length: int, max_prompt_length: int
 ) -> TokenizedSequence | None:
     """Tokenize a pair by the library's documented rules.
 
     The three texts (prompt with generation prompt, both whole conversations) are
     tokenized on their own; scoring starts where the first of them departs from the
-    others. None if either side is left without a scored token.
+    others. None if either response has no scored token.
     """
     is_text = all(isinstance(record[key], str) for key in ("prompt", *SIDES))
     plain = is_text and not tokenizer.chat_template
@@ -150,7 +154,7 @@ def scored_default(
 
 
 def _official_texts(tokenizer: Tokenizer, record: Record) -> tuple[str, str, str]:
-    """Template prompt and answers separately, as the authors' script does."""
+    """Apply the template to prompt and responses separately, as the authors' script does."""
     prompt = _turns(record["prompt"], "user")
     template = tokenizer.get_chat_template()
     mentions_system = "system" in template or "<|im_start|>" in template
@@ -165,19 +169,25 @@ def _official_texts(tokenizer: Tokenizer, record: Record) -> tuple[str, str, str
     return tokenizer.apply_chat_template(prompt, tokenize=False), chosen, rejected
 
 
-def _official_split(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Tokenize prompt + answer and split; a merged last prompt token is scored."""
+def _official_split(
+    tokenizer: Tokenizer, prompt: str, response: str
+) -> tuple[list[int], list[int]]:
+    """Tokenize prompt + response and split; a merged last prompt token is scored.
+
+    Raises:
+        ValueError: the two have fewer tokens than the prompt alone.
+    """
     alone = _encode(tokenizer, prompt)
-    whole = _encode(tokenizer, prompt + answer)
+    whole = _encode(tokenizer, prompt + response)
     if len(whole) < len(alone):
-        raise ValueError("prompt + answer has fewer tokens than the prompt alone")
+        raise ValueError("prompt + response has fewer tokens than the prompt alone")
     split = len(alone)
     if whole[:split] != alone:
         split -= 1
     return whole[:split], whole[split:]
 
 
-def scored_official(
+def encode_official(
     tokenizer: Tokenizer, record: Record, max_length: int, max_prompt_length: int
 ) -> TokenizedSequence:
     """Tokenize a pair by the rules of princeton-nlp/SimPO (truncation keep_end).
@@ -188,8 +198,8 @@ def scored_official(
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is None or eos is None:
         raise ValueError("the official code needs a tokenizer with BOS and EOS tokens")
-    prompt_text, *answer_texts = _official_texts(tokenizer, record)
-    pairs = [_official_split(tokenizer, prompt_text, text) for text in answer_texts]
+    prompt_text, *response_texts = _official_texts(tokenizer, record)
+    pairs = [_official_split(tokenizer, prompt_text, text) for text in response_texts]
 
     heads = [head for head, _ in pairs]
     differing = sum(a != b for a, b in zip(*heads, strict=False))
@@ -203,7 +213,7 @@ def scored_official(
         )
         for head, tail in pairs
     ]
-    # Both tests use the longer answer's full length, also for the shorter side.
+    # Both conditions use the longer response's full length, for the shorter one as well.
     longer = max(len(tail) for _, tail in pairs)
     sides: list[tuple[list[int], int]] = []
     for head, tail in pairs:
@@ -218,10 +228,13 @@ def scored_official(
 def average_logps(
     model: PreTrainedModel, rows: list[tuple[list[int], int]], batch_size: int
 ) -> torch.Tensor:
-    """Mean log-probability of each row's scored tokens, float32 of shape [N].
+    """Return the mean log-probability of each row's scored tokens: float32, shape (rows,).
 
-    A row is (token ids, index of the first scored token). Train or eval mode and
-    gradient tracking are the caller's: the result is differentiable.
+    A row is (token ids, index of the first scored token). The caller chooses train or eval
+    mode and gradient tracking; the result is differentiable.
+
+    Raises:
+        ValueError: a row without a scored token, or one that is scored from its first token on.
     """
     if any(not 1 <= start < len(ids) for ids, start in rows):
         raise ValueError("a row needs 1 <= start < number of tokens")
@@ -231,14 +244,14 @@ def average_logps(
         tokens = pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
         index = torch.arange(tokens.shape[1])
         real = index < torch.tensor([[len(row)] for row in ids])
-        scored = real & (index >= torch.tensor(starts)[:, None])
-        tokens, real, scored = (x.to(model.device) for x in (tokens, real, scored))
+        loss_mask = real & (index >= torch.tensor(starts)[:, None])
+        tokens, real, loss_mask = (x.to(model.device) for x in (tokens, real, loss_mask))
         logits = model(tokens, attention_mask=real.long(), use_cache=False).logits
         # Position t - 1 predicts token t.
         logps = F.log_softmax(logits[:, :-1].float(), dim=-1)
         logps = logps.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-        logps = logps.masked_fill(~scored[:, 1:], 0.0)
-        means.append(logps.sum(-1) / scored.sum(-1))
+        logps = logps.masked_fill(~loss_mask[:, 1:], 0.0)
+        means.append(logps.sum(-1) / loss_mask.sum(-1))
     return torch.cat(means)
 
 
@@ -250,7 +263,11 @@ def simpo_loss(
     label_smoothing: float = 0.0,
     loss_type: str = "sigmoid",
 ) -> torch.Tensor:
-    """Mean SimPO loss of average log-probabilities; hinge ignores label smoothing."""
+    """Return the mean SimPO loss of average log-probabilities; hinge ignores label smoothing.
+
+    Raises:
+        ValueError: another loss type than sigmoid and hinge.
+    """
     margin = beta * (chosen - rejected - gamma_beta_ratio)
     if loss_type == "sigmoid":
         right, wrong = F.logsigmoid(margin), F.logsigmoid(-margin)

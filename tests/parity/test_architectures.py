@@ -1,8 +1,8 @@
 """Checkpoints as transformers 5 saves them, loaded by us: logits of tiny random models of many
-architectures against transformers' own. mlx-lm alone misreads the rotary base of most of them.
+architectures against those of transformers. mlx-lm alone misreads the rotary base of most of them.
 
-Left out, because mlx-lm 0.32.2 itself differs: the sliding windows of Mistral and Gemma 2 (it
-attends to everything; here the window is longer than the sequence) and Starcoder 2's GELU.
+Not compared, because mlx-lm 0.32.2 itself differs: the sliding windows of Mistral and Gemma 2 (it
+attends to everything; here the window is longer than the sequence), and Starcoder 2, for its GELU.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlx_simpo.model.loading import load_model
 
-# Heads are tied or not as each type has it.
+# Whether the output layer is tied is left to the default of each type.
 COMMON = {name: value for name, value in ZOO_COMMON.items() if name != "tie_word_embeddings"}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -55,7 +55,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits(name: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model_type, changes = ARCHITECTURES[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **(COMMON | changes))

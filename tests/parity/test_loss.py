@@ -1,5 +1,4 @@
-"""The loss and its gradients against TRL and Liger, computed now, and the recorded values still
-being what they compute."""
+"""The loss and its gradients against TRL and Liger, which still compute the recorded values."""
 
 import json
 
@@ -14,7 +13,7 @@ from mlx_simpo import simpo_loss
 
 @pytest.mark.parametrize("library", ["trl", "liger"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_loss_and_gradients(case: Case, library: str) -> None:
+def test_loss_and_gradients_are_those_of_trl_and_liger(case: Case, library: str) -> None:
     if library == "liger" and case.loss_type == "hinge":
         assert case.name not in json.loads(GOLDEN.read_text())["liger"]
         return

@@ -1,5 +1,5 @@
 """The whole path on real pairs: from records to tokens, scored positions, average
-log-probabilities and loss, against transformers and torch by the independent oracle."""
+log-probabilities and loss, against transformers and torch as the independent oracle uses them."""
 
 import json
 from pathlib import Path
@@ -14,20 +14,21 @@ from mlx_simpo import DataConfig, ObjectiveConfig, evaluate_pairs, load_pairs
 from mlx_simpo.data.encode import Encoder, encode_pairs
 from mlx_simpo.model.loading import LoadedModel
 
-LENGTHS = [(1024, 512), (96, 48)]  # as people train, and so short that most pairs are cut
+LENGTHS = [(1024, 512), (96, 48)]  # as in real training, and so short that most pairs are truncated
 
 
 def oracle_rows(
     tokenizer: Any, records: list[dict], compat: str | None, max_length: int, max_prompt: int
 ) -> list[tuple[int, oracle.TokenizedSequence]]:
-    encode = oracle.scored_official if compat else oracle.scored_default
+    """Return (index of the record, tokens) of every pair that the oracle can score."""
+    encode = oracle.encode_official if compat else oracle.encode_default
     rows = [(i, encode(tokenizer, r, max_length, max_prompt)) for i, r in enumerate(records)]
     return [(i, row) for i, row in rows if row is not None and row.chosen != row.rejected]
 
 
 @pytest.mark.parametrize("compat", [None, "official"])
 @pytest.mark.parametrize(("max_length", "max_prompt"), LENGTHS)
-def test_tokens_and_scored_positions(
+def test_tokens_and_scored_positions_are_the_oracles(
     pairs_path: Path,
     records: list[dict],
     hf_tokenizer: Any,
@@ -42,11 +43,11 @@ def test_tokens_and_scored_positions(
         compat=compat,  # type: ignore[arg-type]
     )
     encoder = Encoder(mlx_model.tokenizer, settings)
-    found, refused = encode_pairs(encoder, load_pairs(str(pairs_path)).pairs)
+    pairs, quarantined = encode_pairs(encoder, load_pairs(str(pairs_path)).pairs)
     expected = oracle_rows(hf_tokenizer, records, compat, max_length, max_prompt)
-    assert [pair.index for pair in found] == [i for i, _ in expected]
-    assert len(found) + len(refused) == len(records)
-    for pair, (_, row) in zip(found, expected, strict=True):
+    assert [pair.index for pair in pairs] == [i for i, _ in expected]
+    assert len(pairs) + len(quarantined) == len(records)
+    for pair, (_, row) in zip(pairs, expected, strict=True):
         assert pair.chosen.tokens.tolist() == row.chosen
         assert pair.rejected.tokens.tolist() == row.rejected
         assert (pair.chosen.score_start, pair.rejected.score_start) == (
@@ -56,7 +57,7 @@ def test_tokens_and_scored_positions(
 
 
 @pytest.mark.parametrize("compat", [None, "official"])
-def test_log_probabilities_and_loss(
+def test_log_probabilities_and_loss_are_the_oracles(
     pairs_path: Path,
     records: list[dict],
     hf_tokenizer: Any,
@@ -65,7 +66,7 @@ def test_log_probabilities_and_loss(
     compat: str | None,
     record_property: Any,
 ) -> None:
-    """Average log-probabilities within 1e-4, the loss within 1e-5."""
+    """Average log-probabilities agree within 1e-4, the loss within 1e-5."""
     encoder = Encoder(mlx_model.tokenizer, DataConfig(compat=compat))  # type: ignore[arg-type]
     pairs, _ = encode_pairs(encoder, load_pairs(str(pairs_path)).pairs)
     objective = ObjectiveConfig(beta=2.5, gamma_beta_ratio=0.55)

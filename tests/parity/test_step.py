@@ -27,14 +27,16 @@ NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 def peft_name(name: str) -> str:
-    path, _, side = name.rpartition(".")
-    return f"base_model.model.{path}.{'lora_A' if side == 'lora_a' else 'lora_B'}.default.weight"
+    """Return PEFT's name of a LoRA matrix of ours."""
+    path, _, matrix = name.rpartition(".")
+    return f"base_model.model.{path}.{'lora_A' if matrix == 'lora_a' else 'lora_B'}.default.weight"
 
 
 def torch_step(
     folder: Path, start: dict[str, np.ndarray], pairs: list[EncodedPair], config: SimPOConfig
 ) -> tuple[float, float, dict[str, np.ndarray]]:
-    """(loss, gradient norm, updated A and B) of AdamW with clipping at 1, by torch and PEFT."""
+    """Return (loss, gradient norm, updated A and B) of one step of torch's AdamW on PEFT's model,
+    with gradients clipped to a norm of 1."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings = LoraConfig(r=8, lora_alpha=16, target_modules=NAMES, use_rslora=config.lora.rslora)
     model = get_peft_model(base, settings)
@@ -61,7 +63,7 @@ def torch_step(
 @pytest.mark.parametrize(
     ("rate", "epsilon", "rslora"),
     [
-        # Adam as everybody runs it. Its first step is ± the rate wherever a gradient is above
+        # Adam with its usual epsilon. Its first step is ± the rate wherever a gradient is above
         # epsilon, even where the gradient is float32 noise around zero.
         (2e-5, 1e-8, False),
         (2e-5, 1e-8, True),
@@ -69,8 +71,10 @@ def torch_step(
         (1e-1, 1e-2, False),
     ],
 )
-def test_one_step(smollm2_folder: Path, rate: float, epsilon: float, rslora: bool) -> None:
-    """Updated weights within 1e-4 relative; the split into micro-batches is ours alone."""
+def test_one_step_is_that_of_torch(
+    smollm2_folder: Path, rate: float, epsilon: float, rslora: bool
+) -> None:
+    """The updated weights agree within a relative 1e-4; only we use micro-batches."""
     loaded = load_model(str(smollm2_folder))
     config = SimPOConfig(
         model="smollm2",
@@ -122,14 +126,14 @@ def test_one_step(smollm2_folder: Path, rate: float, epsilon: float, rslora: boo
             }
         )
     )
-    assert min(np.linalg.norm(ours[n] - start[n]) for n in start) > 0  # every matrix took part
+    assert min(np.linalg.norm(ours[n] - start[n]) for n in start) > 0  # every matrix has moved
     assert max(errors.values()) <= 1e-4, max(errors, key=lambda name: errors[name])
     if epsilon > 1e-4:
         assert max(updates.values()) <= 1e-3, max(updates, key=lambda name: updates[name])
 
 
-def test_schedules(smollm2_folder: Path) -> None:
-    """The rate of every step against transformers' own schedules."""
+def test_schedules_are_those_of_transformers(smollm2_folder: Path) -> None:
+    """At every step of the schedule."""
     import transformers
 
     from mlx_simpo.training.optimizer import learning_rate_schedule
