@@ -181,8 +181,8 @@ def test_a_repetition_planted_in_the_package_is_noticed(tmp_path: Path) -> None:
     original = RULES.parents[1] / "mlx_simpo" / "files.py"
     source = original.read_text("utf-8").splitlines()
     start = next(n for n, line in enumerate(source) if line.startswith("def save_safetensors"))
-    body = "\n".join("    " + line for line in source[start + 1 : start + 11])
-    copy = write(tmp_path, f"class Copy:\n    def write(self):\n{body}\n")
+    body = "\n".join("    " + line for line in source[start : start + 14])
+    copy = write(tmp_path, f"class Copy:\n{body}\n")
     files = [*python_files(["mlx_simpo"]), copy]
     assert sum(violation.path == str(copy) for violation in repeated(files)) >= RUN
 

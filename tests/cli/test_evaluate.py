@@ -80,7 +80,7 @@ def test_evaluate_writes_one_line_per_pair_in_input_order(
     arguments = ("--data", data, "--per-pair", per_pair, "--json", "data.max_quarantined=0.5")
     ran = command(capsys, "evaluate", "--adapter", adapter, *arguments)
     assert ran.status == 0
-    assert "3 records left out" in ran.err
+    assert "3 records quarantined" in ran.err
     records = json_lines(per_pair)
     assert [r["index"] for r in records] == [1, 2, 3, *range(6, 15)]
     numbers = {f"{name}_{what}" for name in ("chosen", "rejected") for what in ("logp", "tokens")}

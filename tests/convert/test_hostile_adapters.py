@@ -169,7 +169,7 @@ def config_bytes(raw: bytes | None) -> Corrupt:
         (b"\xff\xfe", "utf-8"),
         (b"1" * 5000, "5000 digits"),
         (b"[" * 10**6, "recursion"),
-        (None, "No such file"),
+        (None, "no such file"),
     ],
 )
 def test_configurations_that_are_not_json_objects(
@@ -181,7 +181,11 @@ def test_configurations_that_are_not_json_objects(
 
 @pytest.mark.parametrize("conversion", ["fuse", "from-peft"])
 def test_every_conversion_reads_configurations_alike(conversion: str, reject: Reject) -> None:
-    for raw, reason in ((b"{", "Expecting property name"), (b"[]", "object"), (None, "No such")):
+    for raw, reason in (
+        (b"{", "Expecting property name"),
+        (b"[]", "object"),
+        (None, "no such file"),
+    ):
         message = reject(conversion, config_bytes(raw))
         assert_mentions(message, f"source/{ADAPTER_CONFIG}", reason)
 
@@ -219,7 +223,7 @@ def test_a_and_b_exchanged(conversion: str, parts: tuple[str, ...], reject: Reje
 @pytest.mark.parametrize(
     ("conversion", "parts"),
     [
-        ("to-peft", (WEIGHTS["mlx"], "8 not of floats", "down_proj.lora_a")),
+        ("to-peft", (WEIGHTS["mlx"], "8 not floating-point", "down_proj.lora_a")),
         ("from-peft", ("down_proj", "int32", "float")),
     ],
 )

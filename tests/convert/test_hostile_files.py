@@ -41,10 +41,9 @@ def test_the_undamaged_input_is_converted(
     assert any((tmp_path / "out").glob("*.safetensors"))
 
 
-def entry(**changes: object) -> tuple[Damage, tuple[str, ...]]:
-    """Damage the entry of the first tensor in the header; the error must name that tensor."""
-    damage = lambda h, d: join_safetensors(change_first_tensor(h, **changes), d)  # noqa: E731
-    return damage, (FIRST_TENSOR,)
+def entry(**changes: object) -> Damage:
+    """Return a function that damages the entry of the first tensor in the header."""
+    return lambda h, d: join_safetensors(change_first_tensor(h, **changes), d)
 
 
 def renamed(name: str) -> Damage:
@@ -62,71 +61,66 @@ def with_copy(header: Header) -> Header:
     return header | {"zz": next(e for n, e in header.items() if n != "__metadata__")}
 
 
-# Damage → parts of the message. The header's own checks find all of these.
+# Damage → what the safetensors library says of it.
 BAD_HEADERS: dict[str, tuple[Damage, tuple[str, ...]]] = {
-    "empty file": (lambda h, d: b"", ("header", " 0")),
-    "eight zeros": (lambda h, d: bytes(8), ("header", "JSON")),
-    "length 2**63": (lambda h, d: join_safetensors(h, d, 2**63), ("header", str(2**63))),
-    "length 2**64 - 1": (lambda h, d: join_safetensors(h, d, 2**64 - 1), ("header", "1615 ")),
+    "empty file": (lambda h, d: b"", ("header too small",)),
+    "eight zeros": (lambda h, d: bytes(8), ("header",)),
+    "length 2**63": (lambda h, d: join_safetensors(h, d, 2**63), ("header too large",)),
+    "length 2**64 - 1": (lambda h, d: join_safetensors(h, d, 2**64 - 1), ("header too large",)),
     "length one too many": (
         lambda h, d: join_safetensors(h, d, len(json.dumps(h)) + 1),
-        ("header", "JSON"),
+        ("header",),
     ),
-    "length zero": (lambda h, d: join_safetensors(h, d, 0), ("header", "JSON")),
-    "not JSON": (lambda h, d: join_safetensors(b"{{{{", d), ("header", "JSON")),
-    "not UTF-8": (lambda h, d: join_safetensors(b"\xff\xfe\xfd", d), ("header", "JSON")),
-    "deeply nested": (
-        lambda h, d: join_safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", d),
-        ("header", "JSON"),
-    ),
-    "a list": (lambda h, d: join_safetensors([], d), ("header", "tensors")),
-    "a number": (lambda h, d: join_safetensors(b"5", d), ("header", "tensors")),
-    "entries that are numbers": (
-        lambda h, d: join_safetensors(dict.fromkeys(h, 5), d),
-        (FIRST_TENSOR,),
-    ),
-    "one byte too many": (
-        lambda h, d: join_safetensors(h, d + b"x"),
-        ("2304", "2305"),
-    ),
-    "one byte missing": (
-        lambda h, d: join_safetensors(h, d[:-1]),
-        ("2304", "2303"),
-    ),
-    "cut within the length": (lambda h, d: join_safetensors(h, d)[:7], ("header", " 7")),
-    "cut after the length": (lambda h, d: join_safetensors(h, d)[:8], ("header", " 8")),
-    "cut within the header": (lambda h, d: join_safetensors(h, d)[:200], ("header", " 200")),
-    "cut within the data": (lambda h, d: join_safetensors(h, d[:100]), ("2304", "100")),
-    "negative offset": entry(data_offsets=[-4, 0]),
-    "huge offset": entry(data_offsets=[0, 2**70]),
-    "fractional offset": entry(data_offsets=[0.0, 256.0]),
-    "offsets in reverse": entry(data_offsets=[256, 0]),
-    "NaN in the shape": entry(shape=[float("nan")]),
-    "negative shape": entry(shape=[-1, -64]),
-    "shape of another size": entry(shape=[3, 5]),
-    "100,000 axes": entry(shape=[1] * 100_000 + [2, 3]),
-    "unknown dtype": entry(dtype="C64"),
-    "dtype of another size": entry(dtype="F8_E5M2"),
-    "no dtype": entry(dtype=None),
-    "list as dtype": entry(dtype=["F32"]),
-    "overlapping tensors": (lambda h, d: join_safetensors(with_copy(h), d), ("overlap",)),
-}
-# These have a header that is valid by itself; MLX or the conversion rejects the content.
-BAD_CONTENT: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "length zero": (lambda h, d: join_safetensors(h, d, 0), ("header",)),
+    "not JSON": (lambda h, d: join_safetensors(b"{{{{", d), ("JSON in header",)),
+    "not UTF-8": (lambda h, d: join_safetensors(b"\xff\xfe\xfd", d), ("UTF-8 in header",)),
     "UTF-16": (
         lambda h, d: join_safetensors(json.dumps(h).encode("utf-16"), d),
-        ("MLX", "utf-8"),
+        ("UTF-8 in header",),
+    ),
+    "deeply nested": (
+        lambda h, d: join_safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", d),
+        ("JSON in header",),
+    ),
+    "a list": (lambda h, d: join_safetensors([], d), ("header",)),
+    "a number": (lambda h, d: join_safetensors(b"5", d), ("header",)),
+    "entries that are numbers": (
+        lambda h, d: join_safetensors(dict.fromkeys(h, 5), d),
+        ("JSON in header", "`5`"),
     ),
     "number as metadata": (
         lambda h, d: join_safetensors(h | {"__metadata__": {"format": 1}}, d),
-        ("MLX", "must be string"),
+        ("JSON in header", "`1`"),
     ),
-    "no tensors": (lambda h, d: join_safetensors({}), ("no tensors", "down_proj")),
-    "data without tensors": (lambda h, d: join_safetensors({}, d), ("no tensors", "down_proj")),
+    "name with a lone surrogate": (renamed("\ud800"), ("JSON in header", "hex escape")),
+    "one byte too many": (lambda h, d: join_safetensors(h, d + b"x"), ("not fully covered",)),
+    "one byte missing": (lambda h, d: join_safetensors(h, d[:-1]), ("not fully covered",)),
+    "data without tensors": (lambda h, d: join_safetensors({}, d), ("not fully covered",)),
+    "cut within the length": (lambda h, d: join_safetensors(h, d)[:7], ("header too small",)),
+    "cut after the length": (lambda h, d: join_safetensors(h, d)[:8], ("header length",)),
+    "cut within the header": (lambda h, d: join_safetensors(h, d)[:200], ("header length",)),
+    "cut within the data": (lambda h, d: join_safetensors(h, d[:100]), ("not fully covered",)),
+    "negative offset": (entry(data_offsets=[-4, 0]), ("JSON in header", "`-4`")),
+    "huge offset": (entry(data_offsets=[0, 2**70]), ("JSON in header", "usize")),
+    "fractional offset": (entry(data_offsets=[0.0, 256.0]), ("JSON in header", "`0.0`")),
+    "offsets in reverse": (entry(data_offsets=[256, 0]), ("offset", FIRST_TENSOR)),
+    "NaN in the shape": (entry(shape=[float("nan")]), ("JSON in header",)),
+    "negative shape": (entry(shape=[-1, -64]), ("JSON in header", "`-1`")),
+    "shape of another size": (entry(shape=[3, 5]), ("shape",)),
+    "100,000 axes": (entry(shape=[1] * 100_000 + [2, 3]), ("shape",)),
     "huge empty tensor": (
         lambda h, d: join_safetensors(with_copy(h) | {"zz": EMPTY_TENSOR}, d),
-        ("'zz'",),
+        ("JSON in header", "usize"),
     ),
+    "unknown dtype": (entry(dtype="C128"), ("C128",)),
+    "dtype of another size": (entry(dtype="F8_E5M2"), ("data type",)),
+    "no dtype": (entry(dtype=None), ("JSON in header", "null")),
+    "list as dtype": (entry(dtype=["F32"]), ("JSON in header", "sequence")),
+    "overlapping tensors": (lambda h, d: join_safetensors(with_copy(h), d), ("invalid offset",)),
+}
+# These are valid files; the conversion rejects the content.
+BAD_CONTENT: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "no tensors": (lambda h, d: join_safetensors({}), ("no tensors", "down_proj")),
     "name with a path": (renamed("../../x"), ("'../../x'",)),
     "name with NUL": (renamed("a\0b"), (r"'a\x00b'",)),
     "name with line breaks": (renamed("a\nb\r\u2028c"), (r"'a\nb\r\u2028c'",)),
@@ -135,7 +129,6 @@ BAD_CONTENT: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "name of dots": (renamed("." * 1000), ("'" + "." * 80,)),
     "deep name": (renamed("a." * 100_000), ("'a.a.a.",)),
     "name with a huge number": (renamed("model.layers.99999999999.x"), ("99999999999",)),
-    "name with a lone surrogate": (renamed("\ud800"), ("MLX",)),
 }
 
 
@@ -185,8 +178,8 @@ def test_a_shape_of_a_million_axes_is_rejected_within_a_second(
 ) -> None:
     """Multiplying its sizes would take minutes."""
     file = WEIGHTS["peft"]
-    message = reject("from-peft", damaged(file, entry(shape=[9] * 1_000_000)[0]))
-    assert_mentions(message, file, FIRST_TENSOR)
+    message = reject("from-peft", damaged(file, entry(shape=[9] * 1_000_000)))
+    assert_mentions(message, file, "shape")
     start = time.process_time()  # not of the clock: other processes may have the machine
     with pytest.raises(SimPOError):
         read_header(tmp_path / "source" / file)

@@ -148,8 +148,8 @@ def errors_of_running() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OverflowError, AttributeError) as error:
-        said = one_line(error, 300)
-        raise SimPOError(f"the model cannot be run: {type(error).__name__}: {said}") from None
+        reason = f"{type(error).__name__}: {one_line(error, 300)}"
+        raise SimPOError(f"the model cannot be run: {reason}") from None
 
 
 def mlx_logits(model: nn.Module, tokens: list[list[int]]) -> Logits:
