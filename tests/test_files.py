@@ -147,7 +147,8 @@ def test_a_file_with_any_byte_changed_is_read_exactly_or_rejected(position: int,
     try:
         tensors = load_safetensors([path])
     except SimPOError as error:
-        assert "changed.safetensors" in str(error)
+        message = str(error)
+        assert "changed.safetensors" in message
         assert not in_data, "the data may be any bytes"
         assert changed != valid, "the file was not changed"
     else:
