@@ -46,6 +46,7 @@ from mlx_simpo import (
     train,
 )
 from mlx_simpo.data.encode import Encoder, encode_pairs
+from mlx_simpo.evaluation import Evaluation
 from mlx_simpo.training import session as session_module
 from mlx_simpo.training.trainer import train_steps
 
@@ -63,6 +64,18 @@ class Finished(NamedTuple):
     @property
     def folder(self) -> Path:
         return self.result.adapter
+
+    @property
+    def before(self) -> Evaluation:
+        """The evaluation before the first step."""
+        assert self.result.before is not None
+        return self.result.before
+
+    @property
+    def after(self) -> Evaluation:
+        """The evaluation after the last step."""
+        assert self.result.after is not None
+        return self.result.after
 
 
 def ran(*settings: str) -> Finished:
@@ -109,8 +122,8 @@ def test_metrics_has_one_line_per_step_and_evaluation(finished: Finished) -> Non
             assert all(name.startswith("eval_") for name in names)
         else:
             assert {"loss", "rewards/margins", "learning_rate", "grad_norm", "epoch"} <= names
-    before = {f"eval_{k}": v for k, v in finished.result.before.as_dict().items()}
-    after = {f"eval_{k}": v for k, v in finished.result.after.as_dict().items()}
+    before = {f"eval_{k}": v for k, v in finished.before.as_dict().items()}
+    after = {f"eval_{k}": v for k, v in finished.after.as_dict().items()}
     assert lines[0] == {"step": 0, **json.loads(json.dumps(before))}
     assert lines[-1] == {"step": STEPS, **json.loads(json.dumps(after))}
     assert lines[-2] == finished.result.last.as_dict()
@@ -141,18 +154,20 @@ def test_the_best_adapter_is_that_of_the_lowest_evaluation_loss(finished: Finish
 
 def test_evaluate_agrees_with_the_evaluations_of_the_run(finished: Finished) -> None:
     results = evaluate(finished.config, finished.folder, captured_display()[0])
-    assert results["base"].metrics == pytest.approx(finished.result.before.metrics, rel=1e-5)
-    assert results["adapter"].metrics == pytest.approx(finished.result.after.metrics, rel=1e-5)
+    assert results["base"].metrics == pytest.approx(finished.before.metrics, rel=1e-5)
+    assert results["adapter"].metrics == pytest.approx(finished.after.metrics, rel=1e-5)
     assert results["base"].metrics["loss"] < results["adapter"].metrics["loss"] - 0.1
 
 
 def test_mlx_lm_loads_the_folder_as_it_is(finished: Finished) -> None:
     """With mlx_lm's own loader, the metrics are those of the run."""
-    model, tokenizer = mlx_lm.load(finished.config.model, adapter_path=str(finished.folder))
-    pairs = load_pairs(finished.config.data.valid).pairs
+    config = finished.config
+    model, tokenizer = mlx_lm.load(config.model, adapter_path=str(finished.folder))[:2]
+    assert config.data.valid is not None
+    pairs = load_pairs(config.data.valid).pairs
     encoded, _ = encode_pairs(Encoder(tokenizer, DataConfig()), pairs)
     result = evaluate_pairs(model, encoded, ObjectiveConfig())
-    assert result.metrics == pytest.approx(finished.result.after.metrics, rel=1e-5)
+    assert result.metrics == pytest.approx(finished.after.metrics, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +190,7 @@ def test_every_variant_is_evaluated_as_it_was_trained(
     run = ran(*small_run(model_folder, pairs_file, tmp_path / "run", *more))
     results = evaluate(run.config, run.folder, captured_display()[0])
     metrics = results["adapter"].metrics
-    assert metrics == pytest.approx(run.result.after.metrics, rel=1e-4, abs=1e-4)
+    assert metrics == pytest.approx(run.after.metrics, rel=1e-4, abs=1e-4)
     assert metrics["loss"] != pytest.approx(results["base"].metrics["loss"], abs=0.01)
     assert {a.dtype.name for a in arrays(run.folder / WEIGHTS).values()} == {"float32"}
 
@@ -192,7 +207,7 @@ def test_a_quantized_model(model_folder: Path, pairs_file: Path, tmp_path: Path)
     more = ("train.steps=2", f"data.valid={pairs_file}")
     run = ran(*small_run(folder, pairs_file, tmp_path / "run", *more))
     results = evaluate(run.config, run.folder, captured_display()[0])
-    assert results["adapter"].metrics == pytest.approx(run.result.after.metrics, rel=1e-4)
+    assert results["adapter"].metrics == pytest.approx(run.after.metrics, rel=1e-4)
 
 
 # --- repeatability ---------------------------------------------------------------------------
@@ -233,7 +248,8 @@ def test_a_run_can_start_from_the_adapter_of_another(finished: Finished, tmp_pat
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     more = [f"output={tmp_path / 'run'}", f"lora.init_from={finished.folder}", "train.steps=1"]
     result = train(load_config(tmp_path / "config.yaml", more), captured_display()[0])
-    assert result.before.metrics == pytest.approx(finished.result.after.metrics, rel=1e-5)
+    assert result.before is not None
+    assert result.before.metrics == pytest.approx(finished.after.metrics, rel=1e-5)
 
 
 # --- without validation, into an existing folder ---------------------------------------------

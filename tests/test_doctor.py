@@ -36,7 +36,8 @@ def test_the_text_describes_this_machine(device: str, capsys: Capture) -> None:
     result = command(capsys, "doctor")
     assert result.status == 0
     assert f"MLX's device: {mx.default_device()}\n" in result.out
-    for words in (f"mlx: {mx.__version__}", "chip: ", NOTES[device]):
+    version = mx.__version__  # type: ignore[attr-defined]
+    for words in (f"mlx: {version}", "chip: ", NOTES[device]):
         assert words in result.out
     assert re.search(r"memory: [1-9]\d* GiB", result.out)
     assert "checks: 12 of 12 passed; the largest float32 error is " in result.out
@@ -66,6 +67,7 @@ def shifted_logps(*arrays: Any, **settings: Any) -> tuple:
 
 def scaled_gradient(*arrays: Any, **settings: Any) -> tuple:
     logps, gradient = BUILT_IN.response_logps(*arrays, **settings)
+    assert gradient is not None
     return logps, 1.05 * gradient
 
 

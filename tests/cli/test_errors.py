@@ -7,7 +7,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers.commands import changed_copy, command, complaint, json_lines, small_run, with_bad_rows
+from helpers.commands import (
+    changed_copy,
+    command,
+    complaint,
+    json_lines,
+    load_arrays,
+    small_run,
+    with_bad_rows,
+)
 from helpers.tiny import (
     assistant,
     some_pairs,
@@ -191,7 +199,7 @@ def test_weights_that_were_half_downloaded(
 
 def with_weight(folder: Path, copy: Path, name: str, value: float) -> Path:
     """A copy of a model folder with one weight matrix multiplied by ``value``."""
-    weights = dict(mx.load(str(folder / "model.safetensors")))
+    weights = load_arrays(folder / "model.safetensors")
     weights[name] = weights[name] * value
     changed = changed_copy(folder, copy, model__safetensors=None)
     mx.save_safetensors(str(changed / "model.safetensors"), weights, {"format": "pt"})
@@ -330,7 +338,7 @@ def test_a_broken_adapter(
 def test_an_adapter_of_which_a_weight_is_missing_or_does_not_fit(
     capsys: Capture, adapter: Path, pairs_file: Path, tmp_path: Path, shape: tuple | None
 ) -> None:
-    weights = dict(mx.load(str(adapter / "adapters.safetensors")))
+    weights = load_arrays(adapter / "adapters.safetensors")
     first = min(weights)
     del weights[first]
     weights |= {} if shape is None else {first: mx.zeros(shape)}

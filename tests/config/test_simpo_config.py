@@ -265,7 +265,7 @@ def test_an_unreadable_file_is_an_error_that_names_it(
     path = tmp_path / "config.yaml"
     if content == "folder":
         path.mkdir()
-    elif content is not None:
+    elif isinstance(content, bytes):
         path.write_bytes(content)
     message = error_of(lambda: load_config(path))
     assert message.startswith(f"cannot read the configuration {str(path)!r}: ")

@@ -38,7 +38,7 @@ def valid_inputs(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     parameters = {"rank": 2, "scale": 4.0, "dropout": 0.0, "keys": keys}
     model.freeze()
     linear_to_lora_layers(model, 2, parameters)
-    weights = tree_flatten(model.trainable_parameters())
+    weights = trainable_weights(model)
     model.update(tree_unflatten([(n, mx.random.normal(p.shape) * 0.2) for n, p in weights]))
     config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
     save_adapter(folder / "mlx", model, config | {"model": str(folder / "model")})

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -31,7 +32,7 @@ QWEN3_MOE = {
 }
 
 
-def saved(folder: Path, model_type: str, form: str, **changes: object) -> Path:
+def saved(folder: Path, model_type: str, form: str, **changes: Any) -> Path:
     """Write a tiny model under MLX's names, whatever ``form`` the file claims to have."""
     folder.mkdir()
     weights = dict(tree_flatten(tiny_model(model_type, **changes).parameters()))

@@ -248,9 +248,9 @@ def test_tokens_beyond_the_vocabulary(
     ],
 )
 def test_infinite_and_nan_logits_are_never_equal(actual: float, expected: float) -> None:
-    logits = [np.array([[[1.0, value]]], dtype=np.float32) for value in (actual, expected)]
+    one, other = (np.array([[[1.0, value]]], np.float32) for value in (actual, expected))
     with pytest.raises(SimPOError, match=r"nothing was written.*the two"):
-        check([compare("the two", *logits)])
+        check([compare("the two", one, other)])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit memory")

@@ -361,7 +361,8 @@ def test_two_processes_at_once(tmp_path: Path, root: Path) -> None:
 
 def age(folder: Path, days: float) -> None:
     for path in (*folder.iterdir(), folder):
-        os.utime(path, (time.time() - days * 24 * 3600,) * 2)
+        last_used = time.time() - days * 24 * 3600
+        os.utime(path, (last_used, last_used))
 
 
 def test_folders_unused_for_long_are_deleted_and_nothing_else(data: Path, root: Path) -> None:

@@ -194,8 +194,8 @@ def cut(sizes: tuple[int, int, int], limits: tuple[int, int], **options: Any) ->
     """A plain-text pair of so many tokens (plus EOS), with (max_length, max_prompt_length)."""
     config = {"max_length": limits[0], "max_prompt_length": limits[1]}
     words = zip((" is", " sky", " sky"), (" the", " dog", " fox"), sizes, strict=True)
-    texts = [first + others * (size - 1) for first, others, size in words]
-    return make_encoder(None, config, **options).encode(Pair(*texts))
+    prompt, chosen, rejected = (first + others * (size - 1) for first, others, size in words)
+    return make_encoder(None, config, **options).encode(Pair(prompt, chosen, rejected))
 
 
 @pytest.mark.parametrize(

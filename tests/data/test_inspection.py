@@ -31,11 +31,11 @@ def summary(pairs: list[Pair], quarantined: tuple = (), **config: Any) -> dict[s
     return summarize(encoded, [*quarantined, *rejected], encoder)
 
 
-def pair_of(prompt: int, chosen: int, rejected: int, **counts: int) -> EncodedPair:
-    sequences = (
+def pair_of(prompt: int, chosen: int, rejected: int, **counts: Any) -> EncodedPair:
+    first, second = (
         TokenizedSequence(np.arange(prompt + n, dtype=np.int32), prompt) for n in (chosen, rejected)
     )
-    return EncodedPair(*sequences, **counts)
+    return EncodedPair(first, second, **counts)
 
 
 def test_token_counts_are_those_of_the_whole_texts() -> None:

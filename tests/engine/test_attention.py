@@ -93,7 +93,8 @@ def test_value_and_gradient(
     visible = np.tri(new, old + new, old, dtype=bool) if kind == "causal" else np.ones((), bool)
     visible = np.array(mask) if isinstance(mask, mx.array) else visible
 
-    expected = attention_in_float64(*(np.array(a, np.float64) for a in inputs[:3]), visible)
+    queries, keys, values = (np.array(a, np.float64) for a in inputs[:3])
+    expected = attention_in_float64(queries, keys, values, visible)
     np.testing.assert_allclose(our_attention(mask, *inputs[:3]), expected, atol=2e-6)
 
     ours, theirs = (gradients(partial(f, mask), inputs) for f in (our_attention, mlx_attention))

@@ -37,7 +37,8 @@ def test_rows_are_all_chosen_then_all_rejected(pairs: list[EncodedPair]) -> None
     batch = collate_stacked(pairs)
     assert batch.pairs == tuple(pairs)
     sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-    rows, starts, ends = batch.tokens.tolist(), batch.score_start.tolist(), batch.score_end.tolist()
+    arrays = (batch.tokens, batch.score_start, batch.score_end)
+    rows, starts, ends = (np.array(array).tolist() for array in arrays)
     for row, start, end, sequence in zip(rows, starts, ends, sequences, strict=True):
         assert row[:end] == sequence.tokens.tolist()
         assert row[start:end] == sequence.tokens[sequence.score_start :].tolist()

@@ -1,5 +1,7 @@
 """The reference's log-probabilities against float64 NumPy, and what must not change them."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -25,13 +27,13 @@ def numpy_logps(logits: np.ndarray, tokens: list[int], start: int) -> float:
 
 def random_pair(rng: np.random.Generator, longest: int = 40) -> EncodedPair:
     prompt = rng.integers(0, 500, rng.integers(1, 12)).tolist()
-    sequences = [
+    first, second = (
         TokenizedSequence(
             np.array(prompt + rng.integers(0, 500, n).tolist(), np.int32), len(prompt)
         )
         for n in rng.integers(1, longest - len(prompt), 2)
-    ]
-    return EncodedPair(*sequences)
+    )
+    return EncodedPair(first, second)
 
 
 def reference_logps(pairs: list[EncodedPair]) -> np.ndarray:
@@ -64,8 +66,9 @@ def test_batch_composition_order_and_padding_do_not_matter(seed: int) -> None:
     shuffled = reference_logps([pairs[i] for i in order])
     np.testing.assert_allclose(shuffled[:4], together[:4][order], atol=2e-5)
     # A longer companion means more padding for the others.
-    long = EncodedPair(*[TokenizedSequence(rng.integers(0, 500, 90).astype(np.int32), 5)] * 2)
-    np.testing.assert_allclose(reference_logps([*pairs, long])[:4], together[:4], atol=2e-5)
+    long = TokenizedSequence(rng.integers(0, 500, 90).astype(np.int32), 5)
+    longer = [*pairs, EncodedPair(long, long)]
+    np.testing.assert_allclose(reference_logps(longer)[:4], together[:4], atol=2e-5)
 
 
 @given(seed=st.integers(0, 10_000))
@@ -74,10 +77,8 @@ def test_only_scored_tokens_count(seed: int) -> None:
     """Token 5's own log-probability, from the means with and without it."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 500, 20).astype(np.int32)
-    means = {
-        start: reference_logps([EncodedPair(*[TokenizedSequence(tokens, start)] * 2)])[0]
-        for start in (5, 6)
-    }
+    sequences = {start: TokenizedSequence(tokens, start) for start in (5, 6)}
+    means = {n: reference_logps([EncodedPair(s, s)])[0] for n, s in sequences.items()}
     logits = np.array(MODEL(mx.array(tokens)[None]))[0]
     logp_of_token_5 = means[5] * 15 - means[6] * 14
     expected = numpy_logps(logits, tokens.tolist()[:6], 5)
@@ -107,7 +108,8 @@ def test_logsumexp_and_its_gradient(vocabulary: int) -> None:
     wide = values.astype(np.float64)
     top = wide.max(axis=-1, keepdims=True)
     expected = np.log(np.exp(wide - top).sum(axis=-1)) + top[:, 0]
-    total, gradient = mx.value_and_grad(lambda x: logsumexp(x).sum())(mx.array(values))
+    function: Any = logsumexp  # mlx types the results of a custom function as object
+    total, gradient = mx.value_and_grad(lambda x: function(x).sum())(mx.array(values))
     each = np.array(logsumexp(mx.array(values)))
     np.testing.assert_allclose(each, expected, rtol=3e-7, atol=3e-6)
     assert total.item() == pytest.approx(expected.sum(), rel=1e-6)

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import smollm2
+from helpers.commands import load_arrays
 from mlx_lm import load
 from mlx_lm.utils import load_tokenizer
 
@@ -20,8 +21,8 @@ def four_bit_folder(smollm2_folder: Path) -> Path:
 def test_float32_is_the_dequantized_four_bit_model_bit_for_bit(
     smollm2_folder: Path, four_bit_folder: Path
 ) -> None:
-    exact = mx.load(str(smollm2_folder / "model.safetensors"))
-    packed = mx.load(str(four_bit_folder / "model.safetensors"))
+    exact = load_arrays(smollm2_folder / "model.safetensors")
+    packed = load_arrays(four_bit_folder / "model.safetensors")
     config = json.loads((four_bit_folder / "config.json").read_text())
     settings = config["quantization"]
     assert settings["model.embed_tokens"] == {"group_size": 32, "bits": 8}

@@ -62,12 +62,12 @@ RECURRENT: dict[str, dict[str, Any]] = {
 }
 
 
-def architecture_with_lora(name: str = "llama", **lora: Any) -> nn.Module:
+def architecture_with_lora(name: str = "llama", **lora: Any) -> Any:
     """A tiny model of this architecture with LoRA whose matrices are not zero."""
     return with_lora(tiny_model(name, **(ARCHITECTURES | RECURRENT)[name]), **lora)
 
 
-def with_lora(model: nn.Module, **lora: Any) -> nn.Module:
+def with_lora(model: nn.Module, **lora: Any) -> Any:
     """The model with LoRA of rank 4, and noise on it: B is zero at first, and so would be A's
     gradient."""
     attach_lora(model, LoRAConfig(rank=4, **lora), seed=0)

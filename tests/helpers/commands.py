@@ -95,11 +95,16 @@ def captured_display(*, terminal: bool = False) -> tuple[Display, io.StringIO]:
     return Display(console), text
 
 
-def arrays(file: Path) -> dict[str, np.ndarray]:
-    """Return the content of a safetensors file."""
+def load_arrays(file: Path) -> dict[str, mx.array]:
+    """Return the content of a safetensors file as MLX arrays, each of which is read when used."""
     loaded = mx.load(str(file))
     assert isinstance(loaded, dict)
-    return {name: np.array(value) for name, value in loaded.items()}
+    return loaded
+
+
+def arrays(file: Path) -> dict[str, np.ndarray]:
+    """Return the content of a safetensors file as NumPy arrays."""
+    return {name: np.array(value) for name, value in load_arrays(file).items()}
 
 
 def assert_same_arrays(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

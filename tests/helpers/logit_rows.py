@@ -63,7 +63,7 @@ def in_float64(inputs: Case) -> Expected:
     """Return log p and its gradient from the definition, row by row."""
     raw_logits = np.array(inputs.raw_logits.astype(mx.float32), np.float64)
     logps, gradients = np.zeros(len(raw_logits)), np.zeros(raw_logits.shape)
-    for row, target in enumerate(inputs.targets.tolist()):
+    for row, target in enumerate(np.array(inputs.targets).tolist()):
         if target == IGNORE_INDEX:
             continue
         if not 0 <= target < raw_logits.shape[1]:

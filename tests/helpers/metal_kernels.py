@@ -90,7 +90,7 @@ def launch_rows(
     source: str, x: mx.array, threads: int = 128, outputs: int | None = None
 ) -> mx.array:
     """Run a kernel with the input x, one threadgroup per row, and return its float32 output."""
-    kernel = mx.fast.metal_kernel("rows", ["x"], ["out"], source)
+    kernel: Any = mx.fast.metal_kernel("rows", ["x"], ["out"], source)
     (out,) = kernel(
         inputs=[x],
         template=[("T", x.dtype)],

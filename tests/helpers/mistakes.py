@@ -14,9 +14,9 @@ FUSE, FROM_HF = modules["mlx_simpo.convert.fuse"], modules["mlx_simpo.convert.fr
 WRONG = "verification failed, so nothing was written"
 Arrays = dict[str, mx.array]
 Patch = pytest.MonkeyPatch
-UNTIED = {"tie_word_embeddings": False}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, **UNTIED}
-GLU = ("gate_proj", "up_proj", "down_proj")
+UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
+EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, **UNTIED}
+GLU: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 # Adapters of the tests: the type of their base model, the modules they adapt, rank, whether DoRA.
 ADAPTERS: dict[str, tuple[str, list[str], int, bool]] = {
     "llama": ("llama", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"], 2, False),

@@ -29,7 +29,8 @@ def section_with(name: str, value: Any) -> Section:
     """The section of ``name`` with this one setting, created in Python."""
     section, _, leaf = name.rpartition(".")
     if not section:
-        return SimPOConfig(**({"model": "x"} | {leaf: value}))
+        values: dict[str, Any] = {"model": "x"} | {leaf: value}
+        return SimPOConfig(**values)
     return SECTIONS[section](**{leaf: value})
 
 
@@ -64,6 +65,6 @@ def kind(hint: Any) -> tuple[str, bool]:
     inner = [p for p in typing.get_args(hint) or parts if p is not types.NoneType]
     if typing.get_origin(hint) is Literal:
         inner = [hint]
-    first = inner[0]
+    first: Any = inner[0]
     name = "choice" if typing.get_origin(first) is Literal else first.__name__
     return ("names" if len(inner) > 1 else name), types.NoneType in typing.get_args(hint)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from huggingface_hub import ModelCard, ModelCardData
 
 from mlx_simpo import load_config
 from mlx_simpo.config.yaml import parse_yaml
@@ -98,6 +99,12 @@ def run_copy(adapter: Path, folder: Path, **changes: Any) -> Path:
     if changes:
         (folder / "config.yaml").write_text(json.dumps(settings(**changes)), encoding="utf-8")
     return folder
+
+
+def card_data(card: ModelCard) -> ModelCardData:
+    """Return the metadata of a model card."""
+    data: Any = card.data  # huggingface_hub annotates it with an attribute, which is not a type
+    return data
 
 
 def every_kind(adapter: Path, folder: Path) -> dict[str, Folder]:

@@ -1,6 +1,7 @@
 """Optimizer steps on the tiny model: encoded pairs, a model with LoRA, the gradient of a step."""
 
 from itertools import pairwise
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
@@ -22,10 +23,10 @@ def encoded_pairs(count: int = 11) -> list[EncodedPair]:
     return encoded
 
 
-def model_with_lora(**lora: object) -> nn.Module:
+def model_with_lora(**lora: Any) -> Any:
     """A tiny model with LoRA of rank 4, whose B is not zero, so that A has a gradient too."""
     model = tiny_model()
-    attach_lora(model, LoRAConfig(rank=4, **lora), seed=1)  # type: ignore[arg-type]
+    attach_lora(model, LoRAConfig(rank=4, **lora), seed=1)
     model.update(tree_map(lambda p: p + 0.02, model.trainable_parameters()))
     return model
 
@@ -35,9 +36,13 @@ def weights(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.array(p) for name, p in tree_flatten(model.trainable_parameters())}
 
 
-def step_config(**train: object) -> SimPOConfig:
+def step_config(**train: Any) -> SimPOConfig:
     """A configuration with steps of 4 pairs, unless ``train`` says otherwise."""
-    defaults: dict = {"batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
+    defaults: dict[str, Any] = {
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+    }
     return SimPOConfig(model="tiny", train=TrainConfig(**(defaults | train)))
 
 

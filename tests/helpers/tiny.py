@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -94,8 +93,11 @@ def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     return {"model_type": model_type, **_COMMON, **changes}
 
 
-def tiny_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> nn.Module:
-    """A random model of an mlx-lm architecture, float32, with logits of some size."""
+def tiny_model(model_type: str = "llama", seed: int = 0, **changes: Any) -> Any:
+    """A random model of an mlx-lm architecture, float32, with logits of some size.
+
+    Typed as Any because pyright infers from MLX that every attribute of a module may be None.
+    """
     config = tiny_config(model_type, **changes)
     model_class, args_class = _get_classes(config)
     mx.random.seed(seed)
@@ -130,13 +132,13 @@ def token_pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> Encode
     """Responses of so many random tokens behind the same prompt; no token is 0."""
     rng = np.random.default_rng([prompt, chosen, rejected, seed])
     before = rng.integers(1, 500, prompt)
-    sequences = (
+    first, second = (
         TokenizedSequence(
             np.concatenate([before, rng.integers(1, 500, n)]).astype(np.int32), prompt
         )
         for n in (chosen, rejected)
     )
-    return EncodedPair(*sequences)
+    return EncodedPair(first, second)
 
 
 def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list, list]:
@@ -158,7 +160,7 @@ def assistant(content: Any, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
 
 
-def some_pairs(count: int = 12) -> list[dict[str, str]]:
+def some_pairs(count: int = 12) -> list[dict[str, Any]]:
     """String records of different lengths."""
     words = _TEXT[0].split()[:14]
     return [

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.shared_folders import (
+    card_data,
     every_kind,
     peft_folder,
     run_copy,
@@ -33,7 +34,7 @@ from mlx_simpo import SimPOError
 from mlx_simpo.cli.push import add as add_push
 from mlx_simpo.cli.push import run as run_push
 from mlx_simpo.hub.card import MARK
-from mlx_simpo.hub.push import TransportError, push
+from mlx_simpo.hub.push import TransportError, push  # type: ignore[attr-defined]
 
 REPO = "ann/tiny-simpo"
 TOKEN = "hf_plantedSecretToken0123456789"
@@ -163,7 +164,7 @@ def test_each_kind_sends_its_files_in_one_commit(
         assert result.url == f"https://huggingface.co/{REPO}/commit/abc"
         assert {e.name: e.size for e in result.files} == {n: len(b) for n, b in hub.sent.items()}
         assert hub.sent["README.md"].decode() == result.card
-        assert ModelCard(result.card).data.library_name
+        assert card_data(ModelCard(result.card)).library_name
         assert snapshot(folder.path) == before
 
 

@@ -1,5 +1,7 @@
 """The Metal host reports planted bugs, accepts correct kernels, and computes what Metal does."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def run_case(case: Case, seeds: tuple[int, ...]) -> tuple[mx.array, mx.array]:
         return x, launch_rows(case.source, x, **launch)
 
 
-titles = {"ids": lambda case: case.title}
+titles: dict[str, Any] = {"ids": lambda case: case.title}
 BUGS = BOUNDS + RACES + DIVERGENCE + VALUES + LANGUAGE
 
 

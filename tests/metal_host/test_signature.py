@@ -38,7 +38,7 @@ INPUTS = {
 
 def make_mlx_print(definition: dict[str, Any], call: dict[str, Any], folder: Path) -> None:
     """Let MLX print the text that it would compile: exporting a function does, without a GPU."""
-    kernel = mx.fast.metal_kernel(**definition)
+    kernel: Any = mx.fast.metal_kernel(**definition)
 
     def function(*inputs: mx.array) -> list[mx.array]:
         return kernel(inputs=inputs, verbose=True, **call)

@@ -8,13 +8,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.commands import changed_copy
+from helpers.commands import changed_copy, load_arrays
 from helpers.tiny import CHATML, tiny_config, tiny_model, tiny_tokenizer
 from huggingface_hub.errors import LocalEntryNotFoundError
 from mlx.utils import tree_flatten
 
 from mlx_simpo import SimPOError
 from mlx_simpo.model import loading
+from mlx_simpo.model.adapters import flat_arrays
 from mlx_simpo.model.loading import dtype_of, load_model, load_only_tokenizer, model_folder
 
 TOKENS = mx.random.randint(0, 500, (1, 16), key=mx.random.key(3))
@@ -86,14 +87,14 @@ def test_rotary_settings_of_transformers_5_reach_the_model(
 def test_dtype_is_that_of_all_weights_and_of_the_logits(dtype: str, model_folder: Path) -> None:
     loaded = load_model(str(model_folder), dtype=dtype)
     expected = getattr(mx, dtype)
-    assert {p.dtype for _, p in tree_flatten(loaded.model.parameters())} == {expected}
+    assert {p.dtype for p in flat_arrays(loaded.model.parameters()).values()} == {expected}
     assert loaded.model(TOKENS).dtype == expected
     assert loaded.dtype == dtype
 
 
 def stored(folder: Path, copy: Path, dtype: mx.Dtype) -> Path:
     """A copy of a model folder with its weights stored in ``dtype``."""
-    weights = dict(mx.load(str(folder / "model.safetensors")))
+    weights = load_arrays(folder / "model.safetensors")
     changed = changed_copy(folder, copy, model__safetensors=None)
     cast = {name: value.astype(dtype) for name, value in weights.items()}
     mx.save_safetensors(str(changed / "model.safetensors"), cast, {"format": "pt"})
@@ -103,7 +104,9 @@ def stored(folder: Path, copy: Path, dtype: mx.Dtype) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_auto_is_the_dtype_on_disk(dtype: str, model_folder: Path, tmp_path: Path) -> None:
     loaded = load_model(str(stored(model_folder, tmp_path / "stored", getattr(mx, dtype))))
-    assert {p.dtype for _, p in tree_flatten(loaded.model.parameters())} == {getattr(mx, dtype)}
+    assert {p.dtype for p in flat_arrays(loaded.model.parameters()).values()} == {
+        getattr(mx, dtype)
+    }
     assert loaded.dtype == dtype
 
 
@@ -116,7 +119,8 @@ def test_quantized_codes_are_left_alone(model_folder: Path, tmp_path: Path) -> N
     mx.save_safetensors(
         str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"}
     )
-    layer = load_model(str(folder), dtype="float16").model.layers[0].self_attn.q_proj
+    loaded: Any = load_model(str(folder), dtype="float16").model
+    layer = loaded.layers[0].self_attn.q_proj
     assert isinstance(layer, nn.QuantizedLinear)
     assert (layer.weight.dtype, layer.scales.dtype) == (mx.uint32, mx.float16)
     assert (layer.weight == model.layers[0].self_attn.q_proj.weight).all()

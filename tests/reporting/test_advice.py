@@ -64,7 +64,7 @@ def undecided_loss(objective: ObjectiveConfig) -> float:
         gamma_beta_ratio=objective.gamma_beta_ratio,
         label_smoothing=objective.label_smoothing,
     )
-    return loss.item()
+    return float(loss)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """One step: exact accumulation, compiled and eager, and an error that leaves nothing half-done."""
 
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.steps import encoded_pairs, loss_and_gradients, model_with_lora, weights
@@ -105,7 +105,7 @@ def test_an_error_restores_the_model_and_the_random_numbers() -> None:
     model = model_with_lora()
     before = weights(model)
 
-    def fail(model: nn.Module) -> None:
+    def fail(model: Any) -> None:
         with restore_on_error(model, seed=5):
             model.load_weights([(n, mx.zeros_like(mx.array(w))) for n, w in before.items()], False)
             model.layers[0].mlp.up_proj.lora_a = mx.array(0.0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from helpers.commands import load_arrays
 from helpers.mlx_folders import MIXTRAL
 from helpers.tiny import tiny_model
 
@@ -20,7 +21,7 @@ from mlx_simpo.convert.peft.write import write_peft
 Tensors = dict[str, mx.array]
 MODULES = [f"model.layers.{n}.self_attn.q_proj" for n in range(2)]
 EXPERTS = "model.layers.0.block_sparse_moe.switch_mlp.down_proj"
-UNTIED = {"tie_word_embeddings": False}
+UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
 
 
 def key(module: str, kind: str) -> str:
@@ -106,7 +107,7 @@ def single_experts(folder: Path, change: Callable[[Tensors], Any], **settings: A
     options = {"base": "x", "revision": None, "separate_experts": True}
     write_peft(folder, {EXPERTS: experts}, model, rule, **options)
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    tensors = dict(mx.load(str(file)))  # type: ignore[arg-type]
+    tensors = load_arrays(file)
     mx.eval(tensors)
     change(tensors)
     mx.save_safetensors(str(file), tensors, {"format": "pt"})

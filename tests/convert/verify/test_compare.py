@@ -1,6 +1,7 @@
 """Which differences between logits pass, which do not, and how they are shown."""
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -78,7 +79,7 @@ def test_other_shapes_are_an_error() -> None:
         verify.compare("sides", logits(), logits()[:, 1:])
 
 
-def tiny_loaded(**changes: int) -> LoadedModel:
+def tiny_loaded(**changes: Any) -> LoadedModel:
     """A model and its tokenizer."""
     model = tiny_model(**changes)
     return LoadedModel(model, tiny_tokenizer(), {}, "float32", Path(), "tiny", None)
