@@ -42,7 +42,7 @@ check: $(VENV)/.dev
 parity: $(PARITY_VENV)/.installed
 	@$(PARITY_VENV)/bin/python -m pytest -q -s tests/parity
 
-# Records tests/golden/objective.json anew from TRL and Liger.
+# Records tests/golden/objective.json from TRL and Liger again.
 golden: $(PARITY_VENV)/.installed
 	@cd tests && ../$(PARITY_VENV)/bin/python -m golden.make_objective
 
@@ -93,8 +93,8 @@ $(VENV)/.dev: $(VENV)/.test
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -q -e ".[dev]"
 	@touch $@
 
-# torch first: where its plain name gives a CUDA build of gigabytes, the version asked for here is
-# the one to take, and everything after is content with it.
+# torch first, in this version: what is installed later needs any torch, which by itself could be a
+# CUDA build of gigabytes.
 $(PARITY_VENV)/.installed: $(VENV)/.created pyproject.toml
 	@echo "Making $(PARITY_VENV) with torch, transformers, PEFT, TRL and Liger …"
 	@$(BIN)/python -m venv $(PARITY_VENV)

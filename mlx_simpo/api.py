@@ -167,13 +167,13 @@ def run_steps(session: Session, folder: RunFolder) -> TrainResult:
 def evaluate(
     config: SimPOConfig, adapter: str | Path | None = None, display: Display | None = None
 ) -> dict[str, Evaluation]:
-    """Evaluate a model on ``data.valid``, and with an adapter if there is one.
+    """Evaluate the base model on ``data.valid``, and the adapter if there is one.
 
     Args:
         adapter: folder of an mlx-lm adapter.
 
     Returns:
-        The base model's evaluation as "base" and, if there is an adapter, its own as "adapter".
+        The base model's evaluation as "base"; with an adapter, the adapter's as "adapter".
 
     Raises:
         SimPOError: data, a model or an adapter that cannot be read or used.
@@ -181,7 +181,7 @@ def evaluate(
     display, data = display or Display(), config.data
     if data.valid is None:
         raise SimPOError("data.valid is missing; name the pairs to evaluate on")
-    # A kernel that cannot run here is an error before anything is read.
+    # First, so that a kernel that cannot run here is reported before anything is read.
     choose_implementation(config.logps.impl)
     encoder, (dataset,) = encode_datasets(config, [(data.valid, data.valid_split)], display)
     pairs, loaded = dataset.pairs, load_base_model(config, display)
@@ -206,13 +206,13 @@ def generate(
     max_tokens: int = 200,
     display: Display | None = None,
 ) -> dict[str, str]:
-    """Generate a model's response to one user turn, and with an adapter if there is one.
+    """Generate the base model's response to one user turn, and the adapter's if there is one.
 
     Args:
         adapter: folder of an mlx-lm adapter. max_tokens: maximum length of a response.
 
     Returns:
-        The base model's response as "base" and, if there is an adapter, its own as "adapter".
+        The base model's response as "base"; with an adapter, the adapter's as "adapter".
 
     Raises:
         SimPOError: a model, adapter or prompt that cannot be read or used.

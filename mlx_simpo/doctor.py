@@ -20,7 +20,7 @@ PACKAGES = ("mlx-simpo", "mlx", "mlx-lm")
 # Vocabularies to check: tiny, odd, more than a threadgroup reads at once, SmolLM2's, Qwen's.
 SIZES = (2, 33, 1027, 49152, 151936)
 SOFTCAPS = (0.0, 30.0)
-SCALE = 0.5  # of the logits in every check; not 1, so that a scale that is forgotten shows
+SCALE = 0.5  # of the logits in every check; not 1, so that a forgotten scale shows
 # Relative error allowed on top of that of plain operations: one rounding of a stored value in half
 # precision (2⁻⁸ and 2⁻¹¹), some sixteen in float32, which sums in another order.
 ROUNDING = {mx.float32: 2e-6, mx.bfloat16: 4e-3, mx.float16: 5e-4}
@@ -133,7 +133,7 @@ def in_float64(
 def in_plain_operations(
     raw_logits: mx.array, targets: mx.array, softcap: float
 ) -> tuple[np.ndarray, ...]:
-    """Return the same from MLX's logsumexp and autodiff, in the dtype of the raw logits."""
+    """Return log p [3] and its gradient [3, V] by logsumexp and autodiff, in raw_logits' dtype."""
 
     def logps(raw_logits: mx.array) -> mx.array:
         logits = SCALE * raw_logits
@@ -212,7 +212,7 @@ def median_seconds(run: Callable[[], Any]) -> float:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """Return what `examine` found as lines to read and to paste into an issue."""
+    """Return a report of `examine` as lines of text, to read and to paste into an issue."""
     lines = [f"{name}: {value}" for name, value in report["machine"].items()]
     if "problem" in report:
         return "\n".join([*lines, f"problem: {report['problem']}"]) + "\n"

@@ -21,7 +21,7 @@ MODEL_WEIGHTS = "model*.safetensors"
 class Header(NamedTuple):
     """The header of a safetensors file.
 
-    shapes: by tensor name. format: what the file's metadata names as such: "pt", "mlx" or "".
+    shapes: by tensor name. format: as the file's metadata has it, "pt" or "mlx"; "" if it has none.
     """
 
     shapes: dict[str, tuple[int, ...]]

@@ -7,7 +7,7 @@ from .errors import SimPOError
 
 
 def local_path(name: str | Path) -> Path:
-    """Return ``name`` as a path, with ~ for the home folder; nothing need exist there.
+    """Return ``name`` as a path, with ~ expanded to the home folder; it need not exist.
 
     Raises:
         SimPOError: the name is empty, too long, holds a NUL, or starts with an unknown user's ~.
@@ -25,7 +25,7 @@ def local_path(name: str | Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder of files that can be made again; it need not exist.
+    """Return the folder for files that can be recreated; it need not exist.
 
     It is $MLX_SIMPO_CACHE, or mlx_simpo in the user's cache folder.
 

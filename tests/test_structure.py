@@ -256,3 +256,12 @@ def test_imports_within_a_room_point_downwards(room: str) -> None:
 
 def test_the_objectives_import_nothing_of_ours() -> None:
     assert imported_rooms(PACKAGE / "objectives.py") == set()
+
+
+def test_every_folder_of_the_package_is_in_the_wheel() -> None:
+    """The build leaves out whatever .gitignore names without its place ("runs/", not "/runs/")."""
+    patterns = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    ignored = {pattern.strip("/") for pattern in patterns if not pattern.startswith("/")}
+    for folder in {path.parent for path in FILES}:
+        assert (folder / "__init__.py").is_file(), folder
+        assert not ignored & set(folder.relative_to(ROOT).parts), folder

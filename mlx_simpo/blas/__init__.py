@@ -48,8 +48,8 @@ def load() -> None:
         return
     is_late = "mlx.core" in sys.modules
     try:
-        # MLX binds its symbols when it is imported. After that OpenBLAS would only take the place
-        # of what others have, torch's MKL for one.
+        # MLX binds its symbols when it is imported. After that, OpenBLAS would only replace the
+        # BLAS of other libraries, such as torch's MKL.
         library = _open(ctypes.RTLD_LOCAL if is_late else ctypes.RTLD_GLOBAL)
     except (OSError, RuntimeError) as error:
         _problem = one_line(error)
@@ -58,7 +58,7 @@ def load() -> None:
         _library = library
         return
     _problem = "MLX was imported before mlx_simpo; import mlx_simpo first"
-    # Where warnings are errors, importing must not fail; whoever loads a model is told as well.
+    # Where warnings are errors, importing must not fail; loading a model warns again.
     with contextlib.suppress(RuntimeWarning):
         warnings.warn(
             "MLX was imported before mlx_simpo and keeps its slow BLAS; import mlx_simpo first",
@@ -68,7 +68,7 @@ def load() -> None:
 
 
 def library() -> Library | None:
-    """Return the OpenBLAS that `load` has loaded, if it has."""
+    """Return the OpenBLAS that `load` has loaded, or None."""
     return _library
 
 
@@ -108,7 +108,7 @@ def _open(mode: int) -> Library:
         if _FORTRAN not in str(error):
             raise
     folder = _fortran_folder()
-    # What a library needs is looked for among those already loaded, by the names in the files.
+    # The loader looks among the libraries that are already loaded first, by their SONAME.
     for file in sorted(folder.glob("lib*"), reverse=True):  # libquadmath before libgfortran
         ctypes.CDLL(str(file))
     ctypes.CDLL(str(wheel), mode=mode)
@@ -118,7 +118,7 @@ def _open(mode: int) -> Library:
 def _installed(path: str) -> Path | None:
     """Return the first such path in the folders that Python imports from.
 
-    importlib.metadata knows, too, but takes longer to import than everything else here.
+    importlib.metadata would know, but takes longer to import than everything else here.
     """
     paths = (Path(folder, path) for folder in sys.path)
     return next((path for path in paths if path.exists()), None)
@@ -127,9 +127,9 @@ def _installed(path: str) -> Path | None:
 def _fortran_folder() -> Path:
     """Return a folder with libgfortran.so.5, which cmeel-openblas needs and a bare system lacks.
 
-    The MLX wheel brings that library under a name of its own (libgfortran-f7379c93.so.5.0.0), in
-    the file itself, too (its SONAME), and the loader goes by the name in the file. So a copy with
-    the usual name lies in the user's cache, beside one of the libquadmath that it needs.
+    The MLX wheel brings that library under another name (libgfortran-f7379c93.so.5.0.0). The file
+    holds that name as well (its SONAME), and the loader goes by it. So a copy that has the usual
+    name in both is written to the user's cache, with a copy of the libquadmath that it needs.
 
     Raises:
         OSError: there is no such library, or the cache cannot be written.

@@ -2,7 +2,7 @@
 
     env $(python -m mlx_simpo.blas) mlx_lm.generate --model …
 
-For programs that do not import mlx_simpo; the variables go to stdout, what they do to stderr.
+For programs that do not import mlx_simpo; the variables go to stdout, an explanation to stderr.
 """
 
 import os
@@ -39,7 +39,7 @@ def _search_path(path: str, variable: str) -> str:
 
 
 def main() -> None:
-    """Print the variables, as words for `env`, and what they do."""
+    """Print the variables, as arguments of `env`, and what they do."""
     variables, reason = preload_variables()
     sys.stderr.write(f"mlx-simpo: {reason}\n")
     sys.stdout.write(" ".join(f"{name}={value}" for name, value in variables.items()) + "\n")

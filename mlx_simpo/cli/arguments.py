@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and the configuration they come to."""
+"""Arguments that several commands share, and the configuration that results from them."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -9,7 +9,9 @@ from ..config.simpo_config import SimPOConfig, load_config
 from ..errors import SimPOError
 from ..paths import local_path
 
-SETTINGS_HELP = "settings, name=value: objective.beta=10 lora.rank=16 (train --help lists them)"
+SETTINGS_HELP = (
+    "Write settings as name=value: objective.beta=10 (`mlx-simpo train --help` lists them)."
+)
 # The keys of `model.loading.DTYPES`, which cannot be imported without MLX.
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -44,7 +46,7 @@ def add_command_with_settings(
     shows of the command's own arguments, for example "--data DATA".
     """
     parser = add_command(commands, name, run, summary)
-    parser.description = f"{_sentence(summary)} After the options come {SETTINGS_HELP}."
+    parser.description = f"{_sentence(summary)} {SETTINGS_HELP}"
     words = ("%(prog)s", "[options]", required, "[CONFIG.yaml]", "[name=value ...]")
     parser.usage = " ".join(filter(None, words))
     return parser
@@ -60,7 +62,7 @@ def add_model_and_adapter(parser: argparse.ArgumentParser) -> None:
 
 def add_base_model(parser: argparse.ArgumentParser, default: str) -> None:
     """Add the options that name the base model of a conversion."""
-    parser.add_argument("--model", help=f"Hub id or folder; {default}")
+    parser.add_argument("--model", help=f"Hub id or folder of the base model; default: {default}")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
 
 
@@ -111,10 +113,10 @@ def config_and_settings(rest: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def reject_settings(options: argparse.Namespace, command: str) -> None:
-    """Check that a command that takes no settings has none, and no file of them.
+    """Reject settings and configuration files for a command that takes none.
 
     Raises:
-        SimPOError: it has.
+        SimPOError: there is a setting or a file.
     """
     if options.config or options.settings:
         extra = options.config or options.settings[0]
@@ -145,7 +147,12 @@ def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
         name = read_adapter_config(folder).get("model") if folder else None
         if not isinstance(name, str):
             raise SimPOError(
-                "--model is missing; the adapter's folder does not say which it belongs to"
+                "--model is missing; "
+                + (
+                    "the adapter does not say which model it belongs to"
+                    if folder
+                    else "name a model, or an adapter with --adapter"
+                )
             )
         model = [f"model={name}"]
     return load_config(None, [*model, *settings, *options.settings])

@@ -29,8 +29,8 @@ def add(commands: Any) -> None:
     for parser in (to_peft, from_peft):
         parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter")
         parser.add_argument("output", metavar="OUT", help="new folder for the converted adapter")
-        add_base_model(parser, "base model; default: the one that the adapter names")
-        add_conversion_options(parser, "of the adapter's weights; default: as stored")
+        add_base_model(parser, "the one that the adapter names")
+        add_conversion_options(parser, "dtype of the adapter's weights; default: as stored")
     to_peft.add_argument(
         "--separate-experts",
         action="store_true",
@@ -44,9 +44,17 @@ def add(commands: Any) -> None:
     from_hf.add_argument("model", metavar="MODEL", help="Hub id or folder")
     from_hf.add_argument("output", metavar="OUT", help="new folder for the model")
     from_hf.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    from_hf.add_argument("--quantize", type=int, metavar="BITS", help="2, 3, 4, 5, 6 or 8")
-    from_hf.add_argument("--group-size", type=int, default=64, help="32, 64 (default) or 128")
-    add_conversion_options(from_hf, "of weights that are not quantized; default: as stored")
+    from_hf.add_argument(
+        "--quantize", type=int, metavar="BITS", help="bits per weight: 2, 3, 4, 5, 6 or 8"
+    )
+    from_hf.add_argument(
+        "--group-size",
+        type=int,
+        default=64,
+        metavar="SIZE",
+        help="weights that share a scale: 32, 64 (default) or 128",
+    )
+    add_conversion_options(from_hf, "dtype of weights that are not quantized; default: as stored")
 
     summary = "list which model types can be converted"
     architectures = add_command(actions, "architectures", run_architectures, summary)

@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check the machine and print what was seen.
+    """Check the machine and print the report.
 
     Raises:
         SimPOError: a check fails.

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--adapter", metavar="FOLDER", help="mlx-lm adapter; default: none, only the base model"
     )
-    add_base_model(parser, "default: the model that the adapter was trained on")
+    add_base_model(parser, "the one that the adapter was trained on")
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -46,7 +46,9 @@ def add(commands: Any) -> None:
         help="quantize the changed layers of a quantized base model again (--format mlx), which "
         "rounds away much of what a short training changed",
     )
-    add_conversion_options(parser, "of the weights; default: as stored, float32 if unpacked")
+    add_conversion_options(
+        parser, "dtype of the weights; default: as stored, or float32 if unpacked"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

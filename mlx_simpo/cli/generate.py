@@ -13,8 +13,14 @@ def add(commands: Any) -> None:
     summary = "generate a response to a prompt"
     parser = add_command_with_settings(commands, "generate", run, summary, "--prompt TEXT")
     add_model_and_adapter(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says")
-    parser.add_argument("--max-tokens", type=int, default=200, help="default 200")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="maximum length of a response; default: 200",
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -22,7 +22,9 @@ def add(commands: Any) -> None:
     parser.add_argument("data", help="file, folder or Hub dataset of pairs")
     parser.add_argument("--model", help="Hub id or folder of the model whose tokenizer is used")
     parser.add_argument("--split", help="split of a folder or Hub dataset")
-    parser.add_argument("--pair", type=int, default=0, help="which pair to show, from 0")
+    parser.add_argument(
+        "--pair", type=int, default=0, metavar="N", help="number of the pair to show; default: 0"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _counts_table(summary: dict[str, Any]) -> "Table":
-    """Return how many pairs are used, truncated and quarantined."""
+    """Return the table of how many pairs are used, truncated and quarantined."""
     from rich.table import Table
 
     table = Table(show_header=False, title="what will be trained on", title_justify="left")
@@ -80,7 +82,7 @@ def _counts_table(summary: dict[str, Any]) -> "Table":
 
 
 def _lengths_table(summary: dict[str, Any]) -> "Table":
-    """Return quantiles of prompt and response lengths, in tokens."""
+    """Return the table of quantiles of prompt and response lengths, in tokens."""
     from rich.table import Table
 
     table = Table(title="tokens", title_justify="left")

@@ -15,10 +15,10 @@ MESSAGE = "mlx-simpo: interrupted\n"
 def exit_on_interrupt() -> Iterator[None]:
     """Let Ctrl-C end the process with one line while the context lasts: for imports.
 
-    KeyboardInterrupt would not do: importlib's callbacks and modules that try several imports
-    swallow it, and otherwise it comes with a page of frames. Nothing is lost by ending at once,
-    because no command has begun. A handler that someone else has set, or SIGINT ignored as under
-    nohup, stays as it is.
+    KeyboardInterrupt is not enough: importlib's callbacks and modules that try several imports
+    swallow it, and elsewhere it prints a page of traceback. Nothing is lost by ending at once,
+    because no command has begun. A handler that someone else has set stays as it is, and so does
+    SIGINT where it is ignored, as under nohup.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

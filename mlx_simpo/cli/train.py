@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+import textwrap
 from typing import Any
 
 from ..config.schema import all_settings, is_required
@@ -14,6 +16,7 @@ from .output import announce, print_json, print_text
 def add(commands: Any) -> None:
     """Add the command, whose help lists every setting."""
     parser = add_command_with_settings(commands, "train", run, "train an adapter")
+    parser.description = "Train an adapter. Settings come from a YAML file, name=value, or both."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _settings_list()
 
@@ -34,10 +37,14 @@ def run(options: argparse.Namespace) -> None:
 
 def _settings_list() -> str:
     """Return every setting with its meaning and default, for argparse."""
+    width = max(40, shutil.get_terminal_size().columns - 2)  # argparse's own width
     lines = ["settings, for the YAML file and as name=value:"]
     for name, item, _ in all_settings(SimPOConfig):
         default = "required" if is_required(item) else f"default {_yaml_text(item.default)}"
-        lines.append(f"  {name}\n      {item.metadata['help']} ({default})")
+        words = textwrap.wrap(
+            f"{item.metadata['help']} ({default})", width - 6, break_on_hyphens=False
+        )
+        lines += [f"  {name}", *(f"      {line}" for line in words)]
     return "\n".join(lines).replace("%", "%%")
 
 

@@ -69,7 +69,7 @@ def from_mapping(cls: type[Section], mapping: Mapping[str, Any], root: type[Sect
     """Build an instance of ``cls`` from nested mappings such as those of a YAML file.
 
     Args:
-        root: the class of the whole configuration, which hints at similar names are taken from.
+        root: the class of the whole configuration, whose names the hints suggest.
 
     Raises:
         SimPOError: an unknown or missing setting, a wrong type, or a value that breaks its rule.

@@ -133,7 +133,7 @@ class LoRAConfig(Section):
         None, "the LoRA delta is scaled by lora_alpha / rank; null: 2 × rank", POSITIVE
     )
     scale: float | None = setting(
-        None, "scale of the LoRA delta itself, as in mlx-lm; excludes lora.lora_alpha", POSITIVE
+        None, "scale of the LoRA delta itself, as in mlx-lm; instead of lora.lora_alpha", POSITIVE
     )
     dropout: float = setting(0.0, "dropout on the input of the LoRA delta", FRACTION)
     rslora: bool = setting(False, "scale by lora_alpha / sqrt(rank) (rank-stabilized LoRA)")

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: read, checked and written (`sections` has the single settings).
+"""The whole configuration of a run: read, checked and written (`sections` declares the settings).
 
 A configuration comes from a YAML file, ``name=value`` overrides or Python, and is checked the same
 way each time (see `schema`). ``configs/`` has one file per published recipe.

@@ -153,7 +153,7 @@ def verify_and_cast(
 ) -> list[Comparison]:
     """Verify an adapter that was just written, then cast its tensors to another dtype if asked for.
 
-    In this order, so that rounding does not hide mistakes; what it changes is only shown.
+    In this order, so that rounding does not hide mistakes; the effect of rounding is only shown.
 
     Args:
         weights: the file that was written.
@@ -185,7 +185,7 @@ def check_arguments(output: str | Path, dtype: str | None) -> None:
 def base_name(
     model: str | None, revision: str | None, named: Any, record: dict[str, Any]
 ) -> tuple[str, str | None]:
-    """Return name and revision of the base model: what the caller says, else what the adapter says.
+    """Return name and revision of the base model: the caller's, or else the adapter's.
 
     Args:
         model, revision: the caller's.
@@ -206,7 +206,7 @@ def base_name(
 
 
 def write_record(folder: Path, adapter: Path, record: dict[str, Any], base: dict[str, Any]) -> None:
-    """Write what is known of an adapter's training beside what was made of it.
+    """Write the record of an adapter's training into the folder that it was converted to.
 
     Args:
         folder: of the conversion's output.

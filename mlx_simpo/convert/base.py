@@ -20,7 +20,7 @@ from .weights import Layout, source_names
 
 @dataclass(frozen=True)
 class Base:
-    """A base model by its name, loaded anew each time that it is needed.
+    """A base model by its name, loaded again each time it is needed.
 
     name: Hub id or folder. revision, trust_remote_code: as for `load_model`.
     """
@@ -84,7 +84,7 @@ def checkpoint_layout(loaded: LoadedModel, rule: Architecture) -> Layout:
 
     Raises:
         SimPOError: rule, checkpoint and mlx-lm's sanitize contradict each other, or the model is a
-            vision-language model whose checkpoint is not at hand.
+            vision-language model whose checkpoint is not available.
     """
     # sanitize may have removed layers from the loaded model (gemma3_text's tied head).
     names = flat_arrays(loaded.model.parameters()).keys()
@@ -145,13 +145,13 @@ def spelled_as_on_disk(
 
 
 def without_vision_tower(loaded: LoadedModel, rule: Architecture) -> str:
-    """Say why no complete folder can be written for a vision-language model, and what to do."""
+    """Return why no complete folder can be written for a vision-language model, and what to do."""
     state = (
         "has MLX's names" if has_mlx_names(loaded) else "is quantized (it has quantization_config)"
     )
     return (
         f"{loaded.name} {state}, but a complete folder of a {rule.model_type} model with its "
-        "vision tower can only be made of a checkpoint as transformers saves it; fuse with "
+        "vision tower can only be made from a checkpoint as transformers saves it; fuse with "
         "--format mlx, or convert the adapter alone (mlx-simpo convert to-peft), or name the "
         "original model as --model if the adapter is to be merged into its weights instead"
     )

@@ -66,7 +66,7 @@ def fuse(
     if format not in FORMATS:
         raise SimPOError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     if adapter is None and model is None:
-        raise SimPOError("--model is missing; name the model to write, or an adapter that knows it")
+        raise SimPOError("--model is missing; name the model to write, or an adapter that names it")
     config = {} if adapter is None else read_adapter_config(adapter)
     record = get_dict(config, RECORD_KEY)
     base = Base(*base_name(model, revision, config.get("model"), record), trust_remote_code)
@@ -173,9 +173,10 @@ def write_hf_model(
 
 
 def belongs_in_checkpoint(name: str, layout: Layout) -> bool:
-    """Whether to copy a tensor of the base model's checkpoint, which the model may not use.
+    """Whether to copy a tensor of the base model's checkpoint, even one that MLX does not use.
 
-    All but tied output layers, and rotary frequencies that old versions of transformers saved.
+    Not copied are tied output layers, and rotary frequencies that old versions of transformers
+    saved.
     """
     heads = ("lm_head.weight", "language_model.lm_head.weight")
     obsolete = name.endswith("rotary_emb.inv_freq") or name in heads

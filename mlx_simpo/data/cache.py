@@ -46,7 +46,7 @@ class TokenizedSource:
 
 
 class DamagedCacheError(Exception):
-    """A folder of the cache is not as it was written: what is wrong with it."""
+    """A folder of the cache is not as it was written; the message says what is wrong."""
 
 
 def token_cache_folder() -> Path:
@@ -113,7 +113,8 @@ def _tokenize(
         shutil.rmtree(scratch, ignore_errors=True)
     result.note = (
         f"tokens are cached for the next run in {root / key} ({size}; the whole cache: "
-        f"{_format_size(root.iterdir())}; what no run uses for {MAX_UNUSED_DAYS} days is deleted)"
+        f"{_format_size(root.iterdir())}; tokens that no run uses for {MAX_UNUSED_DAYS} days are "
+        "deleted)"
     )
     return result
 
@@ -164,7 +165,7 @@ def load_folder(folder: Path) -> TokenizedSource:
 
 
 def delete_unused(root: Path) -> None:
-    """Delete folders of the cache that no run has used for long, and remains of killed runs."""
+    """Delete folders of the cache not used for MAX_UNUSED_DAYS, and remains of killed runs."""
     for folder in root.iterdir():
         if re.fullmatch("[0-9a-f]{32}", folder.name):
             max_days = MAX_UNUSED_DAYS

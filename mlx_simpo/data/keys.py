@@ -29,7 +29,7 @@ LOCATION_SETTINGS = ("name_or_path", "is_local", "local_files_only", "_commit_ha
 
 
 class NotCacheableError(Exception):
-    """Nothing would reveal a change of the data or the tokenizer: why, for the user to read."""
+    """A change of the data or the tokenizer could go unnoticed; the message tells the user why."""
 
 
 def token_key(encoder: Encoder, source: Source) -> str:

@@ -65,10 +65,15 @@ def check_share(
         f"{count} × {reason}, e.g. {first[reason].location}"
         for reason, count in count_reasons(quarantined).items()
     )
-    limit = f"more than data.max_quarantined={max_quarantined:g} allows"
-    rule = limit if num_pairs else "all of them"
+    if num_pairs:
+        rule = f"more than data.max_quarantined={max_quarantined:g} allows"
+        remedy = "Fix these records, or raise data.max_quarantined"
+    else:
+        rule = "all of them"
+        remedy = "A record needs prompt, chosen and rejected (docs/data.md has every accepted form)"
     raise SimPOError(
-        f"{name}: {len(quarantined)} of {total} records are quarantined, {rule}: {summary}"
+        f"{name}: {len(quarantined)} of {total} records are quarantined, {rule}: {summary}. "
+        f"{remedy}"
     )
 
 

@@ -54,7 +54,7 @@ def attention(
     @mx.custom_function
     def forward(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
         out, probabilities = _forward(queries, keys, values, tiles, scale, mask)
-        # What the backward pass needs again has to be an output: that is all it is handed.
+        # The backward pass gets primals, cotangents and outputs only: what it reuses is an output.
         return (out, *(probabilities if saves_probabilities else ()))
 
     @forward.vjp
@@ -125,7 +125,7 @@ def _backward(
 
 
 def _tile_rows(array: mx.array, tile: Tile, kv_heads: int, after: list[mx.array]) -> mx.array:
-    """Return a tile's rows of [n, H, T, …] as [n, K, H/K · rows, …]: heads that share keys in one.
+    """Return a tile's rows of [n, H, T, …] as [n, K, H/K · rows, …], heads that share keys joined.
 
     after: arrays to wait for. Tiles do not depend on each other, so MLX might schedule all of them
     at once, and all their scores would be in memory together.

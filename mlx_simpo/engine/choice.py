@@ -79,11 +79,11 @@ REFERENCE = Engine(
 def shared_prefix_engine(model: Any, implementation: Implementation = BUILT_IN) -> Engine:
     """Return the shared-prefix engine for ``model``, untested; see `choose_engine`.
 
-    What depends on the kind of model is found out here, once: its head, and which modules of mlx-lm
-    hold its attention.
+    What depends on the kind of model is determined here, once: its head, and which modules of
+    mlx-lm hold its attention.
 
     Args:
-        implementation: what makes log-probabilities of logits.
+        implementation: computes log-probabilities from logits.
     """
     head, modules = resolve_head(model), attention_modules(model)
 
@@ -110,7 +110,7 @@ def choose_engine(name: str, model: Any, impl: Name = "auto") -> Engine:
 
     Args:
         name: "shared_prefix" or "reference".
-        impl: what makes log-probabilities of logits; see `kernels.choice`.
+        impl: what computes log-probabilities from logits; see `kernels.choice`.
 
     Raises:
         SimPOError: ``impl`` cannot run here.
@@ -137,7 +137,7 @@ def choose_engine(name: str, model: Any, impl: Name = "auto") -> Engine:
 def disagreement_with_reference(model: Any, engine: Engine) -> str | None:
     """Return how ``engine`` differs from the reference on two short sequences; None if it does not.
 
-    Nothing is known of an architecture that nobody has tried but what it computes.
+    An architecture that nobody has tried can only be checked by what it computes.
     """
     tokens = np.arange(1, TRIAL_PROMPT_TOKENS + 10, dtype=np.int32)
     chosen, rejected = tokens[: TRIAL_PROMPT_TOKENS + 3], tokens
@@ -150,7 +150,7 @@ def disagreement_with_reference(model: Any, engine: Engine) -> str | None:
         for e in (REFERENCE, engine)
     )
     difference = float(np.abs(actual - expected).max())
-    # Half precision rounds each way differently; a wrong mask or position is off by far more.
+    # In half precision the two round differently; a wrong mask or position is off by far more.
     tolerance = 1e-3 if dtype_of(model) == "float32" else 0.1
     if difference <= tolerance:
         return None

@@ -1,9 +1,9 @@
 """Encoded pairs → prompts that run once, responses of similar length on top of them, and the
 indices of the hidden states that predict a scored token.
 
-Nothing is padded unless that is cheaper: a forward pass of its own costs as much as `pass_cost`
-positions, so sequences share a pass where the padding, or the prompt tokens that run twice for it,
-come to less.
+Nothing is padded unless that is cheaper: a forward pass of its own costs as much as
+`plan.pass_cost` positions, so sequences share a pass where the padding, or the prompt tokens that
+run twice for it, cost less than that.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class SharedPrefixBatch:
     targets: int32 [N], the token that each predicts.
     logp_indices: int32 [2B, S], which of the N predictions belong to each sequence, padded on the
         right with 0.
-    response_lengths: int32 [2B], how many do.
+    response_lengths: int32 [2B], how many of the predictions belong to each sequence.
     padding: positions in ``groups`` that hold no token.
     """
 
@@ -76,7 +76,7 @@ def collate_shared(pairs: Sequence[EncodedPair]) -> SharedPrefixBatch:
         groups.append((mx.array(tokens), mx.array(prefix_index)))
         for row, s in enumerate(members):
             sequence = sequences[s]
-            # Of the hidden state of the sequence's token 0, if the prefix ran with it.
+            # The index that the hidden state of token 0 would have if the prefix ran in this group.
             first = num_hidden + row * tokens.shape[1] - prefix_length
             hidden_indices.append(
                 first + np.arange(sequence.score_start - 1, input_length(sequence))
@@ -99,7 +99,7 @@ def collate_shared(pairs: Sequence[EncodedPair]) -> SharedPrefixBatch:
 
 
 def _continuation_tokens(sequences: Sequence[TokenizedSequence], prefix_length: int) -> np.ndarray:
-    """Return what runs behind the first ``prefix_length`` tokens: int32 [n, T], padded with 0."""
+    """Return the tokens after the first ``prefix_length``: int32 [n, T], padded with 0."""
     width = max(input_length(s) for s in sequences) - prefix_length
     tokens = np.zeros((len(sequences), width), np.int32)
     for row, s in zip(tokens, sequences, strict=True):

@@ -17,7 +17,7 @@ from mlx.utils import tree_map, tree_unflatten
 
 from .prefix_cache import PrefixKVCache, attention_modules, patched_attention
 
-_CACHE = "the cache"  # stands for the cache among a layer's arguments, which have to be arrays
+_CACHE = "the cache"  # replaces the cache among a layer's arguments
 
 
 class _DropoutKeys:
@@ -85,8 +85,8 @@ def _recomputing(layer_class: type, keys: _DropoutKeys, modules: Sequence[Module
         parameters = self.trainable_parameters()
         # An input of the checkpointed function, hence the same in both of its runs.
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-        # A cache's arrays go in and come out by name: a cache that the function changed would be
-        # changed twice, and its arrays would get no gradient.
+        # A cache's arrays are passed in and returned: a cache that the function changed itself
+        # would be changed twice, and its arrays would get no gradient.
         prefix = () if cache is None else cache.arrays()
         inputs = tree_map(lambda a: _CACHE if isinstance(a, PrefixKVCache) else a, (args, kwargs))
         out, arrays = mx.checkpoint(run)(parameters, key, prefix, *inputs)

@@ -15,9 +15,9 @@ class Head(NamedTuple):
     logits = softcap · tanh(scale · raw_logits / softcap), or scale · raw_logits where softcap is 0.
 
     is_projection: whether raw logits are hidden states through lm_head (or the tied embedding).
-        Otherwise they are all that the model's own code makes, and scale and softcap do nothing.
+        Otherwise they are what the model's own code returns, and scale and softcap have no effect.
 
-    A head holds no weights: it stays right when they train, or when lm_head gets LoRA.
+    A head holds no weights: it stays valid when they train, or when lm_head gets LoRA.
     """
 
     scale: float

@@ -2,7 +2,7 @@
 
 Costs are counted in positions (tokens through the trunk). A forward pass of its own costs as much
 as `pass_cost` positions, so sequences share a pass where the padding, or the prompt tokens that run
-twice for it, come to less.
+twice for it, cost less than that.
 """
 
 from collections.abc import Sequence
@@ -96,12 +96,12 @@ class Cost:
 
     @property
     def total(self) -> int:
-        """Positions and passes together, in positions."""
+        """The total cost, in positions."""
         return self.positions + pass_cost() * self.passes
 
 
 def pass_cost() -> int:
-    """Return what a forward pass costs on the default device beside its positions, in positions."""
+    """Return the fixed cost of a forward pass on the default device, in positions."""
     return PASS_COST_GPU if is_gpu() else PASS_COST_CPU
 
 

@@ -39,7 +39,7 @@ class PrefixKVCache:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def arrays(self) -> tuple:
-        """Return (keys, values), or () without any: for a function that has to name its arrays."""
+        """Return (keys, values), or () if there are none, to pass them to a function as arrays."""
         return () if self.keys is None else (self.keys, self.values)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -84,13 +84,13 @@ def reason_not_shareable(model: nn.Module) -> str | None:
     if others:
         return f"its layers keep a state that cannot be forked ({', '.join(others)})"
     if not callable(getattr(model, "model", None)):
-        return "its trunk and its head are not told apart"
+        return "mlx-lm does not separate its trunk from its head"
     return None
 
 
 # --- the patch of mlx-lm's attention -----------------------------------------------------------
 
-# Who holds the patch of a module now; without any holder, the module is as mlx-lm wrote it.
+# The contexts that hold the patch of a module; without any, it is as mlx-lm wrote it.
 _holders: dict[ModuleType, set[object]] = defaultdict(set)
 # Re-entrant: garbage collection may end an abandoned context while this thread holds the lock.
 _lock = RLock()

@@ -33,7 +33,8 @@ def average_logps(
     Args:
         model: an mlx-lm model: token ids [N, T] → logits [N, T, V].
         tokens: int32 [N, T].
-        score_start, score_end: int32 [N], 1 ≤ score_start < score_end ≤ T (see `StackedBatch`).
+        score_start, score_end: int32 [N], 1 ≤ score_start < score_end ≤ T; see
+            `collate_stacked.StackedBatch`.
 
     Returns:
         float32 [N], in nats per token.

@@ -26,12 +26,12 @@ def shared_prefix_logps(
     training: bool,
     implementation: Implementation = BUILT_IN,
 ) -> mx.array:
-    """Return the average log-probability of each response of a `SharedPrefixBatch`.
+    """Return the average log-probability of each response of a `collate_shared.SharedPrefixBatch`.
 
     Args:
-        model: an mlx-lm model, within `patched_attention` to save memory while it trains.
-        head: of `resolve_head`.
-        prefix_tokens, …, response_lengths: the fields of `SharedPrefixBatch`, in its shapes.
+        model: an mlx-lm model; within `prefix_cache.patched_attention`, training takes less memory.
+        head: of `head.resolve_head`.
+        prefix_tokens, …, response_lengths: the fields of `collate_shared.SharedPrefixBatch`.
         training: whether gradients will be asked for; see `token_logps`.
 
     Returns:

@@ -37,7 +37,7 @@ def token_logps(
 
     Args:
         model: the model that made the hidden states, and the weights of its head.
-        head: of `resolve_head`.
+        head: of `head.resolve_head`.
         hidden: [N, D], the trunk's output.
         targets: int32 [N], 0 ≤ target < V.
         training: whether gradients will be asked for. A frozen head then takes two matrix products

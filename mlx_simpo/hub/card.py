@@ -1,7 +1,7 @@
 """The model card: README.md as the Hub shows it, filled in with what a folder says about itself.
 
 Nothing in it is guessed: what the record does not hold is omitted. Names of local files and folders
-are cut down to their last parts, and text of other people's making is shown as code.
+are cut down to their last parts, and text written by other people is shown as code.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from .card_values import card_values
 from .folders import Folder, as_text, lookup, read_text
 from .outgoing import CARD
 
-# By this line a card of ours is recognized.
+# This line marks a card that this package has written.
 MARK = (
     "<!-- Written by mlx_simpo; the next push replaces it. To keep your changes, remove this "
     "line. -->"

@@ -129,7 +129,7 @@ def datasets(folder: Folder) -> list[Dataset]:
 
 
 def valid_fraction(folder: Folder) -> float | None:
-    """Return the share of the prompts that was held out, if the pairs of evaluation are these."""
+    """Return the share of the prompts that was held out, if these are the evaluation pairs."""
     data = lookup(folder.settings, "data")
     fraction = number_or_none(lookup(data, "valid_fraction"))
     if not lookup(data, "train") or lookup(data, "valid") is not None:
@@ -192,7 +192,10 @@ def evaluations(folder: Folder) -> tuple[list[str], list[tuple[str, ...]]]:
         if any(intervals):
             rows.append(("95 % bootstrap interval of it", *intervals))
     counts = {name: lookup(column, "pairs") for name, column in columns.items()}
-    headings = [f"{n} ({c:,} pairs)" if is_number(c) else n for n, c in counts.items()]
+    headings = [
+        f"{n} ({c:,} {'pair' if c == 1 else 'pairs'})" if is_number(c) else n
+        for n, c in counts.items()
+    ]
     return ["metric", *headings], rows
 
 

@@ -189,7 +189,7 @@ def read_text(file: Path) -> str:
 
 
 def read_optional_json(file: Path) -> dict[str, Any]:
-    """`read_json` of a file that need not exist; without it, an empty dict."""
+    """Return the content of a JSON file, or an empty dict if there is no such file."""
     return read_json(file) if file.is_file() else {}
 
 
@@ -210,8 +210,8 @@ def public_name(name: str, folder: Path) -> PublicName:
 def is_local_path(name: str, folder: Path) -> bool:
     """Return whether a name in the record of ``folder`` is a local path.
 
-    It is one by its form, or if it exists in the working folder or in one of those that ``folder``
-    lies in: the training may have been started there.
+    It is one by its form, or if it exists in the working folder or in a parent of ``folder``, where
+    the training may have been started.
     """
     roots = [Path(), *folder.absolute().parents]
     # os.path.exists is False for what cannot be a file name at all, where Path.exists raises.

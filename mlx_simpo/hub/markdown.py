@@ -1,4 +1,4 @@
-"""Pieces of Markdown in which text of other people's making stays text."""
+"""Pieces of Markdown in which text written by other people has no effect as markup."""
 
 import math
 import re

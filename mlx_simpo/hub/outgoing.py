@@ -1,6 +1,6 @@
-"""Which files of a folder are sent, and without which local paths.
+"""Which files of a folder are sent, and how local paths in them are shortened.
 
-What is sent is listed by name, so that a file nobody thought of stays here.
+What is sent is listed by name, so that a file nobody thought of is not sent.
 """
 
 import json
@@ -69,7 +69,7 @@ NEVER_SENT = {
     "training_args.bin": "state of a training",
     "[0-9]*_adapters.safetensors": "an earlier step",
 }
-# A larger file that is not listed may be one without which the others are of no use.
+# A larger file that is not listed may be one that the others need.
 MAX_UNLISTED_BYTES = 10_000_000
 CARD = "README.md"
 # Keys under which libraries write paths of the machine; "*": any key of the file.
@@ -135,7 +135,7 @@ def check_unlisted(path: Path, kind: FolderKind) -> None:
 
 
 def check_complete(path: Path) -> None:
-    """Check that all files are there which the index of a model in several files names.
+    """Check that all files exist that the index of a sharded model names.
 
     Raises:
         SimPOError: one is missing, or the index names none.
@@ -152,7 +152,7 @@ def check_complete(path: Path) -> None:
 
 
 def without_paths(file: Path, folder: Folder) -> bytes | None:
-    """Return a file's content with local paths cut down to their last parts; None without any.
+    """Return a file's content with local paths cut down to their last parts; None if it has none.
 
     Raises:
         SimPOError: a file that may hold paths cannot be read as JSON.

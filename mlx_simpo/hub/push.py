@@ -1,7 +1,7 @@
 """Send an adapter or a model to the Hugging Face Hub, with its card.
 
 Files are listed one by one and sent in a single commit; other files of the repository are left
-alone. The token is huggingface_hub's own business: it is not asked for, stored or shown here.
+alone. huggingface_hub handles the token: it is not asked for, stored or shown here.
 """
 
 import re
@@ -50,8 +50,8 @@ class Entry(NamedTuple):
 class Push(NamedTuple):
     """What was sent, or in a dry run would be sent.
 
-    private: whether it was asked for. kind: the folder's. stays: (name, reason) of files that are
-    not sent. card: the text of README.md. url: of the commit, None in a dry run.
+    private: whether a private repository was asked for. kind: the folder's. stays: (name, reason)
+    of files that are not sent. card: the text of README.md. url: of the commit, None in a dry run.
     """
 
     repo: str
@@ -90,7 +90,7 @@ def push(
         message: of the commit.
 
     Raises:
-        SimPOError: a folder or name that cannot be sent, or a Hub that does not accept it.
+        SimPOError: the folder or a name is not valid, or the Hub does not accept them.
     """
     display = display or Display()
     check_names(repo, revision)
@@ -151,8 +151,8 @@ def send(plan: Push, folder: Path, message: str) -> str:
     api.create_repo(plan.repo, private=True if plan.private else None, exist_ok=True)
     if plan.private and not api.model_info(plan.repo).private:
         raise SimPOError(
-            f"{plan.repo} exists and is public, so --private cannot hold and nothing was sent; "
-            "make it private in its settings on the Hub, or leave --private out"
+            f"{plan.repo} exists and is public, so nothing was sent: --private applies to new "
+            "repositories only; make it private in its settings on the Hub, or leave --private out"
         )
     if plan.revision is not None and not plan.revision.startswith("refs/"):
         api.create_branch(plan.repo, branch=plan.revision, exist_ok=True)
@@ -182,7 +182,7 @@ def hub_error(error: Exception, plan: Push) -> SimPOError:
         return SimPOError(f"{begin}there is no revision {plan.revision!r}; name a branch")
     if status == 403 or isinstance(error, RepositoryNotFoundError):
         return SimPOError(
-            f"{begin}your token may not write there; {login} with a token that may, or name "
+            f"{begin}your token has no write access there; {login} with a token that has, or name "
             "another repository"
         )
     if isinstance(error, HfHubHTTPError):

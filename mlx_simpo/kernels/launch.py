@@ -15,7 +15,7 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 _FOLDER = Path(__file__).parent
 # MLX adds a parameter to the kernel's signature for every input, every `<input>_shape` and every
 # attribute of a thread that this text mentions; it does not look into the header, so they must all
-# stand here. Inputs may be in any address space (MLX puts those under eight elements into
+# appear here. Inputs may be in any address space (MLX puts those under eight elements into
 # `constant`), so `process_row` takes them as a template type; outputs are always in `device`.
 _CALL = """
     const {unsigned} row = {row};

@@ -19,7 +19,7 @@ from ..paths import local_path
 from .adapters import flat_arrays
 from .repair import config_repairs
 
-# What mlx_lm and transformers raise at a config.json, tokenizer or weights that they do not expect.
+# What mlx_lm and transformers raise for an unexpected config.json, tokenizer or weights.
 LOAD_ERRORS = (
     ImportError,
     MemoryError,
@@ -41,8 +41,8 @@ class LoadedModel(NamedTuple):
     """A model with its tokenizer, ready to run.
 
     config: the content of its config.json, repaired. dtype: of its floating-point weights. folder:
-    where it was read from. name: as in the settings. revision: as in the settings, but for a model
-    from the Hub the commit.
+    where it was read from. name: as in the settings. revision: as in the settings; for a model from
+    the Hub, its commit.
     """
 
     model: nn.Module
@@ -129,7 +129,7 @@ def load_model(
 
 @contextmanager
 def loader_errors(problem: str) -> Iterator[None]:
-    """Context in which errors of mlx_lm and transformers become one line that starts with a text.
+    """Within the context, turn errors of mlx_lm and transformers into one line after ``problem``.
 
     Raises:
         SimPOError: in place of any of `LOAD_ERRORS`.
@@ -163,7 +163,7 @@ def check_config(config: dict[str, Any], num_tensors: int) -> None:
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         num_layers = part.get("num_hidden_layers")
-        # A billion of them would use up the memory before a weight is missed.
+        # A billion of them would use up the memory before a missing weight is noticed.
         if isinstance(num_layers, int) and num_layers > num_tensors:
             raise ValueError(
                 f"num_hidden_layers is {num_layers}, but its files hold {num_tensors} tensors"

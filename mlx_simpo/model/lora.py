@@ -79,7 +79,7 @@ def target_keys(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     layers: list[nn.Module] = list(model.layers)  # type: ignore[arg-type]
     adapted = layers if config.num_layers == -1 else layers[-config.num_layers :]
-    # The layers of some models differ: of attention and recurrence, dense and of experts.
+    # Some models mix layers: attention and recurrence, dense layers and mixtures of experts.
     modules = {path: m for layer in adapted for path, m in layer.named_modules()}
     linear = {path: m for path, m in modules.items() if isinstance(m, LINEAR)}
     if config.target_modules == "all-linear":
@@ -104,7 +104,7 @@ def check_dora_support(modules: dict[str, nn.Module]) -> None:
     """Check that mlx-lm has DoRA for all of these modules (by path).
 
     Raises:
-        SimPOError: one is of experts, or quantized to 3, 5 or 6 bits, where mlx-lm fails later on.
+        SimPOError: one is of experts, or quantized to 3, 5 or 6 bits; mlx-lm fails on them later.
     """
     for path, module in modules.items():
         bits = getattr(module, "bits", 4)

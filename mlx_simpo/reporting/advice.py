@@ -1,4 +1,4 @@
-"""Advice: what looks wrong and is not, and what is wrong and does not look it.
+"""Advice to users: what looks wrong but is not, and what is wrong but does not look wrong.
 
 Each function returns one message, or None if there is nothing to say (see `Display`).
 """
@@ -70,7 +70,7 @@ def ignored_window(
             make_prompt_cache; a model that is run with its window has rotating ones.
     """
     window = model_config.get("sliding_window")
-    is_used = model_config.get("use_sliding_window", True)  # Qwen 2 names one that it does not use
+    is_used = model_config.get("use_sliding_window", True)  # Qwen 2 sets one that it does not use
     if not window or not is_used or max_length <= window:
         return None
     if any(isinstance(cache, RotatingKVCache) for cache in caches):
@@ -106,8 +106,8 @@ def adapter_mismatch(
 def collapse(before: Evaluation, after: Evaluation) -> str | None:
     """Warn if the chosen responses have become much less likely.
 
-    They become a little less likely in every SimPO run; a fall of more than 1 nat per token is how
-    a run looks that degenerates into repetition.
+    They become a little less likely in every SimPO run; a fall of more than 1 nat per token is
+    typical of a run that degenerates into repetition.
     """
     fall = before.metrics["logps/chosen"] - after.metrics["logps/chosen"]
     if fall <= 1.0:

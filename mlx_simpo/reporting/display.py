@@ -125,7 +125,9 @@ def literal(text: str) -> Text:
 def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Table:
     """Return a table of evaluations of the same pairs, one column per evaluation."""
     pairs = len(next(iter(columns.values())).pairs)
-    table = Table(title=title or f"{pairs} pairs", title_justify="left")
+    table = Table(
+        title=title or ("1 pair" if pairs == 1 else f"{pairs} pairs"), title_justify="left"
+    )
     table.add_column("metric")
     for name in columns:
         table.add_column(name, justify="right")

@@ -32,7 +32,7 @@ def learning_rate_schedule(config: TrainConfig, steps: int) -> Callable[[mx.arra
 def build_optimizer(config: TrainConfig, steps: int) -> optim.AdamW:
     """Create AdamW as in torch (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2).
 
-    MLX's own defaults are others: no bias correction, and a weight decay of 0.01.
+    MLX's own defaults differ: no bias correction, and a weight decay of 0.01.
     """
     return optim.AdamW(
         learning_rate_schedule(config, steps),

@@ -108,7 +108,7 @@ def prepare(config: SimPOConfig, display: Display | None = None) -> Session:
     data = config.data
     if data.train is None:
         raise SimPOError("data.train is missing; name a file, a folder or a Hugging Face dataset")
-    # A kernel that cannot run here is an error before anything is read.
+    # First, so that a kernel that cannot run here is reported before anything is read.
     choose_implementation(config.logps.impl)
     datasets = [(data.train, data.train_split)]
     datasets += [] if data.valid is None else [(data.valid, data.valid_split)]

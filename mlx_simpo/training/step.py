@@ -26,7 +26,7 @@ CACHE_BYTES = 2**30
 
 
 class StepBatch(NamedTuple):
-    """The pairs of one optimizer step, in the order of its micro-batches, and those as arrays.
+    """The pairs of one optimizer step, in the order of its micro-batches, and these as arrays.
 
     chosen_tokens: per micro-batch, [B] numbers of scored tokens of the chosen responses. totals:
     the step's numbers of pairs and of scored chosen tokens, as scalars.

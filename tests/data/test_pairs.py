@@ -105,12 +105,15 @@ def test_the_message_counts_reasons_and_gives_the_first_example_of_each() -> Non
     assert str(caught.value) == (
         "pairs.jsonl: 3 of 10 records are quarantined, more than data.max_quarantined=0.05 allows: "
         "2 × empty response, e.g. pairs.jsonl:2 (chosen); "
-        "1 × identical responses, e.g. pairs.jsonl:1"
+        "1 × identical responses, e.g. pairs.jsonl:1. "
+        "Fix these records, or raise data.max_quarantined"
     )
 
 
 def test_no_share_allows_a_source_without_a_valid_record() -> None:
-    with pytest.raises(SimPOError, match=r"2 of 2 .* all of them: 2 × x, e\.g\. pairs\.jsonl:1"):
+    with pytest.raises(
+        SimPOError, match=r"2 of 2 .* all of them: 2 × x, e\.g\. pairs\.jsonl:1\. A rec"
+    ):
         check_share(0, quarantined("x", "x"), 1.0, "pairs.jsonl")
 
 

@@ -138,7 +138,7 @@ def test_a_model_without_a_trunk_of_its_own_cannot_share() -> None:
     model = tiny_model()
     del model["model"]
     object.__setattr__(model, "make_cache", lambda: [KVCache()])
-    assert reason_not_shareable(model) == "its trunk and its head are not told apart"
+    assert reason_not_shareable(model) == "mlx-lm does not separate its trunk from its head"
 
 
 # --- the patch of mlx-lm's attention ---------------------------------------------------------

@@ -353,8 +353,8 @@ HUB_ERRORS = [
     (LocalTokenNotFoundError("none"), "hf auth login"),
     (http_error(401), "the Hub does not know who you are; log in with `hf auth login`"),
     (http_error(401, RepositoryNotFoundError), "hf auth login"),
-    (http_error(403), "your token may not write there; log in with `hf auth login`"),
-    (http_error(404, RepositoryNotFoundError), "may not write there"),
+    (http_error(403), "your token has no write access there; log in with `hf auth login`"),
+    (http_error(404, RepositoryNotFoundError), "no write access there"),
     (http_error(404, RevisionNotFoundError), "there is no revision"),
     (http_error(400, message=f"bad YAML, {TOKEN}"), "the Hub answered 400: bad YAML, …"),
     (http_error(500), "the Hub answered 500: no reason given"),
@@ -366,7 +366,7 @@ HUB_ERRORS = [
     (RuntimeError(f"uploader: Bearer {TOKEN}\nline"), "uploader: … line"),
     (ValueError(), "ValueError"),
     (UnicodeEncodeError("ascii", TOKEN, 3, 9, "x"), "the token is not plain text; log in"),
-    (caused(RuntimeError("uploading"), http_error(403)), "your token may not write there"),
+    (caused(RuntimeError("uploading"), http_error(403)), "your token has no write access there"),
     (caused(RuntimeError("uploading"), KeyError("x")), "uploading; fix this"),
 ]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import json_lines, small_run, captured_display
+from helpers.commands import captured_display, json_lines, small_run
 from helpers.tiny import some_pairs, write_jsonl
 
 from mlx_simpo import SimPOError, api, load_config, train

@@ -138,9 +138,9 @@ def sample_tokens(loaded: LoadedModel) -> list[list[int]]:
 
 @contextmanager
 def errors_of_running() -> Iterator[None]:
-    """Turn errors that a model or tokenizer raises when it is run into readable ones.
+    """Convert errors that a model or tokenizer raises when it runs into readable ones.
 
-    Some settings that are not valid only show then.
+    Some invalid settings are noticed only then.
 
     Raises:
         SimPOError: in place of these errors.
@@ -172,10 +172,10 @@ def mlx_logits(model: nn.Module, tokens: list[list[int]]) -> Logits:
 
 
 def should_verify(verify: bool | None, model: nn.Module, note: Callable[[str], None]) -> bool:
-    """Whether to verify a conversion: as the user says, or if the model fits into memory.
+    """Whether to verify a conversion: as the user wishes, or if the model fits into memory.
 
     Args:
-        verify: what the user says, None for nothing.
+        verify: the user's wish; None if there is none.
         note: called with the reason if the model does not fit.
     """
     if verify is not None:
@@ -186,7 +186,7 @@ def should_verify(verify: bool | None, model: nn.Module, note: Callable[[str], N
     if 2 * needed <= memory:
         return True
     note(
-        f"not verified: in float32 the model takes {needed / 1e9:.0f} GB, twice of which does not "
+        f"not verified: the model takes {needed / 1e9:.0f} GB in float32, and twice that does not "
         f"fit into {memory / 1e9:.0f} GB of memory; --verify verifies it anyway"
     )
     return False

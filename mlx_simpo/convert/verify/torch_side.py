@@ -15,7 +15,8 @@ from .compare import Logits
 def missing_packages() -> str | None:
     """Say which packages are missing to compare with torch; None if none is."""
     missing = [n for n in ("torch", "transformers", "peft") if not importlib.util.find_spec(n)]
-    return f"{' and '.join(missing)} not installed" if missing else None
+    verb = "are" if len(missing) > 1 else "is"
+    return f"{' and '.join(missing)} {verb} not installed" if missing else None
 
 
 def torch_logits(folder: Path, tokens: list[list[int]], adapter: Path | None = None) -> Logits:

@@ -9,8 +9,8 @@ from mlx_simpo.convert.verify import torch_side
     ("installed", "expected"),
     [
         (["torch", "transformers", "peft"], None),
-        (["transformers", "peft"], "torch not installed"),
-        (["peft"], "torch and transformers not installed"),
+        (["transformers", "peft"], "torch is not installed"),
+        (["peft"], "torch and transformers are not installed"),
     ],
 )
 def test_missing_packages_are_named(
