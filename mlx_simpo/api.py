@@ -19,7 +19,7 @@ from .kernels.choice import choose_implementation
 from .model.adapters import load_adapter
 from .model.record import RECORD_KEY, get_dict
 from .reporting import advice
-from .reporting.display import Display, step_note
+from .reporting.display import Display, count_text, step_note
 from .runs.folder import RunFolder, check_output_free
 from .sampling.generate import generate_response
 from .training.session import (
@@ -85,9 +85,9 @@ def train(config: SimPOConfig, display: Display | None = None) -> TrainResult:
     session = prepare(config, display)
     display, options = session.display, config.train
     display.note(
-        f"{len(session.train)} pairs to train on, {len(session.valid)} to evaluate on; "
-        f"{total_steps(options, len(session.train))} steps of {options.step_pairs} pairs; engine: "
-        f"{session.engine.note}"
+        f"{count_text(len(session.train), 'pair')} to train on, {len(session.valid):,} to evaluate "
+        f"on; {count_text(total_steps(options, len(session.train)), 'step')} of "
+        f"{count_text(options.step_pairs, 'pair')}; engine: {session.engine.note}"
     )
     display.note(advice.starting_loss(config.objective))
     # Created only now: an error of the input must not leave a folder behind.

@@ -288,7 +288,7 @@ def test_surprising_numbers_are_explained(
     run = ran(*small_run(model_folder, pairs_file, tmp_path / "run", *more))
     for message in (
         "chat template: the tokenizer's own",
-        "10 pairs to train on, 2 to evaluate on; 1 steps of 4 pairs",
+        "10 pairs to train on, 2 to evaluate on; 1 step of 4 pairs",
         "has a loss of 1.31 here, not 0.69",
         "longer than data.max_length=44",
     ):

@@ -108,7 +108,10 @@ def config_and_settings(rest: Sequence[str]) -> tuple[str | None, list[str]]:
             )
     files = [argument for argument in rest if "=" not in argument]
     if len(files) > 1:
-        raise SimPOError(f"one configuration file at most, not {' and '.join(files)}")
+        raise SimPOError(
+            f"one configuration file at most, not {' and '.join(files)}; settings are written as "
+            "name=value, without spaces"
+        )
     return files[0] if files else None, [argument for argument in rest if "=" in argument]
 
 

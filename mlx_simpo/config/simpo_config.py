@@ -84,7 +84,8 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         try:
             text = local_path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError, SimPOError) as error:
-            raise SimPOError(f"cannot read the configuration {str(path)!r}: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise SimPOError(f"cannot read the configuration {str(path)!r}: {reason}") from None
         values = parse_yaml(text, str(path))
         values = {} if values is None else values  # an empty file
         if not isinstance(values, dict):

@@ -85,7 +85,7 @@ def copy_companions(source: Path, folder: Path, template: str | None, *, trusted
     """Copy tokenizer, generation settings and licence unchanged, except for the chat template.
 
     transformers would save the tokenizer in the format of its own version, which older versions and
-    other programs may not read.
+    other programs cannot always read.
 
     Args:
         template: the chat template that the adapter was trained with; None keeps the model's.

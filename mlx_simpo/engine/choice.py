@@ -44,7 +44,7 @@ class Engine(NamedTuple):
     logps: (model, its arrays, training=…) → float32 [2B], the average log-probability of the B
         chosen and then of the B rejected responses, in nats per token. training: whether gradients
         will be asked for.
-    compiled: whether the step is compiled unless the user says otherwise.
+    compiled: whether the step is compiled if ``train.compile`` is null.
     """
 
     name: str

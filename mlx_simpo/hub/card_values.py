@@ -10,7 +10,7 @@ import shlex
 from typing import Any, NamedTuple
 
 from ..config.sections import LoRAConfig
-from ..reporting.display import EVALUATION_ROWS, metric_text
+from ..reporting.display import EVALUATION_ROWS, count_text, metric_text
 from ..version import __version__
 from .folders import RUN, Folder, PublicName, as_text, lookup
 from .markdown import code, format_value, is_number, table
@@ -192,10 +192,7 @@ def evaluations(folder: Folder) -> tuple[list[str], list[tuple[str, ...]]]:
         if any(intervals):
             rows.append(("95 % bootstrap interval of it", *intervals))
     counts = {name: lookup(column, "pairs") for name, column in columns.items()}
-    headings = [
-        f"{n} ({c:,} {'pair' if c == 1 else 'pairs'})" if is_number(c) else n
-        for n, c in counts.items()
-    ]
+    headings = [f"{n} ({count_text(c, 'pair')})" if is_number(c) else n for n, c in counts.items()]
     return ["metric", *headings], rows
 
 

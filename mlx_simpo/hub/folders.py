@@ -51,7 +51,7 @@ class PublicName(NamedTuple):
     """A name as others may read it.
 
     on_hub: text is a Hub id. Otherwise it is the last part of a local path: the folders before it
-    are the user's own business.
+    stay private.
     """
 
     text: str

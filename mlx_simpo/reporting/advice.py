@@ -100,7 +100,7 @@ def adapter_mismatch(
             template in use; None: not compared.
     """
     differences = differences_from_training(record, loaded, template)
-    return f"the adapter may not fit: {'; '.join(differences)}" if differences else None
+    return f"the adapter might not fit: {'; '.join(differences)}" if differences else None
 
 
 def collapse(before: Evaluation, after: Evaluation) -> str | None:

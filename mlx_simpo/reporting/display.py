@@ -125,9 +125,7 @@ def literal(text: str) -> Text:
 def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Table:
     """Return a table of evaluations of the same pairs, one column per evaluation."""
     pairs = len(next(iter(columns.values())).pairs)
-    table = Table(
-        title=title or ("1 pair" if pairs == 1 else f"{pairs} pairs"), title_justify="left"
-    )
+    table = Table(title=title or count_text(pairs, "pair"), title_justify="left")
     table.add_column("metric")
     for name in columns:
         table.add_column(name, justify="right")
@@ -140,6 +138,11 @@ def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Tabl
             cells = (f"{low:.1%} to {high:.1%}" for low, high in intervals)
             table.add_row("  95 % interval", *cells)
     return table
+
+
+def count_text(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 pair", "1,200 pairs"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def metric_text(name: str, value: float) -> str:

@@ -64,7 +64,7 @@ class RunFolder:
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; ``record`` has the step's number as "step"."""
         self.steps = max(self.steps, record["step"])
-        # Opened anew for each line: after a crash, the file has every finished step.
+        # Opened again for each line: after a crash, the file has every finished step.
         write_text(self.path / "metrics.jsonl", json.dumps(record) + "\n", append=True)
 
     def finish(self, summary: dict[str, Any]) -> None:

@@ -88,8 +88,8 @@ class Session:
         metadata = {"model": self.config.model, RECORD_KEY: self.record}
         path = save_adapter(folder, self.model, {**metadata, **self.adapter})
         write_text(path / "config.yaml", self.config.to_yaml())
-        # An adapter is only right with the template it was trained with, which may not be the
-        # tokenizer's own.
+        # An adapter needs the template it was trained with, which is not always the tokenizer's
+        # own.
         if self.encoder.renderer.text is not None:
             write_text(path / "chat_template.jinja", self.encoder.renderer.text)
         return path

@@ -1,6 +1,7 @@
 """`mlx-simpo train`: what it prints, its arguments, its help, and Ctrl-C."""
 
 import json
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,17 @@ def test_train_takes_a_file_and_overrides_in_any_order(
     assert not (tmp_path / "no").exists()
 
 
-def test_train_help_lists_every_setting_with_meaning_and_default(capsys: Capture) -> None:
+def test_train_help_lists_every_setting_with_meaning_and_default(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     lines = command(capsys, "train", "--help").out.splitlines()
+    assert max(map(len, lines)) <= 80
     for name, item, _ in all_settings(SimPOConfig):
-        meaning = lines[lines.index(f"  {name}") + 1].strip()
+        following = lines[lines.index(f"  {name}") + 1 :]
+        meaning = " ".join(map(str.strip, takewhile(lambda s: s.startswith(" " * 6), following)))
         assert meaning.startswith(item.metadata["help"])
-    listed = "\n".join(lines)
+    listed = " ".join(" ".join(lines).split())
     for text in ("(required)", "(default 5e-05)", "(default null)", "(default all-linear)"):
         assert text in listed
 

@@ -226,7 +226,7 @@ def test_a_local_path_is_its_last_part(path: str, tmp_path: Path) -> None:
         assert "secret-client" not in str(card)
         assert "ann/" not in str(card).replace(REPO, "")
         assert card_data(card).base_model is None
-        assert "`llama` (a local folder" in card.text
+        assert "`llama` (a folder on the machine" in card.text
         assert "`pairs.jsonl` (a local file)" in card.text
 
 

@@ -185,7 +185,7 @@ def test_all_differences_of_an_adapters_model_are_in_one_message() -> None:
     assert adapter_mismatch(record, loaded("org/one", "abc")) is None
     assert adapter_mismatch({}, loaded("org/two", "def"), "a template") is None
     assert adapter_mismatch(record, loaded("org/two", "def")) == (
-        "the adapter may not fit: model was org/one in training and is org/two now; revision was "
+        "the adapter might not fit: model was org/one in training and is org/two now; revision was "
         "abc in training and is def now"
     )
 

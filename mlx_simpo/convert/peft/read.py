@@ -244,7 +244,7 @@ class Reader:
             layer = self.layers.get(path or "")
             if layer is not None and layer_shape(layer) == array.shape:
                 weight = layer["weight"]
-                # Quantized weights differ in any case, and the user is told that.
+                # Quantized weights differ in any case.
                 if "scales" in layer or mx.array_equal(weight.astype(array.dtype), array):
                     continue
             raise self.config.error(

@@ -92,7 +92,7 @@ def verify_fused(
 ) -> list[Comparison]:
     """Compare a folder that was written with the base model and adapter that it was made of.
 
-    If the folder is not in float32, rounding is told apart from mistakes: the adapter is merged in
+    If the folder is not in float32, rounding is separated from mistakes: the adapter is merged in
     memory, and the result is compared with base model and adapter before it is rounded, and with
     the folder after. The effect of rounding is only shown.
 
@@ -148,7 +148,7 @@ def verify_converted(
 ) -> list[Comparison]:
     """Compare a folder in MLX's format with the model in memory that it was written from.
 
-    The difference to the original model, which may not be quantized, is only shown.
+    The difference to the original model, before any quantization, is only shown.
 
     Raises:
         SimPOError: the folder does not hold what was in memory, or MLX and transformers disagree
