@@ -9,6 +9,12 @@ the figures are of the arrays that a GPU would need as well. Precision: bfloat16
 weights against float64, with logits shifted by the target's before they are rounded, and without.
 """
 
+# First, before anything imports MLX: on a Linux CPU it loads a fast BLAS in place of MLX's own.
+from mlx_simpo.engine.head import Head
+from mlx_simpo.engine.token_logps import frozen_head_logps, token_logps
+from mlx_simpo.kernels.built_in import mlx_response_logps
+
+# isort: split
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -18,10 +24,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from provenance import provenance, write_result
-
-from mlx_simpo.engine.head import Head
-from mlx_simpo.engine.token_logps import frozen_head_logps, token_logps
-from mlx_simpo.kernels.built_in import mlx_response_logps
 
 WIDTH = 576
 SHAPES = [(2048, v) for v in (32_000, 49_152, 151_936, 262_144)]

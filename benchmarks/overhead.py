@@ -8,17 +8,7 @@ building graphs, metrics), and the part of it in which nothing was handed over t
 counts one epoch's positions without running it: padding, and prompt tokens that run more than once.
 """
 
-import argparse
-import itertools
-import json
-import tempfile
-import time
-from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
-from provenance import provenance, write_result
-
+# First, before anything imports MLX: on a Linux CPU it loads a fast BLAS in place of MLX's own.
 from mlx_simpo import load_config, prepare
 from mlx_simpo.data.order import epoch_steps
 from mlx_simpo.engine.collate_shared import collate_shared
@@ -29,6 +19,18 @@ from mlx_simpo.engine.plan import (
     plan_stacked,
     shared_prefix_length,
 )
+
+# isort: split
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from provenance import provenance, write_result
 
 
 class Clock:

@@ -10,14 +10,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 PACKAGES = ("mlx", "mlx-lm", "transformers", "numpy", "cmeel-openblas")
 RESULTS = Path(__file__).parent / "results"
 
 
 def provenance(command: str) -> dict[str, Any]:
     """The record that goes beside a measurement. ``command`` is what a reader would type."""
+    # Here, so that a script may import mlx_simpo first, which loads OpenBLAS on a Linux CPU.
+    import mlx.core as mx
+
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
