@@ -33,7 +33,9 @@ class StrictLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             line = event.start_mark.line + 1
-            raise yaml.YAMLError(f"*{event.anchor} is an alias; write its value again (line {line})")
+            raise yaml.YAMLError(
+                f"*{event.anchor} is an alias; write its value again (line {line})"
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:

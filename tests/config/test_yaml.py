@@ -88,7 +88,9 @@ def test_invalid_yaml_is_an_error_of_one_line_that_names_the_file(text: str) -> 
 @pytest.mark.parametrize("text", ["a: &x [1]\nb: *x", "&x [*x]", "a: &x {b: 1}\nc: {<<: *x}"])
 def test_an_alias_is_an_error(text: str) -> None:
     """Ten lists of ten aliases each, one after the other, would be a list of 10 billion values."""
-    with pytest.raises(SimPOError, match=r"valid YAML: \*x is an alias; write its value again \(line"):
+    with pytest.raises(
+        SimPOError, match=r"valid YAML: \*x is an alias; write its value again \(line"
+    ):
         parse_yaml(text, "the file")
 
 
