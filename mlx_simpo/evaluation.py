@@ -12,6 +12,7 @@ from .config.simpo_config import ObjectiveConfig
 from .data.encode import EncodedPair
 from .data.tokens import column
 from .engine.choice import Engine, choose_engine
+from .engine.vocabulary import check_token_ids
 from .errors import SimPOError
 from .objectives import simpo_loss
 
@@ -76,10 +77,12 @@ def evaluate_pairs(
             engine: default: shared_prefix, if the model supports it.
 
     Raises:
-        SimPOError: no pairs, or log-probabilities that are not finite numbers.
+        SimPOError: no pairs, tokens that the model does not have, or log-probabilities that are not
+            finite numbers.
     """
     if not pairs:
         raise SimPOError("there are no pairs to evaluate on")
+    check_token_ids(pairs, model)
     was_training = model.training
     model.eval()  # without dropout, also between two steps of a training
     chosen, rejected = np.zeros(len(pairs), np.float32), np.zeros(len(pairs), np.float32)

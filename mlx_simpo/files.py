@@ -117,6 +117,17 @@ def require_regular_file(path: Path) -> Path:
     return path
 
 
+def is_inside_its_folder(path: Path) -> bool:
+    """Return whether a file of a model or adapter, with links followed, is inside that folder.
+
+    A link that leads elsewhere could copy any file of the user's into what is published.
+    """
+    root = path.parent.resolve()
+    # In huggingface_hub's cache, snapshots/<commit>/<file> is a link to blobs/<hash>.
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    return path.resolve().is_relative_to(root)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a model folder: those that mlx-lm loads, sorted by name.
 

@@ -60,7 +60,7 @@ ROOMS = {
     ],
     # What pairs of tokens go through.
     "engine": [
-        ["reference", "attention", "plan", "head"],
+        ["reference", "attention", "plan", "head", "vocabulary"],
         ["prefix_cache", "collate_stacked", "collate_shared", "token_logps"],
         ["gradient_checkpointing", "shared_prefix"],
         ["choice"],

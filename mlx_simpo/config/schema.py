@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from ..errors import SimPOError
+from ..errors import SimPOError, has_secret
 from .aliases import hint_at_name, hint_at_section
 from .yaml import parse_yaml
 
@@ -59,13 +59,19 @@ class Section:
         """Convert and check every field.
 
         Raises:
-            SimPOError: a value of the wrong type, or one that breaks its rule.
+            SimPOError: a value of the wrong type, one that breaks its rule, or a token.
         """
         hints = typing.get_type_hints(type(self))
         for item in fields(self):
             path = f"{self.NAME}.{item.name}" if self.NAME else item.name
             value = coerce(getattr(self, item.name), hints[item.name], path)
             object.__setattr__(self, item.name, value)  # the dataclass is frozen
+            if isinstance(value, str) and has_secret(value):
+                raise SimPOError(
+                    f"{path} is {value!r}, which holds a token or password; settings are written "
+                    "to config.yaml, the adapter and its model card: remove it, and log in with "
+                    "`hf auth login` or set HF_TOKEN"
+                )
             rule: Rule | None = item.metadata.get("rule")
             if rule is not None and value is not None and not rule.holds(value):
                 raise SimPOError(f"{path} is {value!r}; it must be {rule.text}")

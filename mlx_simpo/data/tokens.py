@@ -105,6 +105,16 @@ class TokenizedPairs(Sequence[EncodedPair]):
         values = self._records[name]
         return values if self._rows is None else values[self._rows]
 
+    def largest_token_ids(self) -> np.ndarray:
+        """Return the largest token id of each pair, see the function of this name."""
+        starts = self.column("token_offset")
+        ends = starts + self.column("chosen") + self.column("rejected")
+        result = np.empty(len(self), np.uint32)
+        for index in np.argsort(starts):  # in the file's order, which is faster to read
+            tokens = np.frombuffer(self._tokens.read(), "<u4")
+            result[index] = tokens[starts[index] : ends[index]].max()
+        return result
+
     def prompts(self) -> Iterable[bytes]:
         """Yield the text of each pair's prompt, as it was passed to `TokenWriter.add`."""
         for index in range(len(self)):
@@ -180,6 +190,19 @@ class _MappedFile:
         if self._reads % READS_BEFORE_RELEASE == 0 and self.content:
             self.content.madvise(mmap.MADV_DONTNEED)
         return self.content
+
+
+def largest_token_ids(pairs: Sequence[EncodedPair]) -> np.ndarray:
+    """Return the largest token id of each pair, uint32 [N]; a negative one counts as very large."""
+    if isinstance(pairs, TokenizedPairs):
+        return pairs.largest_token_ids()
+    return np.array(
+        [
+            max(s.tokens.astype(np.int32).view(np.uint32).max() for s in (p.chosen, p.rejected))
+            for p in pairs
+        ],
+        np.uint32,
+    )
 
 
 def column(pairs: Sequence[EncodedPair], name: str) -> np.ndarray:

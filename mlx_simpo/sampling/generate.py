@@ -7,6 +7,7 @@ from mlx_lm import generate
 
 from ..data.encode import Encoder
 from ..data.records import InvalidRecordError
+from ..engine.vocabulary import check_prompt_ids
 from ..errors import SimPOError
 
 
@@ -18,7 +19,8 @@ def generate_response(
     The prompt gets the same template and BOS token as in training.
 
     Raises:
-        SimPOError: the prompt is empty, the template rejects it, or ``max_tokens`` is below 1.
+        SimPOError: the prompt is empty, has tokens that the model does not have, or is rejected by
+            the template; or ``max_tokens`` is below 1.
     """
     if max_tokens < 1:
         raise SimPOError(f"max_tokens is {max_tokens}; it must be 1 or greater")
@@ -28,6 +30,7 @@ def generate_response(
         raise SimPOError(f"the prompt cannot be used: {': '.join(error.args)}") from None
     if not tokens:  # plain text without a BOS token
         raise SimPOError("the prompt is empty; it must have at least one token")
+    check_prompt_ids(tokens, model)
     was_training = model.training
     model.eval()  # without LoRA dropout
     try:
