@@ -15,7 +15,8 @@ SETTINGS_HELP = (
 # The keys of `model.loading.DTYPES`, which cannot be imported without MLX.
 DTYPES = ("float32", "bfloat16", "float16")
 
-Run = Callable[[argparse.Namespace], None]
+# Returns the exit status; None is 0.
+Run = Callable[[argparse.Namespace], int | None]
 
 
 class Parser(argparse.ArgumentParser):

@@ -34,9 +34,19 @@ SHARE = Rule("between 0 and 1", lambda v: 0 <= v <= 1)
 NON_EMPTY = Rule("not empty", lambda v: len(v) > 0)
 
 
-def setting(default: Any = MISSING, help: str = "", rule: Rule | None = None) -> Any:
+# May a setting differ when a run is resumed? "same": no. "free": yes; the training stays the same,
+# bit for bit. "rounding": yes; the training is the same up to rounding (and the masks of dropout).
+OnResume = Literal["same", "free", "rounding"]
+
+
+def setting(
+    default: Any = MISSING,
+    help: str = "",
+    rule: Rule | None = None,
+    on_resume: OnResume = "same",
+) -> Any:
     """Declare a field of a `Section`; without a default it is required."""
-    return field(default=default, metadata={"help": help, "rule": rule})
+    return field(default=default, metadata={"help": help, "rule": rule, "on_resume": on_resume})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ text.bin      UTF-8: for each pair its source ("file:line"), then its prompt (`p
 import mmap
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -209,6 +210,19 @@ def column(pairs: Sequence[EncodedPair], name: str) -> np.ndarray:
     if isinstance(pairs, TokenizedPairs):
         return pairs.column(name)
     return np.fromiter(map(COLUMNS[name], pairs), np.int64, len(pairs))
+
+
+def content_sha256(pairs: Sequence[EncodedPair]) -> str:
+    """Return the SHA-256 of the pairs' tokens and of where their scoring starts, in this order.
+
+    Where the pairs were read from does not count.
+    """
+    digest = sha256()
+    for pair in pairs:
+        for sequence in (pair.chosen, pair.rejected):
+            digest.update(b"%d %d " % (len(sequence.tokens), sequence.score_start))
+            digest.update(sequence.tokens.astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 def lengths(pairs: Sequence[EncodedPair]) -> np.ndarray:
