@@ -100,7 +100,9 @@ def run_with_fault(
     command = [sys.executable, "-c", program] if isinstance(program, str) else list(program)
     with tempfile.TemporaryDirectory() as scratch:
         trace = Path(scratch, "trace")
-        values = {f"FAULTS_{name.upper()}": str(int(v)) for name, v in Fault(**fault)._asdict().items()}
+        values = {
+            f"FAULTS_{name.upper()}": str(int(v)) for name, v in Fault(**fault)._asdict().items()
+        }
         values |= {"FAULTS_FOLDER": str(folder.resolve()), "FAULTS_TRACE": str(trace)}
         process = subprocess.run(
             command,
