@@ -18,8 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -70,7 +69,7 @@ class Fault(NamedTuple):
     kill_at: int = 0
     full_at: int = 0
     full_until: int = 0
-    torn: bool = False
+    torn: int = False
     error: int = errno.ENOSPC
 
 
