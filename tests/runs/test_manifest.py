@@ -277,7 +277,8 @@ def test_a_name_that_leaves_the_folder_is_rejected(name: str, checkpoint: Path) 
     ids=str,
 )
 def test_a_manifest_with_other_values_is_damage(fields: dict[str, Any], checkpoint: Path) -> None:
-    (checkpoint / MANIFEST).write_bytes(signed(**fields))
+    files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
+    (checkpoint / MANIFEST).write_bytes(signed(**{"files": files, **fields}))
     with pytest.raises(DamagedCheckpointError) as error:
         verify_checkpoint(checkpoint)
     str(error.value).encode()
