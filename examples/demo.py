@@ -43,6 +43,8 @@ def main() -> None:
     if config.output == DEMO_OUTPUT:
         shutil.rmtree(config.output, ignore_errors=True)  # of an earlier demo
     result = train(config)
+    if result.interrupted:
+        sys.exit(result.exit_status)
 
     console.print(f"\n[bold]3. One question[/bold], before and after: {QUESTION}")
     responses = generate(config, QUESTION, result.adapter, max_tokens=MAX_TOKENS)

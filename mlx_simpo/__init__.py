@@ -14,7 +14,8 @@ from . import blas as _blas
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same to Python
-    from .api import TrainResult, evaluate, generate, inspect, train
+    from .api import evaluate, generate, inspect, train
+    from .config.early_stopping import EarlyStoppingConfig
     from .config.simpo_config import (
         DataConfig,
         LogpsConfig,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
         SimPOConfig,
         TrainConfig,
         load_config,
+        resume_config,
     )
     from .convert import Conversion, from_hf, from_peft, fuse, to_peft
     from .data.encode import EncodedPair, Encoder, encode_pairs
@@ -33,12 +35,14 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
     from .model.adapters import load_adapter
     from .model.loading import load_model
     from .objectives import simpo_loss
+    from .training.result import TrainResult
     from .training.session import Session, prepare
     from .training.trainer import StepMetrics, train_steps
 
 __all__ = [
     "Conversion",
     "DataConfig",
+    "EarlyStoppingConfig",
     "EncodedPair",
     "Encoder",
     "Evaluation",
@@ -66,6 +70,7 @@ __all__ = [
     "load_pairs",
     "prepare",
     "push",
+    "resume_config",
     "simpo_loss",
     "to_peft",
     "train",
@@ -73,7 +78,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("TrainResult", "evaluate", "generate", "inspect", "train"),
+    "api": ("evaluate", "generate", "inspect", "train"),
+    "config.early_stopping": ("EarlyStoppingConfig",),
     "config.simpo_config": (
         "DataConfig",
         "LogpsConfig",
@@ -82,6 +88,7 @@ _MODULES = {
         "SimPOConfig",
         "TrainConfig",
         "load_config",
+        "resume_config",
     ),
     "convert": ("Conversion", "from_hf", "from_peft", "fuse", "to_peft"),
     "data.encode": ("EncodedPair", "Encoder", "encode_pairs"),
@@ -92,6 +99,7 @@ _MODULES = {
     "model.adapters": ("load_adapter",),
     "model.loading": ("load_model",),
     "objectives": ("simpo_loss",),
+    "training.result": ("TrainResult",),
     "training.session": ("Session", "prepare"),
     "training.trainer": ("StepMetrics", "train_steps"),
 }

@@ -1,12 +1,26 @@
 """The one exception that user input can cause, and how any error's text becomes one line."""
 
+import os
+import re
+
+# A token of the Hugging Face Hub, and what stands before the host in an address: user:password@.
+_SECRETS = re.compile(r"hf_(?:oauth_[\w.-]+|[A-Za-z0-9]{20,})|(?<=://)[^\s/@'\"]+(?=@)")
+# Libraries that send a token may repeat the whole header in a message.
+_HEADER = re.compile(r"Bearer\s+[^\s'\"]+")
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_MIN_TOKEN = 8  # characters; a shorter variable is a mistake, and its text may be an ordinary word
+
 
 class SimPOError(Exception):
     """Something the user can fix: the message gives the value, the rule and what to do.
 
     The command line prints it as one line on stderr and exits with status 2; anything else that is
-    raised is a defect of this package.
+    raised is a defect of this package. Tokens and passwords in the message are replaced by "…":
+    messages end in logs and in reports of bugs.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(redacted(str(message)))
 
 
 def one_line(error: object, limit: int | None = None) -> str:
@@ -16,3 +30,21 @@ def one_line(error: object, limit: int | None = None) -> str:
     """
     text = " ".join(str(error).split())
     return text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
+
+
+def redacted(text: str) -> str:
+    """Return text with "…" in place of Hub tokens, passwords in addresses and the user's token."""
+    return _HEADER.sub("…", _without_secrets(text))
+
+
+def has_secret(text: str) -> bool:
+    """Return whether text holds a Hub token, a password in an address, or the user's own token."""
+    return _without_secrets(text) != text
+
+
+def _without_secrets(text: str) -> str:
+    for name in _TOKEN_VARIABLES:
+        value = os.environ.get(name, "").strip()
+        if len(value) >= _MIN_TOKEN:
+            text = text.replace(value, "…")
+    return _SECRETS.sub("…", text)

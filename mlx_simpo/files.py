@@ -1,6 +1,9 @@
 """Read and write files that come from elsewhere: checked before MLX or mlx-lm reads them."""
 
+import errno
+import fcntl
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,8 @@ _MAX_AXES = 16
 _MAX_AXIS_SIZE = 2**31 - 1
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 MODEL_WEIGHTS = "model*.safetensors"
+# What a file system says that cannot do what was asked for, rather than that it failed.
+_NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOTTY, errno.ENOSYS}
 
 
 class Header(NamedTuple):
@@ -112,6 +117,17 @@ def require_regular_file(path: Path) -> Path:
     return path
 
 
+def is_inside_its_folder(path: Path) -> bool:
+    """Return whether a file of a model or adapter, with links followed, is inside that folder.
+
+    A link that leads elsewhere could copy any file of the user's into what is published.
+    """
+    root = path.parent.resolve()
+    # In huggingface_hub's cache, snapshots/<commit>/<file> is a link to blobs/<hash>.
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    return path.resolve().is_relative_to(root)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a model folder: those that mlx-lm loads, sorted by name.
 
@@ -162,3 +178,50 @@ def write_text(path: Path, text: str, *, append: bool = False) -> None:
             file.write(text)
     except OSError as error:
         raise SimPOError(f"cannot write {path}: {error}") from None
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the list of names in a folder, is on the disk itself.
+
+    Raises:
+        OSError: it cannot be written there; what the file holds after a power cut is unknown.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            # macOS: fsync alone leaves the data in the drive's own cache, which loses power, too.
+            fcntl.fcntl(descriptor, getattr(fcntl, "F_FULLFSYNC"))  # noqa: B009
+            return
+        except AttributeError:
+            pass  # not macOS
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            # Some network file systems sync files and reject folders; there is nothing else to do.
+            if error.errno not in _NOT_SUPPORTED or not path.is_dir():
+                raise
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file so that a crash or a power cut leaves the old content or the new one, whole.
+
+    The content is first in ``.NAME.writing`` beside the file, which a killed process leaves behind
+    and the next call overwrites. Only one process may write a file at a time.
+
+    Raises:
+        OSError: the file cannot be written; the old one is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)

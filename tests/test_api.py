@@ -100,7 +100,7 @@ def finished(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Fi
 
 def test_the_folder_has_the_documented_files(finished: Finished) -> None:
     adapter = {WEIGHTS, "adapter_config.json", "chat_template.jinja", "config.yaml"}
-    record = {"metrics.jsonl", "quarantined.jsonl", "summary.json", "best"}
+    record = {"metrics.jsonl", "quarantined.jsonl", "summary.json", "best", "checkpoints"}
     assert {path.name for path in finished.folder.iterdir()} == adapter | record
     assert {path.name for path in (finished.folder / "best").iterdir()} == adapter
     assert (finished.folder / "chat_template.jinja").read_text("utf-8") == CHATML

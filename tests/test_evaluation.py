@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from helpers.tiny import some_pairs, tiny_model, tiny_tokenizer
 
-from mlx_simpo import DataConfig, LoRAConfig, ObjectiveConfig, evaluate_pairs
-from mlx_simpo.data.encode import Encoder, encode_pairs
+from mlx_simpo import DataConfig, LoRAConfig, ObjectiveConfig, SimPOError, evaluate_pairs
+from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence, encode_pairs
 from mlx_simpo.data.records import Pair
 from mlx_simpo.engine.collate_stacked import collate_stacked
 from mlx_simpo.engine.reference import average_logps
@@ -102,3 +102,13 @@ def test_one_pair_is_enough() -> None:
     result = evaluate_pairs(MODEL, PAIRS[:1], ObjectiveConfig())
     assert result.accuracy_interval in ((0.0, 0.0), (1.0, 1.0))
     assert mx.isfinite(mx.array(result.metrics["loss"]))
+
+
+def test_tokens_that_the_model_does_not_have_are_an_error() -> None:
+    """MLX would read other memory, and the loss would be a number all the same."""
+    sequence = TokenizedSequence(np.array([1, 2, 600], np.int32), 1)
+    pair = EncodedPair(sequence, PAIRS[0].rejected, 0, "f.jsonl:3")
+    with pytest.raises(
+        SimPOError, match=r"f.jsonl:3 has token 600, but the model has a vocabulary"
+    ):
+        evaluate_pairs(MODEL, [*PAIRS, pair], ObjectiveConfig())

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mlx_simpo.errors import SimPOError
 from mlx_simpo.files import (
+    is_inside_its_folder,
     load_safetensors,
     read_header,
     read_json,
@@ -277,6 +278,22 @@ def test_pickled_weights_are_never_loaded(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     with pytest.raises(SimPOError, match=f"its weights in {name}, a pickle.*save the model as"):
         weight_files(tmp_path)
+
+
+def test_a_link_may_lead_to_a_blob_of_the_same_repository_and_nowhere_else(tmp_path: Path) -> None:
+    """huggingface_hub's cache links each file of a snapshot to a blob beside the snapshots."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "123"
+    snapshot.mkdir(parents=True)
+    for name, target in (
+        ("blob", "../../blobs/456"),
+        ("other", "../../../models--c--d/blobs/456"),
+        ("private", tmp_path / "private"),
+    ):
+        (snapshot / name).symlink_to(target)
+    (tmp_path / "plain").touch()
+    (tmp_path / "link").symlink_to("plain")
+    assert all(map(is_inside_its_folder, (snapshot / "blob", tmp_path / "link")))
+    assert not any(map(is_inside_its_folder, (snapshot / "other", snapshot / "private")))
 
 
 # --- JSON and text ---------------------------------------------------------------------------

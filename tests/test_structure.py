@@ -39,7 +39,8 @@ FLOORS = [
     ["engine"],
     ["evaluation"],
     ["reporting"],
-    ["training", "hub", "convert", "sampling"],
+    ["sampling"],
+    ["training", "hub", "convert"],
     ["api"],
     ["__init__"],
     ["cli"],
@@ -60,7 +61,7 @@ ROOMS = {
     ],
     # What pairs of tokens go through.
     "engine": [
-        ["reference", "attention", "plan", "head"],
+        ["reference", "attention", "plan", "head", "vocabulary"],
         ["prefix_cache", "collate_stacked", "collate_shared", "token_logps"],
         ["gradient_checkpointing", "shared_prefix"],
         ["choice"],

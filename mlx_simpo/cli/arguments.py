@@ -15,7 +15,8 @@ SETTINGS_HELP = (
 # The keys of `model.loading.DTYPES`, which cannot be imported without MLX.
 DTYPES = ("float32", "bfloat16", "float16")
 
-Run = Callable[[argparse.Namespace], None]
+# Returns the exit status; None is 0.
+Run = Callable[[argparse.Namespace], int | None]
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,7 +133,8 @@ def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
     ``settings`` come after what the run has and before what the command line says.
 
     Raises:
-        SimPOError: nothing names the model, or a setting is wrong.
+        SimPOError: nothing names the model, a setting is wrong, or the run's settings alone allow
+            code that comes with a model.
     """
     model = [f"model={options.model}"] if options.model else []
     if options.config is not None:
@@ -143,7 +145,17 @@ def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
         run = ["data.valid=null", "data.valid_split=null", "data.subset=null"]
         template = folder / "chat_template.jinja"
         run += [f"data.chat_template={template}"] if template.is_file() else []
-        return load_config(folder / "config.yaml", [*model, *run, *settings, *options.settings])
+        file = folder / "config.yaml"
+        config = load_config(file, [*model, *run, *settings, *options.settings])
+        is_allowed = any(s.startswith("trust_remote_code=") for s in options.settings)
+        # The folder may come from somebody else, whose word for it does not count.
+        if config.trust_remote_code and not is_allowed:
+            raise SimPOError(
+                f"{file} has trust_remote_code: true, which runs code that comes with "
+                f"{config.model}; if you trust that model, add trust_remote_code=true to the "
+                "command, else trust_remote_code=false"
+            )
+        return config
     if not model:
         from ..model.adapters import read_adapter_config
 

@@ -8,7 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..errors import one_line
+from ..errors import one_line, redacted
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -57,5 +57,6 @@ def plain_console() -> "Console":
 
 
 def escaped(text: str) -> str:
-    """Return ``text`` with escapes for what a terminal would act on or cannot show."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Return ``text`` without tokens and passwords, and with escapes for what a terminal would act
+    on or cannot show."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in redacted(text))

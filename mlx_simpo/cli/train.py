@@ -7,7 +7,8 @@ import textwrap
 from typing import Any
 
 from ..config.schema import all_settings, is_required
-from ..config.simpo_config import SimPOConfig, load_config
+from ..config.simpo_config import SimPOConfig, load_config, resume_config
+from ..errors import SimPOError
 from .arguments import add_command_with_settings
 from .interrupt import exit_on_interrupt
 from .output import announce, print_json, print_text
@@ -16,23 +17,49 @@ from .output import announce, print_json, print_text
 def add(commands: Any) -> None:
     """Add the command, whose help lists every setting."""
     parser = add_command_with_settings(commands, "train", run, "train an adapter")
-    parser.description = "Train an adapter. Settings come from a YAML file, name=value, or both."
+    parser.description = (
+        "Train an adapter. Settings come from a YAML file, name=value, or both.\n\n"
+        "Exit status: 0; 2: bad input; 3: the model is worse after training than before;\n"
+        "130, 143, 129: interrupted by Ctrl-C, SIGTERM or SIGHUP, and saved."
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="continue the run in this folder, with its settings and those given here",
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _settings_list()
 
 
-def run(options: argparse.Namespace) -> None:
-    """Train, with progress on stderr, and print the adapter's folder or the result as JSON."""
-    config = load_config(options.config, options.settings)
-    announce(f"training {config.model}, output in {config.output}")
+def run(options: argparse.Namespace) -> int:
+    """Train, with progress on stderr, and print the adapter's folder or the result as JSON.
+
+    Returns:
+        The exit status; see `training.result.TrainResult.exit_status`.
+
+    Raises:
+        SimPOError: invalid input, or a run that cannot go on.
+    """
+    if options.resume is None:
+        config = load_config(options.config, options.settings)
+        announce(f"training {config.model}, output in {config.output}")
+    elif options.config is not None:
+        raise SimPOError(
+            f"--resume takes the settings of the run in {options.resume}; leave out "
+            f"{options.config}, and write what changes as name=value"
+        )
+    else:
+        config = resume_config(options.resume, options.settings)
+        announce(f"resuming {config.output}, training {config.model}")
     with exit_on_interrupt():
         from ..api import train
 
-    result = train(config)
+    result = train(config, resume=options.resume is not None)
     if options.json:
         print_json(result.as_dict())
     else:
         print_text(f"{result.adapter}\n")
+    return result.exit_status
 
 
 def _settings_list() -> str:

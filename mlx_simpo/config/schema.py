@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from ..errors import SimPOError
+from ..errors import SimPOError, has_secret
 from .aliases import hint_at_name, hint_at_section
 from .yaml import parse_yaml
 
@@ -34,9 +34,19 @@ SHARE = Rule("between 0 and 1", lambda v: 0 <= v <= 1)
 NON_EMPTY = Rule("not empty", lambda v: len(v) > 0)
 
 
-def setting(default: Any = MISSING, help: str = "", rule: Rule | None = None) -> Any:
+# May a setting differ when a run is resumed? "same": no. "free": yes; the training stays the same,
+# bit for bit. "rounding": yes; the training is the same up to rounding (and the masks of dropout).
+OnResume = Literal["same", "free", "rounding"]
+
+
+def setting(
+    default: Any = MISSING,
+    help: str = "",
+    rule: Rule | None = None,
+    on_resume: OnResume = "same",
+) -> Any:
     """Declare a field of a `Section`; without a default it is required."""
-    return field(default=default, metadata={"help": help, "rule": rule})
+    return field(default=default, metadata={"help": help, "rule": rule, "on_resume": on_resume})
 
 
 @dataclass(frozen=True)
@@ -49,13 +59,19 @@ class Section:
         """Convert and check every field.
 
         Raises:
-            SimPOError: a value of the wrong type, or one that breaks its rule.
+            SimPOError: a value of the wrong type, one that breaks its rule, or a token.
         """
         hints = typing.get_type_hints(type(self))
         for item in fields(self):
             path = f"{self.NAME}.{item.name}" if self.NAME else item.name
             value = coerce(getattr(self, item.name), hints[item.name], path)
             object.__setattr__(self, item.name, value)  # the dataclass is frozen
+            if isinstance(value, str) and has_secret(value):
+                raise SimPOError(
+                    f"{path} is {value!r}, which holds a token or password; settings are written "
+                    "to config.yaml, the adapter and its model card: remove it, and log in with "
+                    "`hf auth login` or set HF_TOKEN"
+                )
             rule: Rule | None = item.metadata.get("rule")
             if rule is not None and value is not None and not rule.holds(value):
                 raise SimPOError(f"{path} is {value!r}; it must be {rule.text}")
@@ -122,8 +138,15 @@ def nearest_name(path: str, root: type[Section]) -> str:
 
 def nearest_section(name: str, root: type[Section]) -> str:
     """Return a hint at the section of ``root`` that ``name`` misspells, or an empty string."""
-    hints = typing.get_type_hints(root)
-    return hint_at_section(name, [f.name for f in fields(root) if is_dataclass(hints[f.name])])
+    return hint_at_section(name, list(_section_names(root)))
+
+
+def _section_names(cls: type[Section]) -> Iterator[str]:
+    """Yield the name of every section under ``cls``, those within sections too."""
+    hints = typing.get_type_hints(cls)
+    for inner in (hints[item.name] for item in fields(cls) if is_dataclass(hints[item.name])):
+        yield inner.NAME
+        yield from _section_names(inner)
 
 
 def coerce(value: Any, hint: Any, path: str) -> Any:
@@ -196,5 +219,5 @@ def describe(option: Any) -> str:
     if typing.get_origin(option) is Literal:
         return "one of " + ", ".join(repr(v) for v in typing.get_args(option))
     if typing.get_origin(option) is tuple:
-        return "a list of names"
+        return "a list of texts"
     return names.get(option, getattr(option, "__name__", str(option)))

@@ -1,4 +1,4 @@
-"""The sections of the configuration: every setting with its default, help text and rule.
+"""The sections of the configuration except train: every setting with its default and its rule.
 
 The help texts are what `mlx-simpo train --help` prints, after the setting's name and default.
 """
@@ -24,14 +24,25 @@ class DataConfig(Section):
         "preference pairs to train on: a file (.jsonl, .jsonl.gz, .parquet), a folder or a Hub "
         "dataset",
         NON_EMPTY,
+        # A resumed run compares the pairs themselves.
+        on_resume="free",
     )
-    train_split: str | None = setting(None, "split to train on, of a folder or Hub dataset")
+    train_split: str | None = setting(
+        None, "split to train on, of a folder or Hub dataset", on_resume="free"
+    )
     valid: str | None = setting(
-        None, "preference pairs to evaluate on; null: hold out data.valid_fraction", NON_EMPTY
+        None,
+        "preference pairs to evaluate on; null: hold out data.valid_fraction",
+        NON_EMPTY,
+        on_resume="free",
     )
-    valid_split: str | None = setting(None, "split to evaluate on, of a folder or Hub dataset")
+    valid_split: str | None = setting(
+        None, "split to evaluate on, of a folder or Hub dataset", on_resume="free"
+    )
     subset: str | None = setting(
-        None, "configuration of a Hub dataset that has several of them (load_dataset's name)"
+        None,
+        "configuration of a Hub dataset that has several of them (load_dataset's name)",
+        on_resume="free",
     )
     valid_fraction: float = setting(
         0.05, "fraction of the training prompts to hold out if data.valid is null", FRACTION
@@ -60,7 +71,7 @@ class DataConfig(Section):
         "use the common beginning of chosen and rejected strings as their prompt if they have none",
     )
     max_quarantined: float = setting(
-        0.05, "stop if more than this fraction of the records has to be quarantined", SHARE
+        0.05, "stop if more than this fraction of the records has to be quarantined", SHARE, "free"
     )
 
     def __post_init__(self) -> None:
@@ -147,7 +158,9 @@ class LoRAConfig(Section):
         "number of layers to adapt, counted from the last; -1: all",
         Rule("-1 (all) or 1 and greater", lambda v: v == -1 or v >= 1),
     )
-    init_from: str | None = setting(None, "folder of an mlx-lm adapter to start from", NON_EMPTY)
+    init_from: str | None = setting(
+        None, "folder of an mlx-lm adapter to start from", NON_EMPTY, on_resume="free"
+    )
 
     def __post_init__(self) -> None:
         """Check these settings one by one and against each other.
@@ -181,85 +194,6 @@ class LoRAConfig(Section):
 
 
 @dataclass(frozen=True)
-class TrainConfig(Section):
-    """Engine, batches, optimizer and schedule.
-
-    The defaults are those of the authors' recipes, except the learning rate, which is for LoRA.
-    """
-
-    NAME: ClassVar[str] = "train"
-
-    engine: Literal["reference", "shared_prefix"] = setting(
-        "shared_prefix",
-        "shared_prefix: compute each prompt once, and logits of scored tokens only; reference: one "
-        "stacked forward pass over 2 × batch_size sequences (same results, slower)",
-    )
-    batch_size: int = setting(4, "maximum number of pairs per micro-batch", POSITIVE)
-    max_tokens_per_step: int | None = setting(
-        None,
-        "maximum number of tokens per micro-batch, padding included; a lower limit saves memory "
-        "and does not change the result; a pair that is longer runs alone",
-        POSITIVE,
-    )
-    gradient_accumulation_steps: int = setting(
-        4, "micro-batches per optimizer step, which equals one step on all their pairs", POSITIVE
-    )
-    epochs: float | None = setting(None, "passes over the training pairs; null: 1", POSITIVE)
-    steps: int | None = setting(None, "number of optimizer steps, instead of epochs", POSITIVE)
-    learning_rate: float = setting(
-        5e-5, "peak learning rate (full fine-tuning: 3e-7 to 1e-6)", POSITIVE
-    )
-    schedule: Literal["cosine", "linear", "constant"] = setting(
-        "cosine", "learning rate after the warm-up: cosine or linear decay to 0, or constant"
-    )
-    warmup_ratio: float = setting(
-        0.1, "fraction of the steps in which the learning rate rises from 0", FRACTION
-    )
-    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", NON_NEGATIVE)
-    # torch.optim.AdamW's defaults, as in the authors' recipes.
-    adam_beta1: float = setting(0.9, "AdamW's decay rate of the first moment", FRACTION)
-    adam_beta2: float = setting(0.999, "AdamW's decay rate of the second moment", FRACTION)
-    adam_epsilon: float = setting(1e-8, "AdamW's epsilon", POSITIVE)
-    max_grad_norm: float | None = setting(
-        1.0, "clip the gradient to this global norm; null: do not clip", POSITIVE
-    )
-    gradient_checkpointing: bool = setting(
-        False,
-        "recompute each layer's activations in the backward pass: less memory, about a third more "
-        "time",
-    )
-    compile: bool | None = setting(
-        None,
-        "compile the step with mx.compile; engine reference only, where null means true (the "
-        "shapes of shared_prefix differ from batch to batch, and each would be traced)",
-    )
-    eval_every: int | None = setting(
-        None, "evaluate every this many steps, besides before and after training", POSITIVE
-    )
-
-    def __post_init__(self) -> None:
-        """Check these settings one by one and against each other.
-
-        Raises:
-            SimPOError: a wrong type, a broken rule, both epochs and steps, or an engine that
-                cannot be compiled.
-        """
-        super().__post_init__()
-        if self.epochs is not None and self.steps is not None:
-            raise SimPOError("train.epochs and train.steps both set the length; remove one of them")
-        if self.compile and self.engine == "shared_prefix":
-            raise SimPOError(
-                "train.compile is true, but only the reference engine can be compiled; remove it, "
-                "or set train.engine=reference"
-            )
-
-    @property
-    def step_pairs(self) -> int:
-        """Pairs per optimizer step."""
-        return self.batch_size * self.gradient_accumulation_steps
-
-
-@dataclass(frozen=True)
 class LogpsConfig(Section):
     """How log-probabilities are computed from logits."""
 
@@ -269,4 +203,5 @@ class LogpsConfig(Section):
         "auto",
         "kernel: one fused GPU kernel; mlx: MLX's own operations; auto: the kernel if MLX runs on "
         "a GPU (engine shared_prefix only)",
+        on_resume="rounding",
     )

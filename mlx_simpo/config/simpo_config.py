@@ -12,7 +12,8 @@ from typing import Any, Literal
 from ..errors import SimPOError
 from ..paths import local_path
 from .schema import NON_EMPTY, RawText, Rule, Section, from_mapping, nearest_name, setting
-from .sections import DataConfig, LogpsConfig, LoRAConfig, ObjectiveConfig, TrainConfig
+from .sections import DataConfig, LogpsConfig, LoRAConfig, ObjectiveConfig
+from .train_config import TrainConfig
 from .yaml import dump_yaml, parse_yaml
 
 _SEED = Rule("0 or greater and less than 2**32", lambda v: 0 <= v < 2**32)
@@ -22,16 +23,22 @@ _SEED = Rule("0 or greater and less than 2**32", lambda v: 0 <= v < 2**32)
 class SimPOConfig(Section):
     """All settings of a run."""
 
-    model: str = setting(help="Hugging Face id or local folder of the model", rule=NON_EMPTY)
-    revision: str | None = setting(None, "branch, tag or commit of a Hub model")
-    trust_remote_code: bool = setting(False, "run code that comes with the model")
+    # A resumed run compares the model's content.
+    model: str = setting(
+        help="Hugging Face id or local folder of the model", rule=NON_EMPTY, on_resume="free"
+    )
+    revision: str | None = setting(None, "branch, tag or commit of a Hub model", on_resume="free")
+    trust_remote_code: bool = setting(False, "run code that comes with the model", on_resume="free")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
         "dtype of the frozen weights: float32, bfloat16, float16, or auto (as stored); LoRA "
         "weights are always float32",
     )
     output: str = setting(
-        "runs/simpo", "new folder for the adapter, the metrics and the configuration", NON_EMPTY
+        "runs/simpo",
+        "new folder for the adapter, the metrics and the configuration",
+        NON_EMPTY,
+        "free",
     )
     seed: int = setting(
         42, "seed of the initial LoRA weights, data order, dropout and validation split", _SEED
@@ -118,3 +125,22 @@ def _apply_override(values: dict, override: str) -> None:
             f"{key} is {value!r}, but {key}.{next(iter(section))} is set, too; remove one of them"
         )
     values[name] = RawText(value)
+
+
+def resume_config(run: str | Path, overrides: Iterable[str] = ()) -> SimPOConfig:
+    """Return the configuration of the run in a folder, to continue it with `api.train`.
+
+    Args:
+        run: the run's output folder, wherever it is now. overrides: settings that change, as
+            ``name=value``; docs/long_runs.md lists those that may.
+
+    Raises:
+        SimPOError: the folder holds no run, or a setting is wrong.
+    """
+    path = local_path(run) / "config.yaml"
+    if not path.is_file():
+        raise SimPOError(
+            f"{run} holds no run that could be resumed (it has no config.yaml); name the output "
+            "folder of a run"
+        )
+    return load_config(path, [f"output={run}", *overrides])

@@ -1,7 +1,8 @@
 """YAML without surprises: decimal numbers, true, false and null; everything else is text.
 
 PyYAML implements YAML 1.1, in which ``1e-6`` is text, ``no`` is false, ``010`` is 8, ``1:30`` is 90
-and the last of two equal keys wins silently.
+and the last of two equal keys wins silently. Its safe loader creates no objects, but a few lines of
+aliases of aliases can stand for more values than fit into memory: there are no aliases here.
 """
 
 import re
@@ -12,8 +13,8 @@ import yaml
 
 from ..errors import SimPOError, one_line
 
-_BOOL, _INT, _FLOAT, _NULL, _MERGE = (
-    f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "null", "merge")
+_BOOL, _INT, _FLOAT, _NULL = (
+    f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "null")
 )
 _NUMBER = list("-+.0123456789")
 # A number with a point, an exponent or both; YAML 1.1 requires a point and a signed exponent.
@@ -21,7 +22,21 @@ _FLOAT_TEXT = re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[e
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Reads decimal numbers, true, false and null; a repeated key is an error."""
+    """Reads decimal numbers, true, false and null; a repeated key or an alias is an error."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Build the tree of the text.
+
+        Raises:
+            yaml.YAMLError: a value is an alias.
+        """
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            line = event.start_mark.line + 1
+            raise yaml.YAMLError(
+                f"*{event.anchor} is an alias; write its value again (line {line})"
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Build a mapping, all of whose keys must be different.
@@ -41,9 +56,9 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# Keep PyYAML's null and merge keys; the patterns for bool, int, float and dates are replaced.
+# Keep PyYAML's null; the patterns for bool, int, float and dates are replaced.
 StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _MERGE)]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag == _NULL]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 StrictLoader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|false)$"), list("tf"))
@@ -53,6 +68,10 @@ StrictLoader.add_implicit_resolver(_FLOAT, _FLOAT_TEXT, _NUMBER)
 
 class StrictDumper(yaml.SafeDumper):
     """Quotes every text that this loader, or any YAML 1.1 loader, would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write a value that appears twice out twice: `StrictLoader` reads no aliases."""
+        return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         """Represent text so that it reads back unchanged."""

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.utils import make_shards
 
-from ..files import read_json, save_safetensors, write_text
+from ..files import is_inside_its_folder, read_json, save_safetensors, write_text
 from ..model.rope import with_both_rope_spellings
 from .weights import natural_sort_key
 
@@ -93,7 +93,7 @@ def copy_companions(source: Path, folder: Path, template: str | None, *, trusted
     """
     patterns = (*_COMPANIONS, "*.py") if trusted else _COMPANIONS
     for path in sorted({p for pattern in patterns for p in source.glob(pattern) if p.is_file()}):
-        if is_inside_model_folder(path):
+        if is_inside_its_folder(path):
             shutil.copyfile(path, folder / path.name)
     if template is None:
         return
@@ -104,17 +104,6 @@ def copy_companions(source: Path, folder: Path, template: str | None, *, trusted
         # Programs that do not know chat_template.jinja read the template from here.
         if "chat_template" in content:
             write_json(settings, content | {"chat_template": template})
-
-
-def is_inside_model_folder(path: Path) -> bool:
-    """Whether a file, with links followed, is inside the model's folder.
-
-    A link that leads elsewhere could copy any file of the user's into a folder to be published.
-    """
-    root = path.parent.resolve()
-    # In huggingface_hub's cache, snapshots/<commit>/<file> is a link to blobs/<hash>.
-    root = root.parents[1] if root.parent.name == "snapshots" else root
-    return path.resolve().is_relative_to(root)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ text.bin      UTF-8: for each pair its source ("file:line"), then its prompt (`p
 import mmap
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -104,6 +105,16 @@ class TokenizedPairs(Sequence[EncodedPair]):
         values = self._records[name]
         return values if self._rows is None else values[self._rows]
 
+    def largest_token_ids(self) -> np.ndarray:
+        """Return the largest token id of each pair, see the function of this name."""
+        starts = self.column("token_offset")
+        ends = starts + self.column("chosen") + self.column("rejected")
+        result = np.empty(len(self), np.uint32)
+        for index in np.argsort(starts):  # in the file's order, which is faster to read
+            tokens = np.frombuffer(self._tokens.read(), "<u4")
+            result[index] = tokens[starts[index] : ends[index]].max()
+        return result
+
     def prompts(self) -> Iterable[bytes]:
         """Yield the text of each pair's prompt, as it was passed to `TokenWriter.add`."""
         for index in range(len(self)):
@@ -181,11 +192,37 @@ class _MappedFile:
         return self.content
 
 
+def largest_token_ids(pairs: Sequence[EncodedPair]) -> np.ndarray:
+    """Return the largest token id of each pair, uint32 [N]; a negative one counts as very large."""
+    if isinstance(pairs, TokenizedPairs):
+        return pairs.largest_token_ids()
+    return np.array(
+        [
+            max(s.tokens.astype(np.int32).view(np.uint32).max() for s in (p.chosen, p.rejected))
+            for p in pairs
+        ],
+        np.uint32,
+    )
+
+
 def column(pairs: Sequence[EncodedPair], name: str) -> np.ndarray:
     """Return one of COLUMNS for each pair, int [N], without reading tokens of pairs on disk."""
     if isinstance(pairs, TokenizedPairs):
         return pairs.column(name)
     return np.fromiter(map(COLUMNS[name], pairs), np.int64, len(pairs))
+
+
+def content_sha256(pairs: Sequence[EncodedPair]) -> str:
+    """Return the SHA-256 of the pairs' tokens and of where their scoring starts, in this order.
+
+    Where the pairs were read from does not count.
+    """
+    digest = sha256()
+    for pair in pairs:
+        for sequence in (pair.chosen, pair.rejected):
+            digest.update(b"%d %d " % (len(sequence.tokens), sequence.score_start))
+            digest.update(sequence.tokens.astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 def lengths(pairs: Sequence[EncodedPair]) -> np.ndarray:

@@ -16,6 +16,7 @@ from .plan import plan_shared_prefix, plan_stacked
 from .prefix_cache import attention_modules, patched_attention, reason_not_shareable
 from .reference import average_logps
 from .shared_prefix import shared_prefix_logps
+from .vocabulary import vocabulary_size
 
 TRIAL_PROMPT_TOKENS = 40
 
@@ -139,7 +140,7 @@ def disagreement_with_reference(model: Any, engine: Engine) -> str | None:
 
     An architecture that nobody has tried can only be checked by what it computes.
     """
-    tokens = np.arange(1, TRIAL_PROMPT_TOKENS + 10, dtype=np.int32)
+    tokens = np.arange(1, TRIAL_PROMPT_TOKENS + 10, dtype=np.int32) % vocabulary_size(model)
     chosen, rejected = tokens[: TRIAL_PROMPT_TOKENS + 3], tokens
     pair = EncodedPair(
         TokenizedSequence(chosen, TRIAL_PROMPT_TOKENS),

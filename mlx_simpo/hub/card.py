@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..errors import SimPOError, one_line
+from ..errors import SimPOError, one_line, redacted
 from .card_values import card_values
 from .folders import Folder, as_text, lookup, read_text
 from .outgoing import CARD
@@ -31,7 +31,8 @@ def make_card(folder: Folder, repo: str, revision: str | None = None) -> str:
         SimPOError: there is a README.md that cannot be read.
     """
     values = card_values(folder, repo, revision)
-    return f"{ModelCard.from_template(metadata(folder), str(TEMPLATE), mark=MARK, **values)}\n"
+    card = ModelCard.from_template(metadata(folder), str(TEMPLATE), mark=MARK, **values)
+    return redacted(f"{card}\n")  # the record may come from elsewhere
 
 
 def users_card(folder: Folder) -> str | None:

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import SimPOError
-from ..files import PICKLES, read_json
+from ..errors import SimPOError, redacted
+from ..files import PICKLES, is_inside_its_folder, read_json
 from ..model.adapters import CONFIG
 from ..model.record import RECORD_FILE
 from .folders import (
@@ -93,18 +93,20 @@ def sort_files(folder: Folder) -> SortedFiles:
     """Return which files are sent and which stay, each in order of their names.
 
     Raises:
-        SimPOError: there is a pickle or a large file that is not listed, or a part of the model is
-            missing.
+        SimPOError: there is a pickle or a large file that is not listed, a file is a link that
+            leads out of the folder, or a part of the model is missing.
     """
     patterns = (folder.kind.weights, *SENT_FILES[folder.kind])
     files = SortedFiles([], [])
     for path in sorted(folder.path.iterdir()):
         if path.name == CARD:
+            check_link(path)
             continue
         reasons = (why for name, why in NEVER_SENT.items() if fnmatchcase(path.name, name))
         reason = next(reasons, "a folder" if path.is_dir() else None)
         is_listed = any(fnmatchcase(path.name, pattern) for pattern in patterns)
         if reason is None and path.is_file() and is_listed:
+            check_link(path)
             files.sent.append(path)
             continue
         if reason is None:
@@ -113,6 +115,19 @@ def sort_files(folder: Folder) -> SortedFiles:
         files.stays.append((path.name, reason))
     check_complete(folder.path)
     return files
+
+
+def check_link(path: Path) -> None:
+    """Reject a link that leads out of its folder: with a folder from elsewhere, a private file.
+
+    Raises:
+        SimPOError: it does.
+    """
+    if not is_inside_its_folder(path):
+        raise SimPOError(
+            f"{path.name} is a link to {path.resolve()}, which is not in this folder; copy the "
+            "file here if it is to be sent"
+        )
 
 
 def check_unlisted(path: Path, kind: FolderKind) -> None:
@@ -138,21 +153,24 @@ def check_complete(path: Path) -> None:
     """Check that all files exist that the index of a sharded model names.
 
     Raises:
-        SimPOError: one is missing, or the index names none.
+        SimPOError: one is missing or in another folder, or the index names none.
     """
     index = path / "model.safetensors.index.json"
     if not index.is_file():
         return
     weight_map = read_json(index).get("weight_map")
     names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
-    missing = sorted(name for name in names if not (path / name).is_file())
-    if missing or not names:
-        problem = f"{missing[0]}, which is not there" if missing else "no files"
-        raise SimPOError(f"{index} names {problem}; save the model again")
+    # A name with a folder in it could point at any file of this machine.
+    here = {file.name for file in path.iterdir() if file.is_file()}
+    if missing := sorted(names - here):
+        raise SimPOError(f"{index} names {missing[0]}, which is not there; save the model again")
+    if not names:
+        raise SimPOError(f"{index} names no files; save the model again")
 
 
 def without_paths(file: Path, folder: Folder) -> bytes | None:
-    """Return a file's content with local paths cut down to their last parts; None if it has none.
+    """Return a file's content with local paths cut down to their last parts and without tokens and
+    passwords; None if it has none of these.
 
     Raises:
         SimPOError: a file that may hold paths cannot be read as JSON.
@@ -167,7 +185,9 @@ def without_paths(file: Path, folder: Folder) -> bytes | None:
         if isinstance(value, list):
             return [cut(inner, key) for inner in value]
         may_be_path = any(fnmatchcase(key, pattern) for pattern in patterns)
-        return last_path_part(value) if may_be_path and is_path(value, folder.path) else value
+        if may_be_path and is_path(value, folder.path):
+            value = last_path_part(value)
+        return redacted(value) if isinstance(value, str) else value
 
     content = read_json(file)
     shorter = cut(content, "")

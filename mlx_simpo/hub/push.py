@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import SimPOError, one_line
+from ..errors import SimPOError, one_line, redacted
 from ..reporting.display import Display
 from .card import make_card, users_card
 from .folders import open_folder
@@ -30,8 +30,6 @@ from .outgoing import CARD, sort_files, without_paths
 
 # What huggingface_hub raises; RuntimeError comes from its uploader, which is written in Rust.
 HUB_ERRORS = (TransportError, OSError, ValueError, RuntimeError)
-# A server, a proxy or a library may repeat a token in its message.
-_TOKEN = re.compile(r"hf_\w+|Bearer\s+[^\s'\"]+")
 
 
 class Entry(NamedTuple):
@@ -198,5 +196,8 @@ def hub_error(error: Exception, plan: Push) -> SimPOError:
 
 
 def redacted_line(text: str) -> str:
-    """Return a message on one line of at most 300 characters, with nothing like a token in it."""
-    return _TOKEN.sub("…", one_line(text))[:300]
+    """Return a message on one line of at most 300 characters, with nothing like a token in it.
+
+    A server, a proxy or a library may repeat a token in its message.
+    """
+    return redacted(one_line(text))[:300]

@@ -20,6 +20,7 @@ CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"  # PEFT's; the configuration has the same name
 MAX_RANK = 65_536
 MAX_SCALE = 1e6
+_LINEAR = (nn.Linear, nn.QuantizedLinear)
 
 
 def flat_arrays(tree: Any) -> dict[str, mx.array]:
@@ -113,6 +114,51 @@ def is_valid_scale(value: Any) -> bool:
     """Return whether a value can be the scale of a LoRA delta, or lora_alpha."""
     # A comparison with NaN is false, and JSON's whole numbers may be too large for a float.
     return type(value) in (int, float) and -MAX_SCALE <= value <= MAX_SCALE
+
+
+def check_adapter(folder: str | Path) -> dict[str, Any]:
+    """Check an adapter's files without a model: before one is loaded, and scored for minutes.
+
+    Returns:
+        The adapter's configuration.
+
+    Raises:
+        SimPOError: the folder holds no adapter, or one that cannot be read.
+    """
+    config = read_adapter_config(folder)
+    path = local_path(folder) / WEIGHTS
+    if not any(name.endswith(".lora_b") for name in read_header(path).shapes):
+        raise SimPOError(f"{path} holds no LoRA weights; use a complete copy of the adapter")
+    return config
+
+
+def check_fits(model: nn.Module, folder: str | Path) -> None:
+    """Check by the names and sizes of its layers that an adapter belongs to a model without one.
+
+    `load_adapter` compares every weight; this changes nothing, so that the model can run without
+    the adapter first.
+
+    Raises:
+        SimPOError: the model lacks a layer of the adapter, or has it in another size.
+    """
+    path = local_path(folder) / WEIGHTS
+    modules = dict(model.named_modules())
+    for name, shape in sorted(read_header(path).shapes.items()):
+        layer, _, part = name.rpartition(".")
+        module: Any = modules.get(layer)
+        if part != "lora_b":
+            continue
+        if module is None:
+            problem = f"it has no {layer}"
+        # lora_b is (rank, out); a linear layer's weight is (out, in), quantized or not.
+        elif isinstance(module, _LINEAR) and shape[-1:] != module.weight.shape[:1]:
+            problem = f"its {layer} has {len(module.weight)} outputs, and {name} the shape {shape}"
+        else:
+            continue
+        raise SimPOError(
+            f"the adapter in {folder} does not fit this model: {problem}; use the model that it "
+            "was trained on"
+        )
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:

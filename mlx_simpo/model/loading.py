@@ -14,7 +14,7 @@ from mlx_lm import load as mlx_lm_load
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config, load_tokenizer
 
 from ..errors import SimPOError, one_line
-from ..files import read_header, weight_files
+from ..files import read_header, read_json, weight_files
 from ..paths import local_path
 from .adapters import flat_arrays
 from .repair import config_repairs
@@ -33,6 +33,17 @@ LOAD_ERRORS = (
     ArithmeticError,
     RuntimeError,
     StrictDataclassError,
+)
+# The JSON objects of a model folder that these libraries read without naming the file in an error.
+JSON_FILES = (
+    "config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "hf_quant_config.json",
 )
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -106,7 +117,7 @@ def load_model(
         raise SimPOError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}")
     folder = model_folder(name, revision)
     num_tensors = sum(len(read_header(path).shapes) for path in weight_files(folder))
-    with loader_errors(f"{name} cannot be loaded as a language model"):
+    with loader_errors(f"{name} cannot be loaded as a language model", folder):
         config = load_config(folder)
         check_config(config, num_tensors)
         model, tokenizer, config = mlx_lm_load(  # type: ignore[misc]
@@ -128,8 +139,11 @@ def load_model(
 
 
 @contextmanager
-def loader_errors(problem: str) -> Iterator[None]:
+def loader_errors(problem: str, folder: Path) -> Iterator[None]:
     """Within the context, turn errors of mlx_lm and transformers into one line after ``problem``.
+
+    Args:
+        folder: of the model; a file of it that is not valid JSON is named as the reason.
 
     Raises:
         SimPOError: in place of any of `LOAD_ERRORS`.
@@ -137,6 +151,12 @@ def loader_errors(problem: str) -> Iterator[None]:
     try:
         yield
     except LOAD_ERRORS as error:
+        for path in (folder / name for name in JSON_FILES):
+            if path.exists():
+                try:
+                    read_json(path)
+                except SimPOError as damage:
+                    raise SimPOError(f"{problem}: {damage}; download the model again") from None
         raise SimPOError(f"{problem}: {type(error).__name__}: {one_line(error, 300)}") from None
     except Exception as error:
         if type(error) is Exception:  # the tokenizers library raises this class itself
@@ -179,7 +199,7 @@ def load_only_tokenizer(
         SimPOError: there is no such model, or it has no tokenizer that can be loaded.
     """
     folder = model_folder(name, revision, weights=False)
-    with loader_errors(f"{name} has no tokenizer that can be loaded"):
+    with loader_errors(f"{name} has no tokenizer that can be loaded", folder):
         return load_tokenizer(
             folder,
             {"trust_remote_code": trust_remote_code},

@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config.simpo_config import SimPOConfig
+from ..errors import SimPOError
+from ..files import weight_files
 from ..version import __version__
 from .loading import LoadedModel
 
 RECORD_KEY = "mlx_simpo"  # in mlx-lm's adapter_config.json, where other readers ignore it
+# Of each weights file; see `content_hash`.
+SAMPLES, SAMPLE_BYTES = 256, 4096
 RECORD_FILE = "mlx_simpo.json"  # beside an adapter or model that was converted
 
 
@@ -35,6 +39,32 @@ def base_record(loaded: LoadedModel) -> dict[str, Any]:
         "revision": loaded.revision,
         "quantization": loaded.config.get("quantization"),
     }
+
+
+def content_hash(folder: Path) -> str:
+    """Return a SHA-256 of a model's config.json and weights.
+
+    Of the weights it covers each file's size and header and SAMPLES pieces of its data: any other
+    training or quantization changes nearly all of them, and gigabytes need not be read.
+
+    Raises:
+        SimPOError: a file is missing or cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        digest.update((folder / "config.json").read_bytes())
+        for path in weight_files(folder):
+            size = path.stat().st_size
+            digest.update(b"%d " % size)
+            with path.open("rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+                digest.update(file.read(header))
+                for part in range(SAMPLES):
+                    file.seek(8 + header + part * (size - 8 - header) // SAMPLES)
+                    digest.update(file.read(SAMPLE_BYTES))
+    except OSError as error:
+        raise SimPOError(f"the model in {folder} cannot be read: {error}") from None
+    return digest.hexdigest()
 
 
 def template_hash(template: str | None) -> str | None:

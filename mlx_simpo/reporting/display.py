@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import redacted
 from ..evaluation import Evaluation
 
 # The metrics in an evaluation's table, in reading order.
@@ -58,18 +59,18 @@ class Display:
             self.console.print(line, soft_wrap=True)
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[..., None]]:
-        """Show a progress bar; the context's value is a function to advance it, with the number of
-        steps just done (default 1) and a note.
+    def progress(self, title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+        """Show a progress bar that begins at ``done``; the context's value is a function to advance
+        it, with the number of steps just done (default 1) and a note.
 
         A nested bar is shown below the outer one and removed when it is done. If stderr is not a
         terminal (a log file), a line is written every few seconds instead.
         """
         if not self.console.is_terminal:
-            yield from self._log_lines(title, total)
+            yield from self._log_lines(title, total, done)
             return
         if self._live is not None:
-            yield from self._bar(self._live, title, total, keep=False)
+            yield from self._bar(self._live, title, total, done, keep=False)
             return
         columns = (
             TextColumn("{task.description:<12}"),
@@ -81,12 +82,12 @@ class Display:
         )
         with Progress(*columns, console=self.console) as self._live:
             try:
-                yield from self._bar(self._live, title, total, keep=True)
+                yield from self._bar(self._live, title, total, done, keep=True)
             finally:
                 self._live = None
 
-    def _log_lines(self, title: str, total: int) -> Iterator[Callable[..., None]]:
-        done, written = 0, time.monotonic()
+    def _log_lines(self, title: str, total: int, done: int) -> Iterator[Callable[..., None]]:
+        written = time.monotonic()
 
         def advance(more: int = 1, note: str = "") -> None:
             nonlocal done, written
@@ -98,9 +99,9 @@ class Display:
         yield advance
 
     def _bar(
-        self, live: Progress, title: str, total: int, *, keep: bool
+        self, live: Progress, title: str, total: int, done: int, *, keep: bool
     ) -> Iterator[Callable[..., None]]:
-        task = live.add_task(title, total=total, note="")
+        task = live.add_task(title, total=total, completed=done, note="")
 
         def advance(done: int = 1, note: str = "") -> None:
             live.update(task, advance=done)
@@ -117,9 +118,9 @@ class Display:
 
 
 def literal(text: str) -> Text:
-    """Return text that rich prints as it is: without markup and emoji names, and with what is not
-    valid Unicode (file names of other bytes) escaped."""
-    return Text(text.encode("utf-8", "backslashreplace").decode())
+    """Return text that rich prints as it is: without markup and emoji names, with what is not valid
+    Unicode (file names of other bytes) escaped, and without tokens and passwords."""
+    return Text(redacted(text).encode("utf-8", "backslashreplace").decode())
 
 
 def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Table:
@@ -154,6 +155,8 @@ def metric_text(name: str, value: float) -> str:
 
 def step_note(metrics: Mapping[str, Any]) -> str:
     """Format the metrics that are shown beside the training bar."""
+    if "loss" not in metrics:
+        return "skipped: not finite"
     return (
         f"loss {metrics['loss']:.3f}  accuracy {metrics['rewards/accuracies']:.0%}  "
         f"margin {metrics['rewards/margins']:+.2f}"

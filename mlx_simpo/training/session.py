@@ -1,35 +1,32 @@
 """Preparing a run: reading and tokenizing its datasets, loading the model, attaching LoRA."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from ..config.simpo_config import SimPOConfig
-from ..data.cache import load_or_tokenize
 from ..data.encode import EncodedPair, Encoder
-from ..data.pairs import Quarantined, check_share, held_out
-from ..data.sources import Source, open_source
-from ..data.tokens import TokenizedPairs
+from ..data.pairs import Quarantined
 from ..engine.choice import Engine, choose_engine
+from ..engine.vocabulary import check_token_ids
 from ..errors import SimPOError
 from ..evaluation import Evaluation, evaluate_pairs
 from ..files import write_text
 from ..kernels.choice import choose_implementation
 from ..model.adapters import read_adapter_config, save_adapter
-from ..model.loading import LoadedModel, load_model, load_only_tokenizer
+from ..model.loading import LoadedModel, load_model
 from ..model.lora import attach_lora
 from ..model.record import RECORD_KEY, get_dict, training_record
-from ..paths import local_path
 from ..reporting import advice
 from ..reporting.display import Display
-from .trainer import StepMetrics, train_steps
+from .datasets import encode_datasets, hold_out
+from .state import TrainingState
+from .trainer import StepMetrics, total_steps, train_steps
 
 
 @dataclass
@@ -43,7 +40,8 @@ class Session:
     ...         session.save(f"adapter-{step.step}")
 
     adapter: the content of mlx-lm's adapter_config.json. record: what the adapter is trained on
-    (`model.record.training_record`). display: where notes and progress of all methods go.
+    (`model.record.training_record`). loaded: the base model as it was loaded. state: how far the
+    training is. display: where notes and progress of all methods go.
     """
 
     config: SimPOConfig
@@ -57,13 +55,29 @@ class Session:
     engine: Engine
     display: Display
     record: dict[str, Any]
+    loaded: LoadedModel
+    state: TrainingState
+
+    @property
+    def total_steps(self) -> int:
+        """Number of optimizer steps of the whole training."""
+        return total_steps(self.config.train, len(self.train))
 
     def steps(self) -> Iterator[StepMetrics]:
-        """Train, one optimizer step after another; see `trainer.train_steps`."""
-        return train_steps(self.model, self.train, self.config, self.engine)
+        """Train, one optimizer step after another; see `trainer.train_steps`.
 
-    def evaluate(self, title: str = "Evaluating") -> Evaluation:
+        Called again after a ``break``, it goes on with the next step.
+        """
+        return train_steps(self.model, self.train, self.config, self.engine, self.state)
+
+    def evaluate(
+        self, title: str = "Evaluating", check: Callable[[], None] = lambda: None
+    ) -> Evaluation:
         """Evaluate the current weights on the validation pairs.
+
+        Args:
+            title: of the progress bar. check: called after each batch; what it raises ends the
+                evaluation.
 
         Raises:
             SimPOError: there are no validation pairs.
@@ -73,7 +87,7 @@ class Session:
                 "there are no validation pairs; set data.valid, or data.valid_fraction above 0"
             )
         return evaluate_with_progress(
-            self.model, self.valid, self.config, self.engine, self.display, title
+            self.model, self.valid, self.config, self.engine, self.display, title, check
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -95,11 +109,14 @@ class Session:
         return path
 
 
-def prepare(config: SimPOConfig, display: Display | None = None) -> Session:
+def prepare(
+    config: SimPOConfig, display: Display | None = None, *, resuming: bool = False
+) -> Session:
     """Prepare a run up to its first step; every error of the input is raised here.
 
     Args:
-        display: where notes and progress go; default: stderr.
+        display: where notes and progress go; default: stderr. resuming: the adapter's weights come
+            from a checkpoint, so that ``lora.init_from`` is not read.
 
     Raises:
         SimPOError: data, a model or settings that cannot be read or used.
@@ -125,107 +142,29 @@ def prepare(config: SimPOConfig, display: Display | None = None) -> Session:
         )
     loaded = load_base_model(config, display)  # its weights are read when first used
     model, template = loaded.model, encoder.renderer.text
-    if config.lora.init_from is not None:
-        initial = get_dict(read_adapter_config(config.lora.init_from), RECORD_KEY)
+    for pairs in (train, valid):
+        check_token_ids(pairs, model, config.model)
+    lora = replace(config.lora, init_from=None) if resuming else config.lora
+    if lora.init_from is not None:
+        initial = get_dict(read_adapter_config(lora.init_from), RECORD_KEY)
         display.warn(advice.adapter_mismatch(initial, loaded, template))
-    adapter = attach_lora(model, config.lora, config.seed)
+    adapter = attach_lora(model, lora, config.seed)
     maybe_set_recommended_wired_limit()  # or macOS may page weights out between steps
-    engine = choose_engine(config.train.engine, model, config.logps.impl)
-    record = training_record(loaded, config, template)
     return Session(
-        config,
-        model,
-        encoder.tokenizer,
-        encoder,
-        adapter,
-        train,
-        valid,
-        [record for dataset in encoded for record in dataset.quarantined],
-        engine,
-        display,
-        record,
+        config=config,
+        model=model,
+        tokenizer=encoder.tokenizer,
+        encoder=encoder,
+        adapter=adapter,
+        train=train,
+        valid=valid,
+        quarantined=[record for dataset in encoded for record in dataset.quarantined],
+        engine=choose_engine(config.train.engine, model, config.logps.impl),
+        display=display,
+        record=training_record(loaded, config, template),
+        loaded=loaded,
+        state=TrainingState(model, config, total_steps(config.train, len(train))),
     )
-
-
-class EncodedDataset(NamedTuple):
-    """The pairs of a dataset as tokens, and the records that are not used."""
-
-    pairs: TokenizedPairs
-    quarantined: list[Quarantined]
-
-
-def encode_datasets(
-    config: SimPOConfig, datasets: Sequence[tuple[str, str | None]], display: Display
-) -> tuple[Encoder, list[EncodedDataset]]:
-    """Load the model's tokenizer and encode datasets with it.
-
-    Args:
-        datasets: (name, split) of each.
-
-    Raises:
-        SimPOError: a dataset or the tokenizer cannot be read, or too many records are quarantined.
-    """
-    # A misspelt name is an error before the tokenizer is downloaded.
-    sources = [open_dataset(config, name, split) for name, split in datasets]
-    tokenizer = load_only_tokenizer(
-        config.model, config.revision, trust_remote_code=config.trust_remote_code
-    )
-    encoder = create_encoder(tokenizer, config, display)
-    names = [name for name, _ in datasets]
-    return encoder, [encode(encoder, *both, display) for both in zip(sources, names, strict=True)]
-
-
-def open_dataset(config: SimPOConfig, name: str, split: str | None) -> Source:
-    """Open a dataset; its records are read when they are encoded.
-
-    Raises:
-        SimPOError: there is no such dataset, or it needs another split or subset.
-    """
-    data = config.data
-    # data.subset is for the Hub dataset, if there is one; a local file beside it has no subsets.
-    beside_hub_data = name == data.valid and data.train is not None and not is_local(data.train)
-    subset = None if beside_hub_data and is_local(name) else data.subset
-    return open_source(name, split, subset)
-
-
-def is_local(name: str) -> bool:
-    """Whether a dataset's name is a local file or folder."""
-    return local_path(name).exists()
-
-
-def hold_out(pairs: TokenizedPairs, config: SimPOConfig) -> tuple[TokenizedPairs, TokenizedPairs]:
-    """Split pairs into (training pairs, held-out pairs); see `data.pairs.held_out`."""
-    # Whole prompts are held out: responses to one prompt in both parts would leak.
-    held = held_out(pairs.prompts(), config.data.valid_fraction, config.seed)
-    return pairs.take(np.flatnonzero(~held)), pairs.take(np.flatnonzero(held))
-
-
-def create_encoder(tokenizer: Any, config: SimPOConfig, display: Display) -> Encoder:
-    """Create the encoder for these settings, and note which chat template it uses."""
-    encoder = Encoder(tokenizer, config.data)
-    display.note(f"chat template: {encoder.renderer.origin}")
-    return encoder
-
-
-def encode(encoder: Encoder, source: Source, name: str, display: Display) -> EncodedDataset:
-    """Encode one dataset, or read its tokens from the cache.
-
-    Raises:
-        SimPOError: it cannot be read, or too many of its records are quarantined.
-    """
-    result = load_or_tokenize(encoder, source, partial(display.progress, "Tokenizing"))
-    for warning in result.warnings:
-        display.warn(warning)
-    quarantined = result.quarantined
-    check_share(len(result.pairs), quarantined, encoder.config.max_quarantined, name)
-    display.note(result.note)
-    if quarantined:
-        first = quarantined[0]
-        display.warn(
-            f"{name}: {len(quarantined)} records quarantined, e.g. {first.reason}: {first.location}"
-        )
-    display.note(advice.truncation(result.pairs, encoder.config))
-    return EncodedDataset(result.pairs, quarantined)
 
 
 def load_base_model(config: SimPOConfig, display: Display) -> LoadedModel:
@@ -255,10 +194,16 @@ def evaluate_with_progress(
     engine: Engine,
     display: Display,
     title: str,
+    check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Evaluate pairs with a progress bar; see `evaluate_pairs`."""
+    """Evaluate pairs with a progress bar; see `evaluate_pairs` and, for check, `Session`."""
     options = config.train
-    with display.progress(title, len(pairs)) as advance:
+    with display.progress(title, len(pairs)) as show:
+
+        def advance(done: int) -> None:
+            show(done)
+            check()
+
         return evaluate_pairs(
             model,
             pairs,

@@ -5,8 +5,7 @@ is being computed, and nothing is read back in between.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -136,43 +135,45 @@ def step_gradients(
     return parts, gradients
 
 
-@contextmanager
-def restore_on_error(model: nn.Module, seed: int) -> Iterator[None]:
-    """Restore all arrays of the model if the block raises, and reseed MLX's random numbers.
+class NonFiniteError(SimPOError):
+    """A loss or gradient that is NaN or infinite, with what is known about it.
 
-    An exception while mx.compile traces (Ctrl-C, out of memory) leaves its placeholders in the
-    model and in mx.random.state; one between the update and its metrics leaves half a step.
+    record: step, what ("loss" or "gradient"), grad_norm and the step's pairs with their losses;
+    numbers that are not finite as text, which JSON can hold.
     """
-    before = tree_map(lambda leaf: leaf, model.state)  # a copy of the tree, not of its arrays
-    try:
-        yield
-    except BaseException:  # Ctrl-C too
-        _restore(model.state, before)
-        mx.random.seed(seed)
-        raise
 
-
-def _restore(tree: Any, saved: Any) -> None:
-    """Write the leaves of ``saved`` into the dicts, modules and lists of ``tree``, in place."""
-    for key, value in saved.items() if isinstance(saved, dict) else enumerate(saved):
-        if isinstance(value, dict | list):
-            _restore(tree[key], value)
-        else:
-            tree[key] = value
+    def __init__(self, message: str, record: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.record = record
 
 
 def check_finite(step: int, losses: np.ndarray, norm: float, pairs: Sequence[EncodedPair]) -> None:
     """Check the losses [N] of a step's N pairs and the norm of its gradient.
 
     Raises:
-        SimPOError: one of them is NaN or infinite.
+        NonFiniteError: one of them is NaN or infinite.
     """
     if np.isfinite(losses).all() and math.isfinite(norm):
         return
-    bad = [p.source for p, loss in zip(pairs, losses, strict=True) if not math.isfinite(loss)]
+    numbered = list(zip(pairs, losses.tolist(), strict=True))
+    bad = [pair.source for pair, loss in numbered if not math.isfinite(loss)]
     what, sources = ("loss", bad) if bad else ("gradient", [p.source for p in pairs])
-    raise SimPOError(
-        f"the {what} of step {step} is not a finite number (pairs: {', '.join(sources)}); training "
-        "stops with the weights of the step before. A lower train.learning_rate, or dtype=float32 "
-        "for a float16 model, usually fixes this"
+    record = {
+        "step": step,
+        "what": what,
+        "grad_norm": _for_json(norm),
+        "pairs": [
+            {"source": p.source, "index": p.index, "loss": _for_json(x)} for p, x in numbered
+        ],
+    }
+    raise NonFiniteError(
+        f"the {what} of step {step} is not a finite number (pairs: {', '.join(sources)}). A lower "
+        "train.learning_rate, or dtype=float32 for a float16 model, usually fixes this; "
+        "train.on_nonfinite=skip leaves such steps out",
+        record,
     )
+
+
+def _for_json(number: float) -> float | str:
+    """Return a number, or its name ("nan", "inf") if JSON has none for it."""
+    return number if math.isfinite(number) else str(number)

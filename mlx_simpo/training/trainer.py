@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,13 +23,13 @@ from ..data.order import epoch_steps, steps_per_epoch
 from ..engine.choice import Engine, choose_engine
 from ..engine.gradient_checkpointing import gradient_checkpointing
 from ..errors import SimPOError
-from .optimizer import build_optimizer
+from .state import TrainingState, random_state, restore_on_error
 from .step import (
     GradientFunction,
+    NonFiniteError,
     StepBatch,
     check_finite,
     collate_step,
-    restore_on_error,
     step_gradients,
 )
 
@@ -43,17 +44,22 @@ class StepMetrics:
     - learning_rate; grad_norm: the gradient's norm before clipping
     - pairs; tokens: of both sequences of each pair, the prompt counted twice, without padding
     - positions: tokens that the trunk processed, padding included
-    - traces: how often mx.compile has traced the step so far; seconds
+    - traces: how often mx.compile has traced the step since the loop began; seconds
+
+    nonfinite: of a step that was skipped, which has no other metrics than sizes, rate and time:
+    what was not finite (`step.NonFiniteError.record`).
     """
 
     step: int
     total_steps: int
     epoch: float
     metrics: dict[str, float]
+    nonfinite: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, float]:
         """Return step, epoch and the metrics, for a log."""
-        return {"step": self.step, "epoch": round(self.epoch, 4), **self.metrics}
+        skipped = {} if self.nonfinite is None else {"skipped": self.nonfinite["what"]}
+        return {"step": self.step, "epoch": round(self.epoch, 4), **skipped, **self.metrics}
 
 
 def total_steps(config: TrainConfig, pairs: int) -> int:
@@ -68,72 +74,84 @@ def train_steps(
     pairs: Sequence[EncodedPair],
     config: SimPOConfig,
     engine: Engine | None = None,
+    state: TrainingState | None = None,
 ) -> Iterator[StepMetrics]:
     """Train the model's trainable weights in place; yield after each optimizer step.
 
     Each step's gradient is that of the loss over all its pairs, however they are divided into
     micro-batches; the last step of an epoch takes the remaining pairs. Between steps the model is
-    in evaluation mode. If a step ends early, by Ctrl-C too, the model has the weights of the step
+    in evaluation mode. If a step ends early, by Ctrl-C too, model and state are those of the step
     before.
 
     Args:
         engine: default: the one that ``config.train.engine`` names, if the model supports it.
+        state: where to continue; it advances with each step. Default: the beginning.
 
     Raises:
-        SimPOError: no pairs, or a loss or gradient that is not a finite number.
+        SimPOError: no pairs.
+        NonFiniteError: a loss or gradient is NaN or infinite, and ``train.on_nonfinite`` is stop,
+            or more than ``train.max_skipped`` steps had to be skipped.
     """
     if not pairs:
         raise SimPOError("there are no pairs to train on")
     options = config.train
     engine = engine or choose_engine(options.engine, model, config.logps.impl)
     steps = total_steps(options, len(pairs))
-    optimizer = build_optimizer(options, steps)
-    optimizer.init(model.trainable_parameters())  # only the trainable ones have moments
+    state = state or TrainingState(model, config, steps)
     compiled = engine.compiled if options.compile is None else options.compile
     gradient_function = GradientFunction(model, asdict(config.objective), engine, compiled=compiled)
-    mx.random.seed(config.seed)
-    batches = step_batches(pairs, config, engine, steps)
-    batch, step = next(batches, None), 0
+    batches = step_batches(pairs, config, engine, state.step, steps)
+    batch = next(batches, None)
     while batch:
-        step, started = step + 1, time.perf_counter()
+        started = time.perf_counter()
         model.train()
+        state.seed_random_numbers()
         checkpointing = gradient_checkpointing if options.gradient_checkpointing else nullcontext
-        with restore_on_error(model, config.seed):
-            with checkpointing(model):
-                parts, gradients = step_gradients(gradient_function, batch)
-            # Without a limit, too: clip_grad_norm also returns the norm.
-            gradients, norm = optim.clip_grad_norm(gradients, options.max_grad_norm or math.inf)
-            optimizer.update(model, gradients)
-            results = (parts, norm, model.trainable_parameters(), optimizer.state)
-            mx.async_eval(results)
-            next_batch = next(batches, None)  # collated while the device computes
-            mx.eval(results)
-            metrics = {k: np.concatenate([np.array(p[k]) for p in parts]) for k in parts[0]}
-            check_finite(step, metrics["loss"], float(norm), batch.pairs)
+        means, nonfinite, next_batch = {}, None, None
+        try:
+            with restore_on_error(model, state):
+                with checkpointing(model):
+                    parts, gradients = step_gradients(gradient_function, batch)
+                # Without a limit, too: clip_grad_norm also returns the norm.
+                gradients, norm = optim.clip_grad_norm(gradients, options.max_grad_norm or math.inf)
+                state.optimizer.update(model, gradients)
+                results = (parts, norm, model.trainable_parameters(), state.optimizer.state)
+                mx.async_eval(results)
+                next_batch = next(batches, None)  # collated while the device computes
+                mx.eval(results)
+                metrics = {k: np.concatenate([np.array(p[k]) for p in parts]) for k in parts[0]}
+                check_finite(state.step + 1, metrics["loss"], float(norm), batch.pairs)
+            means = {name: float(v.mean(dtype=np.float64)) for name, v in metrics.items()}
+            means["grad_norm"] = float(norm)
+        except NonFiniteError as error:
+            if options.on_nonfinite == "stop" or state.skipped >= options.max_skipped:
+                raise
+            state.skip_update()
+            nonfinite = error.record
         model.eval()
-        means = {name: float(values.mean(dtype=np.float64)) for name, values in metrics.items()}
+        state.random = random_state()
+        state.step += 1
         means |= _size_metrics(batch) | {
             "traces": gradient_function.traces,
-            "learning_rate": float(optimizer.learning_rate),
-            "grad_norm": float(norm),
+            "learning_rate": float(state.optimizer.learning_rate),
             "seconds": time.perf_counter() - started,
         }
-        epoch = step / steps_per_epoch(len(pairs), options.step_pairs)
-        yield StepMetrics(step, steps, epoch, means)
+        epoch = state.step / steps_per_epoch(len(pairs), options.step_pairs)
+        yield StepMetrics(state.step, steps, epoch, means, nonfinite)
         batch = next_batch
 
 
 def step_batches(
-    pairs: Sequence[EncodedPair], config: SimPOConfig, engine: Engine, steps: int
+    pairs: Sequence[EncodedPair], config: SimPOConfig, engine: Engine, done: int, steps: int
 ) -> Iterator[StepBatch]:
-    """Yield the batches of a run's first ``steps`` optimizer steps."""
+    """Yield the batches of a run's first ``steps`` optimizer steps, without the first ``done``."""
     size = config.train.step_pairs
     orders = (
         order
         for epoch in itertools.count()
         for order in epoch_steps(len(pairs), size, config.seed, epoch)
     )
-    for order in itertools.islice(orders, steps):
+    for order in itertools.islice(orders, done, steps):
         yield collate_step([pairs[i] for i in order], engine, config.train)
 
 

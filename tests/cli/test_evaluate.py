@@ -142,3 +142,23 @@ def test_the_template_of_training_is_the_template_of_evaluation(
     ran = command(capsys, "evaluate", *arguments)
     assert ran.status == 0
     assert ran.json["loss"] == pytest.approx(trained.json["after"]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("command_name", ["evaluate", "generate"])
+def test_an_adapters_folder_cannot_allow_a_models_code(
+    capsys: Capture, adapter: Path, pairs_file: Path, tmp_path: Path, command_name: str
+) -> None:
+    """It may come from somebody else; the word of whoever runs the command counts."""
+    text = (adapter / "config.yaml").read_text("utf-8")
+    text = text.replace("trust_remote_code: false", "trust_remote_code: true")
+    copy = changed_copy(adapter, tmp_path / "run", config__yaml=text)
+    more = {
+        "evaluate": ("--data", pairs_file),
+        "generate": ("--prompt", "Hi", "--max-tokens", 1),
+    }[command_name]
+    arguments = (command_name, "--adapter", copy, *more)
+    message = complaint(command(capsys, *arguments))
+    assert f"{copy}/config.yaml has trust_remote_code: true, which runs code" in message
+    assert "if you trust that model, add trust_remote_code=true to the command" in message
+    for value in ("true", "false"):
+        assert command(capsys, *arguments, f"trust_remote_code={value}").status == 0

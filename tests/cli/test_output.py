@@ -25,3 +25,12 @@ def test_an_error_is_one_line_without_control_characters(capsys: Capture) -> Non
 def test_the_announcement_of_a_command(capsys: Capture) -> None:
     announce("training m\x07")
     assert capsys.readouterr() == ("", f"mlx-simpo {__version__}: training m\\x07 …\n")
+
+
+def test_tokens_are_printed_neither_in_errors_nor_in_announcements(capsys: Capture) -> None:
+    token = "hf_plantedSecretToken0123456789"
+    print_error(f"no such file: 'https://ann:pass1234@example.org/{token}'")
+    announce(f"reading {token}")
+    error, note = capsys.readouterr().err.splitlines()
+    assert error == "mlx-simpo: error: no such file: 'https://…@example.org/…'"
+    assert note == f"mlx-simpo {__version__}: reading … …"

@@ -3,6 +3,7 @@
 import json
 import typing
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +287,28 @@ def test_every_field_of_every_section_is_a_setting() -> None:
         if not is_dataclass(item.default)
     }
     assert names == set(SETTINGS)
+
+
+TOKEN = "hf_plantedSecretToken0123456789"
+
+
+@pytest.mark.parametrize("name", ["model", "revision", "output", "data.train", "lora.init_from"])
+@pytest.mark.parametrize("secret", [TOKEN, f"a/{TOKEN}", "https://ann:pass1234@example.org/x"])
+def test_a_token_or_password_is_never_a_setting(name: str, secret: str, tmp_path: Path) -> None:
+    """Settings end in config.yaml, in the adapter and in its model card."""
+    file = tmp_path / "recipe.yaml"
+    section, _, leaf = name.rpartition(".")
+    content = {section: {leaf: secret}} if section else {leaf: secret}
+    file.write_text(json.dumps({"model": "x", **content}))
+    for read in (
+        lambda: load_config(None, ["model=x", f"{name}={secret}"]),
+        partial(load_config, file),
+    ):
+        with pytest.raises(SimPOError) as error:
+            read()
+        message = str(error.value)
+        assert message.startswith(f"{name} is '")
+        assert "which holds a token or password" in message
+        assert message.endswith("log in with `hf auth login` or set HF_TOKEN")
+        assert TOKEN not in message
+        assert "pass1234" not in message

@@ -85,6 +85,22 @@ def test_invalid_yaml_is_an_error_of_one_line_that_names_the_file(text: str) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["a: &x [1]\nb: *x", "&x [*x]", "a: &x {b: 1}\nc: {<<: *x}"])
+def test_an_alias_is_an_error(text: str) -> None:
+    """Ten lists of ten aliases each, one after the other, would be a list of 10 billion values."""
+    with pytest.raises(
+        SimPOError, match=r"valid YAML: \*x is an alias; write its value again \(line"
+    ):
+        parse_yaml(text, "the file")
+
+
+def test_a_value_that_appears_twice_is_written_twice() -> None:
+    names = ["q_proj"]
+    text = dump_yaml({"a": names, "b": names})
+    assert parse_yaml(text, "x") == {"a": names, "b": names}
+    assert "&" not in text
+
+
 BROKEN = ["[a]: b", "? {a: 1}\n: b", "a: 1" + "0" * 5000, "[" * 5000]
 
 

@@ -11,7 +11,6 @@ from helpers.commands import arrays
 from mlx_simpo.convert import folder as folder_module
 from mlx_simpo.convert.folder import (
     copy_companions,
-    is_inside_model_folder,
     write_config,
     write_weights,
 )
@@ -78,8 +77,6 @@ def test_links_out_of_the_folder_are_not_copied(tmp_path: Path) -> None:
     (tmp_path / "models--a--b" / "blobs" / "456").write_text("{}")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/456")
     (snapshot / "LICENSE").symlink_to(tmp_path / "secret")
-    assert is_inside_model_folder(snapshot / "tokenizer.json")
-    assert not is_inside_model_folder(snapshot / "LICENSE")
     output = tmp_path / "out"
     output.mkdir()
     copy_companions(snapshot, output, None, trusted=False)

@@ -19,6 +19,7 @@ from mlx_simpo.data.tokens import (
     TokenizedPairs,
     TokenWriter,
     column,
+    largest_token_ids,
     lengths,
 )
 
@@ -79,6 +80,8 @@ def test_pairs_are_read_back_as_they_were_written(
         assert stored.column(name).tolist() == [COLUMNS[name](pair) for pair in pairs]
         assert column(stored, name).tolist() == column(pairs, name).tolist()
     assert lengths(stored).tolist() == [pair.length for pair in pairs]
+    largest = [max(*p.chosen.tokens, *p.rejected.tokens) for p in pairs]
+    assert largest_token_ids(stored).tolist() == largest_token_ids(pairs).tolist() == largest
     for pair in stored:
         assert pair.chosen.tokens.dtype == pair.rejected.tokens.dtype == np.int32
 
@@ -95,6 +98,7 @@ def test_a_selection_is_a_sequence_like_the_whole(tmp_path: Path) -> None:
     selection = stored.take(np.array([7, 2, 2, 5]))
     assert [pair.index for pair in selection] == [7, 2, 2, 5]
     assert [pair.index for pair in selection.take(np.array([3, 0]))] == [5, 7]
+    assert largest_token_ids(selection).tolist() == [4, 4, 4, 6]
     assert selection.column("chosen").tolist() == [
         len(pairs[i].chosen.tokens) for i in (7, 2, 2, 5)
     ]

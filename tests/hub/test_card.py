@@ -405,3 +405,14 @@ def test_an_adapter_without_a_run_has_its_record_in_it(adapter: Path, tmp_path: 
     assert "`objective.beta`" in card
     line = next(line for line in whole.splitlines() if "train.learning_rate" in line)
     assert line in card
+
+
+def test_a_token_in_a_record_is_not_in_the_card(tmp_path: Path) -> None:
+    """A record may come from elsewhere, or from another version."""
+    token = "hf_plantedSecretToken0123456789"
+    recorded = training_record()
+    recorded["training"]["config"]["data"]["train_split"] = token
+    recorded["base"]["revision"] = token
+    card = make_card(open_folder(peft_folder(tmp_path / "peft", recorded)), "ann/x")
+    assert token not in card
+    assert "split `…`" in card

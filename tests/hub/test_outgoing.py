@@ -65,3 +65,39 @@ def test_a_chat_template_is_not_a_path(tmp_path: Path) -> None:
     path = peft_folder(tmp_path / "peft")
     write_json(path / "adapter_config.json", {"peft_type": "LORA", "template": "/home/x\n/y"})
     assert without_paths(path / "adapter_config.json", open_folder(path)) is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "model.safetensors"])
+def test_a_link_out_of_the_folder_is_not_sent(name: str, tmp_path: Path) -> None:
+    """A folder from elsewhere could have a private file published."""
+    folder = whole_folder(tmp_path / "model", "pt")
+    private = tmp_path / "private"
+    private.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"# x")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(private)
+    message = f"{name} is a link to {private}, which is not in this folder; copy the file here"
+    with pytest.raises(SimPOError, match=message):
+        sort_files(open_folder(folder))
+
+
+def test_an_index_that_names_a_file_elsewhere(tmp_path: Path) -> None:
+    folder = whole_folder(tmp_path / "model", "pt")
+    (tmp_path / "x.safetensors").touch()
+    index = {"weight_map": {"a": "model.safetensors", "b": "../x.safetensors"}}
+    write_json(folder / "model.safetensors.index.json", index)
+    with pytest.raises(
+        SimPOError, match=r"names \.\./x\.safetensors, which is not there; save the"
+    ):
+        sort_files(open_folder(folder))
+
+
+def test_tokens_and_passwords_are_cut(tmp_path: Path) -> None:
+    token = "hf_plantedSecretToken0123456789"
+    path = peft_folder(tmp_path / "peft", {"base": {"model": "a/b"}, "note": f"with {token}"})
+    address = "https://ann:pass1234@example.org/x"
+    write_json(path / "adapter_config.json", {"peft_type": "LORA", "source": f"see {address}"})
+    folder = open_folder(path)
+    config = without_paths(path / "adapter_config.json", folder)
+    record = without_paths(path / "mlx_simpo.json", folder)
+    assert json.loads(config or b"")["source"] == "see https://…@example.org/x"
+    assert json.loads(record or b"")["note"] == "with …"

@@ -14,7 +14,14 @@ from helpers.tiny import tiny_config, tiny_folder, tiny_model
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_simpo import LoRAConfig, SimPOError
-from mlx_simpo.model.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter
+from mlx_simpo.model.adapters import (
+    CONFIG,
+    WEIGHTS,
+    check_adapter,
+    check_fits,
+    load_adapter,
+    save_adapter,
+)
 from mlx_simpo.model.loading import load_model
 from mlx_simpo.model.lora import attach_lora
 
@@ -194,3 +201,68 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(SimPOError, match=r"the adapter cannot be written to .*file"):
         save_adapter(tmp_path / "file", tiny_model(), {})
+
+
+# --- before a model is loaded or computes ----------------------------------------------------
+
+
+def test_a_valid_adapter_passes_and_fits(saved: Path) -> None:
+    model = tiny_model()
+    assert check_adapter(saved) == json.loads((saved / CONFIG).read_text("utf-8"))
+    before = logits(model)
+    check_fits(model, saved)
+    np.testing.assert_array_equal(logits(model), before)
+    assert not any("lora" in name for name, _ in tree_flatten(model.parameters()))
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+@pytest.mark.parametrize("base", ["model_folder", "quantized_folder"])
+def test_every_kind_of_adapter_fits_its_model(
+    base: str, settings: dict, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = str(request.getfixturevalue(base))
+    model = load_model(folder).model
+    save_adapter(tmp_path, model, moved(model, **settings))
+    check_fits(load_model(folder).model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"adapter_config__json": None}, "is not the folder of an adapter: cannot read .*_config"),
+        ({"adapter_config__json": "{"}, "cannot read .*adapter_config.json: Expecting property"),
+        ({"adapters__safetensors": None}, "cannot read .*adapters.safetensors: there is no such"),
+        ({"adapters__safetensors": b"x"}, "adapters.safetensors is not a valid safetensors file"),
+    ],
+)
+def test_a_folder_without_a_valid_adapter(
+    files: dict, message: str, saved: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SimPOError, match=message):
+        check_adapter(changed_copy(saved, tmp_path / "a", **files))
+    with pytest.raises(SimPOError, match="is not the folder of an adapter: cannot read"):
+        check_adapter(tmp_path)
+
+
+def test_an_adapter_without_weights(saved: Path, tmp_path: Path) -> None:
+    folder = changed_copy(saved, tmp_path / "a")
+    mx.save_safetensors(str(folder / WEIGHTS), {"x": mx.zeros(1)}, {"format": "mlx"})
+    with pytest.raises(SimPOError, match=r"adapters.safetensors holds no LoRA weights; use a comp"):
+        check_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"num_hidden_layers": 1}, r"it has no model\.layers\.1\.mlp\.down_proj"),
+        (
+            {"intermediate_size": 64},
+            r"its model\.layers\.0\.mlp\.gate_proj has 64 outputs, and \S+gate_proj\.lora_b the "
+            r"shape \(4, 48\)",
+        ),
+    ],
+)
+def test_an_adapter_of_another_model_does_not_fit(changes: dict, problem: str, saved: Path) -> None:
+    message = f"the adapter in {saved} does not fit this model: {problem}; use the model that it"
+    with pytest.raises(SimPOError, match=message):
+        check_fits(tiny_model(**changes), saved)

@@ -202,3 +202,47 @@ def test_a_folder_that_holds_no_language_model(
 def test_the_tokenizer_needs_no_weights(model_folder: Path, tmp_path: Path) -> None:
     folder = changed_copy(model_folder, tmp_path / "bare", model__safetensors=None)
     assert load_only_tokenizer(str(folder)).encode("The sky") == tiny_tokenizer().encode("The sky")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", "{", r"cannot read \S+/config\.json: Expecting property name"),
+        ("config.json", "", r"cannot read \S+/config\.json: Expecting value: line 1"),
+        ("config.json", "[1]", r"\S+/config\.json must hold a JSON object, not \[1\]"),
+        ("tokenizer.json", '{"a": ', r"cannot read \S+/tokenizer\.json: Expecting value"),
+        (
+            "tokenizer_config.json",
+            b"\xff",
+            r"cannot read \S+/tokenizer_config\.json: 'utf-8' codec",
+        ),
+        ("generation_config.json", "5", r"\S+/generation_config\.json must hold a JSON object"),
+        ("added_tokens.json", "[]", r"\S+/added_tokens\.json must hold a JSON object"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_model, load_only_tokenizer])
+def test_a_damaged_json_file_is_named(
+    name: str, content: str | bytes, reason: str, load: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = changed_copy(model_folder, tmp_path / "m", **{name.replace(".", "__"): content})
+    message = (
+        rf"{folder} (cannot be|has no tokenizer).* loaded.*: {reason}.*; download the model again"
+    )
+    with pytest.raises(SimPOError, match=message):
+        load(str(folder))
+
+
+def test_code_beside_a_model_is_not_run(model_folder: Path, tmp_path: Path) -> None:
+    """Neither for the weights nor for the tokenizer, whatever the model's files say."""
+    ran = tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\n"
+    config = json.dumps({**tiny_config(), "model_file": "evil.py"})
+    folder = changed_copy(model_folder, tmp_path / "m", config__json=config, evil__py=code)
+    with pytest.raises(SimPOError, match=r"evil\.py.*trust_remote_code"):
+        load_model(str(folder))
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(SimPOError, match="custom code"):
+        load_only_tokenizer(str(folder))
+    assert not ran.exists()

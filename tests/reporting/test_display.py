@@ -45,6 +45,13 @@ def test_everything_goes_to_stderr(capsys: Capture, clock: Callable[[float], Non
         assert line in captured.err
 
 
+def test_tokens_and_passwords_are_not_shown() -> None:
+    display, text = captured_display()
+    display.note("read hf_plantedSecretToken0123456789")
+    display.warn("trained on https://ann:pass1234@example.org/x")
+    assert text.getvalue() == "read …\nwarning: trained on https://…@example.org/x\n"
+
+
 def test_no_message_is_nothing_written() -> None:
     display, text = captured_display()
     display.note(None)

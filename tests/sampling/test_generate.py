@@ -164,3 +164,15 @@ def test_a_template_that_rejects_the_prompt_is_an_error() -> None:
     tokenizer = tiny_tokenizer("{{ raise_exception('not today') }}")
     with pytest.raises(SimPOError, match=r"cannot be used: .*not today"):
         generate_response(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), PROMPT)
+
+
+def test_a_prompt_with_tokens_that_the_model_does_not_have_is_an_error(
+    prompts: list[list[int]],
+) -> None:
+    tokenizer = tiny_tokenizer()
+    encoder = Encoder(tokenizer, DataConfig())
+    with pytest.raises(
+        SimPOError, match=r"the prompt has token \d+, but the model has a vocabulary"
+    ):
+        generate_response(tiny_model(vocab_size=100), tokenizer, encoder, PROMPT)
+    assert prompts == []

@@ -2,15 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.steps import encoded_pairs, model_with_lora, step_config, weights
+from helpers.tiny import tiny_model
 
-from mlx_simpo import SimPOError
+from mlx_simpo import LoRAConfig, SimPOError
 from mlx_simpo.data.encode import EncodedPair
+from mlx_simpo.data.order import epoch_steps
 from mlx_simpo.engine.choice import REFERENCE
+from mlx_simpo.model.lora import attach_lora
+from mlx_simpo.training.state import TrainingState
+from mlx_simpo.training.step import NonFiniteError
 from mlx_simpo.training.trainer import total_steps, train_steps
 
 PAIRS = encoded_pairs()
@@ -112,3 +118,72 @@ def test_the_metrics_of_a_step() -> None:
     assert metrics["tokens"] == sum(len(p.chosen.tokens) + len(p.rejected.tokens) for p in PAIRS)
     assert (step.step, step.total_steps, step.epoch) == (1, 1, 1.0)
     assert step.as_dict()["step"] == 1
+
+
+def untied_model() -> Any:
+    """A model whose head does not see the embeddings, so that NaN in one stays in its pairs."""
+    model = tiny_model(tie_word_embeddings=False)
+    attach_lora(model, LoRAConfig(rank=4), seed=1)
+    return model
+
+
+def poisoned(model: Any, token: int) -> None:
+    """Write NaN into the embedding of a token."""
+    embedding = np.array(model.model.embed_tokens.weight)
+    embedding[token] = np.nan
+    model.model.embed_tokens.weight = mx.array(embedding)
+
+
+def token_of_one_step(order: Sequence[int], step: int) -> int:
+    """Return a token that only pairs of this step (from 0, four pairs each) have."""
+    tokens = [
+        {int(t) for i in order[start : start + 4] for t in PAIRS[i].chosen.tokens}
+        for start in range(0, len(order), 4)
+    ]
+    others = set().union(*(t for i, t in enumerate(tokens) if i != step))
+    others |= {
+        int(t)
+        for i, p in enumerate(PAIRS)
+        if i not in order[4 * step : 4 * step + 4]
+        for t in p.rejected.tokens
+    }
+    return min(tokens[step] - others)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_that_is_not_finite_can_be_skipped(compiled: bool) -> None:
+    """Weights and moments stay as they were, and the learning rate follows its schedule."""
+    config = step_config(engine="reference", compile=compiled, epochs=1.0, on_nonfinite="skip")
+    order = np.concatenate(list(epoch_steps(11, 4, config.seed, 0))).tolist()
+    model, plain = untied_model(), untied_model()
+    rates = [s.metrics["learning_rate"] for s in train_steps(plain, PAIRS, config)]
+    poisoned(model, token_of_one_step(order, 1))
+    state = TrainingState(model, config, 3)
+    steps = train_steps(model, PAIRS, config, None, state)
+    next(steps)
+    before, moments = weights(model), {n: np.array(a) for n, a in state.arrays().items()}
+    skipped = next(steps)
+    assert (skipped.step, state.skipped) == (2, 1)
+    assert skipped.nonfinite is not None
+    assert skipped.nonfinite["what"] == "loss"
+    assert len(skipped.nonfinite["pairs"]) == 4
+    assert skipped.as_dict()["skipped"] == "loss"
+    assert "loss" not in skipped.metrics
+    assert all((before[n] == w).all() for n, w in weights(model).items())
+    for name, array in state.arrays().items():
+        if name.endswith((".m", ".v")):
+            np.testing.assert_array_equal(array, moments[name], err_msg=name)
+    third = next(steps)
+    assert third.nonfinite is None
+    assert third.metrics["learning_rate"] == rates[2]
+    assert any((before[n] != w).any() for n, w in weights(model).items())
+
+
+def test_too_many_skipped_steps_are_an_error() -> None:
+    config = step_config(steps=5, on_nonfinite="skip", max_skipped=2)
+    model = model_with_lora()
+    poisoned(model, int(PAIRS[0].chosen.tokens[0]))  # every pair begins with this token
+    steps = train_steps(model, PAIRS, config)
+    assert [next(steps).step, next(steps).step] == [1, 2]
+    with pytest.raises(NonFiniteError, match="the loss of step 3 is not"):
+        next(steps)

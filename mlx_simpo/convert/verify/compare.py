@@ -10,9 +10,9 @@ import numpy as np
 from mlx_lm.utils import get_total_parameters
 
 from ...device import total_memory_bytes
+from ...engine.vocabulary import check_prompt_ids
 from ...errors import SimPOError, one_line
 from ...model.loading import LoadedModel
-from ..names import EMBEDDING
 
 # Ten times the difference between torch and MLX in float32 on SmolLM2 without any adapter. Setting
 # a single B to zero changes the logits of every tiny model by more than twice the limit
@@ -124,15 +124,8 @@ def sample_tokens(loaded: LoadedModel) -> list[list[int]]:
             "the tokenizer makes no tokens of ordinary text, which verification needs; use "
             "--no-verify"
         )
-    # MLX does not check indices: it would read whatever is behind the embedding in memory.
-    tables = (m for m in loaded.model.modules() if isinstance(m, EMBEDDING))
-    vocabulary = max((len(table["weight"]) for table in tables), default=0)
-    highest = max(map(max, rows))
-    if highest >= vocabulary:
-        raise SimPOError(
-            f"the tokenizer of {loaded.name} has token {highest}, but its model has a vocabulary "
-            f"of {vocabulary}; use the tokenizer that belongs to the model"
-        )
+    with errors_of_running():
+        check_prompt_ids([token for row in rows for token in row], loaded.model, loaded.name)
     return [row[:length] for row in rows]
 
 

@@ -87,7 +87,7 @@ def tiny_loaded(**changes: Any) -> LoadedModel:
 
 def test_tokens_beyond_the_vocabulary_are_rejected() -> None:
     """MLX would read whatever is behind the embedding in memory."""
-    with pytest.raises(SimPOError, match=r"has token \d+, but its model has a vocabulary of 100"):
+    with pytest.raises(SimPOError, match=r"has token \d+, but tiny has a vocabulary of 100"):
         verify.sample_tokens(tiny_loaded(vocab_size=100))
 
 

@@ -1,0 +1,99 @@
+"""The datasets of a run as tokens: opened, encoded or read from the cache, and split."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..config.simpo_config import SimPOConfig
+from ..data.cache import load_or_tokenize
+from ..data.encode import Encoder
+from ..data.pairs import Quarantined, check_share, held_out
+from ..data.sources import Source, open_source
+from ..data.tokens import TokenizedPairs
+from ..model.loading import load_only_tokenizer
+from ..paths import local_path
+from ..reporting import advice
+from ..reporting.display import Display
+
+
+class EncodedDataset(NamedTuple):
+    """The pairs of a dataset as tokens, and the records that are not used."""
+
+    pairs: TokenizedPairs
+    quarantined: list[Quarantined]
+
+
+def encode_datasets(
+    config: SimPOConfig, datasets: Sequence[tuple[str, str | None]], display: Display
+) -> tuple[Encoder, list[EncodedDataset]]:
+    """Load the model's tokenizer and encode datasets with it.
+
+    Args:
+        datasets: (name, split) of each.
+
+    Raises:
+        SimPOError: a dataset or the tokenizer cannot be read, or too many records are quarantined.
+    """
+    # A misspelt name is an error before the tokenizer is downloaded.
+    sources = [open_dataset(config, name, split) for name, split in datasets]
+    tokenizer = load_only_tokenizer(
+        config.model, config.revision, trust_remote_code=config.trust_remote_code
+    )
+    encoder = create_encoder(tokenizer, config, display)
+    names = [name for name, _ in datasets]
+    return encoder, [encode(encoder, *both, display) for both in zip(sources, names, strict=True)]
+
+
+def open_dataset(config: SimPOConfig, name: str, split: str | None) -> Source:
+    """Open a dataset; its records are read when they are encoded.
+
+    Raises:
+        SimPOError: there is no such dataset, or it needs another split or subset.
+    """
+    data = config.data
+    # data.subset is for the Hub dataset, if there is one; a local file beside it has no subsets.
+    beside_hub_data = name == data.valid and data.train is not None and not is_local(data.train)
+    subset = None if beside_hub_data and is_local(name) else data.subset
+    return open_source(name, split, subset)
+
+
+def is_local(name: str) -> bool:
+    """Whether a dataset's name is a local file or folder."""
+    return local_path(name).exists()
+
+
+def hold_out(pairs: TokenizedPairs, config: SimPOConfig) -> tuple[TokenizedPairs, TokenizedPairs]:
+    """Split pairs into (training pairs, held-out pairs); see `data.pairs.held_out`."""
+    # Whole prompts are held out: responses to one prompt in both parts would leak.
+    held = held_out(pairs.prompts(), config.data.valid_fraction, config.seed)
+    return pairs.take(np.flatnonzero(~held)), pairs.take(np.flatnonzero(held))
+
+
+def create_encoder(tokenizer: Any, config: SimPOConfig, display: Display) -> Encoder:
+    """Create the encoder for these settings, and note which chat template it uses."""
+    encoder = Encoder(tokenizer, config.data)
+    display.note(f"chat template: {encoder.renderer.origin}")
+    return encoder
+
+
+def encode(encoder: Encoder, source: Source, name: str, display: Display) -> EncodedDataset:
+    """Encode one dataset, or read its tokens from the cache.
+
+    Raises:
+        SimPOError: it cannot be read, or too many of its records are quarantined.
+    """
+    result = load_or_tokenize(encoder, source, partial(display.progress, "Tokenizing"))
+    for warning in result.warnings:
+        display.warn(warning)
+    quarantined = result.quarantined
+    check_share(len(result.pairs), quarantined, encoder.config.max_quarantined, name)
+    display.note(result.note)
+    if quarantined:
+        first = quarantined[0]
+        display.warn(
+            f"{name}: {len(quarantined)} records quarantined, e.g. {first.reason}: {first.location}"
+        )
+    display.note(advice.truncation(result.pairs, encoder.config))
+    return EncodedDataset(result.pairs, quarantined)

@@ -1,0 +1,114 @@
+"""What a run was trained with, and whether it may go on with something else."""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from ..config.schema import all_settings
+from ..config.simpo_config import SimPOConfig
+from ..data.tokens import content_sha256
+from ..errors import SimPOError
+from ..model.record import base_record, content_hash, template_hash
+
+if TYPE_CHECKING:
+    from .session import Session
+
+_ABSENT = object()
+PACKAGES = ("mlx", "mlx-lm", "mlx-simpo")
+
+
+def fingerprint(session: "Session") -> dict[str, Any]:
+    """Return what decides the result of a run, as plain values for JSON: its settings, the content
+    of pairs, model and chat template, and the versions of the packages."""
+    return {
+        "config": session.config.as_dict(),
+        "training pairs": content_sha256(session.train),
+        "validation pairs": content_sha256(session.valid),
+        "model": {
+            "quantization": base_record(session.loaded)["quantization"],
+            "content": content_hash(session.loaded.folder),
+        },
+        "chat template": template_hash(session.encoder.renderer.text),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Check that a run that had the fingerprint ``saved`` may go on with ``current``.
+
+    Returns:
+        A message for each difference that is allowed but changes the rounding, or the schedule.
+
+    Raises:
+        SimPOError: something differs that must not; the message names all of it.
+    """
+    then, now = saved["config"], current["config"]
+    refused = [
+        f"{name} was {_setting(then, name)!r} and is {_setting(now, name)!r}"
+        for name in changed_settings(then, now, "same")
+    ]
+    pairs_then, pairs_now = _step_pairs(then), _step_pairs(now)
+    if pairs_then != pairs_now:
+        refused.append(
+            f"train.batch_size × train.gradient_accumulation_steps was {pairs_then} and is "
+            f"{pairs_now}"
+        )
+    refused += [
+        f"the {name} changed"
+        for name in ("training pairs", "validation pairs", "model", "chat template")
+        if saved[name] != current[name]
+    ]
+    if refused:
+        raise SimPOError(
+            f"this run cannot go on with other settings or data: {'; '.join(refused)}. Undo these "
+            "changes, or begin a new run in another output folder; docs/long_runs.md lists what "
+            "may change"
+        )
+    messages = []
+    if changed := changed_settings(then, now, "rounding"):
+        messages.append(
+            f"{', '.join(changed)} changed: the run goes on, but not bit for bit as it would have"
+        )
+    if (then["train"]["epochs"], then["train"]["steps"]) != (
+        now["train"]["epochs"],
+        now["train"]["steps"],
+    ):
+        messages.append(
+            "the number of steps changed: the learning rate follows the schedule of the new number "
+            "from here on"
+        )
+    versions = [
+        f"{name} was {saved['versions'].get(name)} and is {there}"
+        for name, there in current["versions"].items()
+        if saved["versions"].get(name) != there
+    ]
+    if versions:
+        messages.append(
+            f"{'; '.join(versions)}: the run goes on, but not bit for bit as it would have"
+        )
+    return messages
+
+
+def changed_settings(then: dict[str, Any], now: dict[str, Any], on_resume: str) -> list[str]:
+    """Return the names of the settings with this rule (`schema.OnResume`) that differ.
+
+    A setting that an older version did not have is not compared.
+    """
+    return [
+        name
+        for name, item, _ in all_settings(SimPOConfig)
+        if item.metadata["on_resume"] == on_resume
+        and _setting(then, name) not in (_setting(now, name), _ABSENT)
+    ]
+
+
+def _setting(config: dict[str, Any], name: str) -> Any:
+    """Return a setting of a configuration as nested dicts; _ABSENT if it has none of this name."""
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
+    return value
+
+
+def _step_pairs(config: dict[str, Any]) -> int:
+    train = config["train"]
+    return train["batch_size"] * train["gradient_accumulation_steps"]

@@ -1,0 +1,171 @@
+"""What a checkpoint holds, and how a run continues from it.
+
+adapters.safetensors, adapter_config.json, chat_template.jinja, config.yaml    an adapter folder
+best/                 a copy of the run's best/, if there is one
+state.safetensors     the optimizer, the random state, and the evaluations' log-probabilities
+progress.json         `Progress` and the run's fingerprint
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..config.simpo_config import ObjectiveConfig
+from ..data.encode import EncodedPair
+from ..errors import SimPOError
+from ..evaluation import Evaluation, summarize_logps
+from ..files import load_safetensors, read_json, save_safetensors
+from ..model.adapters import load_weights
+from ..runs.checkpoints import newest_valid
+from ..runs.folder import RunFolder
+from .fingerprint import check_same_run
+from .session import Session
+
+STATE, PROGRESS = "state.safetensors", "progress.json"
+
+
+@dataclass
+class Progress:
+    """How far a run is, as plain values for JSON.
+
+    step: finished steps. skipped: those without an update. evaluated: the step of the last
+    evaluation, -1 before the first. best: loss and step of the best one. last: the metrics of the
+    last step, as in metrics.jsonl. early_stopping, watch: the states of these two, if the run has
+    begun. samples: the first responses to train.sample_prompts. logs: see
+    `RunFolder.log_positions`. seconds: of training so far.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    evaluated: int = -1
+    best: tuple[float, int] | None = None
+    last: dict[str, Any] | None = None
+    early_stopping: dict[str, Any] = field(default_factory=dict)
+    watch: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    logs: dict[str, list[Any]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class Evaluations:
+    """The evaluation before the first step, and the latest one."""
+
+    before: Evaluation | None = None
+    latest: Evaluation | None = None
+
+
+def write_checkpoint(
+    folder: Path,
+    session: Session,
+    run: RunFolder,
+    progress: Progress,
+    evaluations: Evaluations,
+    fingerprint: dict[str, Any],
+) -> None:
+    """Write the files of a checkpoint into an empty folder.
+
+    Raises:
+        OSError, SimPOError: they cannot be written.
+    """
+    session.save(folder)
+    best = run.path / "best"
+    if progress.best is not None:
+        copy_folder(best, folder / "best")
+    arrays = session.state.arrays()
+    for name, evaluation in vars(evaluations).items():
+        if evaluation is not None:
+            arrays[f"{name}.chosen"] = mx.array(evaluation.chosen_logps)
+            arrays[f"{name}.rejected"] = mx.array(evaluation.rejected_logps)
+    save_safetensors(folder / STATE, arrays, "mlx")
+    progress.step, progress.skipped = session.state.step, session.state.skipped
+    progress.logs = run.log_positions()
+    content = {"fingerprint": fingerprint, **asdict(progress)}
+    (folder / PROGRESS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def restore_checkpoint(
+    session: Session, run: RunFolder, fingerprint: dict[str, Any]
+) -> tuple[Progress, Evaluations]:
+    """Set a session and its folder to the newest checkpoint that is whole.
+
+    Without one, the run begins again at its first step.
+
+    Raises:
+        SimPOError: the run must not go on with this configuration, data or model.
+    """
+    path, damaged = newest_valid(run.checkpoints)
+    for message in damaged:
+        session.display.warn(message)
+    if path is None:
+        session.display.note("the run has no checkpoint yet; it begins at its first step")
+        run.rewind_logs({})
+        return Progress(), Evaluations()
+    content = read_json(path / PROGRESS)
+    try:
+        saved = content.pop("fingerprint")
+        progress = Progress(**{f.name: content[f.name] for f in fields(Progress)})
+        messages = check_same_run(saved, fingerprint)
+        step, total = int(progress.step), session.total_steps
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SimPOError(
+            f"{path / PROGRESS} is not as a run writes it ({error!r}); remove {path} to go on from "
+            "the checkpoint before"
+        ) from None
+    if step > total:
+        raise SimPOError(
+            f"the run has done {step} steps, and with these settings it has {total}; set "
+            f"train.steps to {step} or more, or train.epochs accordingly"
+        )
+    load_weights(session.model, path)
+    arrays = load_safetensors([path / STATE])
+    session.state.restore(arrays, step, progress.skipped)
+    for message in [*messages, *run.rewind_logs(progress.logs)]:
+        session.display.warn(message)
+    shutil.rmtree(run.path / "best", ignore_errors=True)
+    if progress.best is not None:
+        copy_folder(path / "best", run.path / "best")
+    evaluations = Evaluations(
+        *(
+            _evaluation(arrays, name, session.valid, session.config.objective)
+            for name in ("before", "latest")
+        )
+    )
+    session.display.note(f"resuming after step {step} of {total}, from {path}")
+    return progress, evaluations
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder of files; by links where the file system has them, without their content.
+
+    Safe for files that are replaced and never modified, as `model.adapters.write_adapter` does.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    target.mkdir()
+    for file in source.iterdir():
+        try:
+            os.link(file, target / file.name)
+        except OSError:  # exFAT and some network folders have no links
+            shutil.copyfile(file, target / file.name)
+
+
+def _evaluation(
+    arrays: dict[str, mx.array],
+    name: str,
+    pairs: Sequence[EncodedPair],
+    objective: ObjectiveConfig,
+) -> Evaluation | None:
+    """Return the evaluation that was saved under this name, if there is one."""
+    if f"{name}.chosen" not in arrays:
+        return None
+    chosen, rejected = (np.array(arrays[f"{name}.{side}"]) for side in ("chosen", "rejected"))
+    return summarize_logps(pairs, chosen, rejected, objective)
