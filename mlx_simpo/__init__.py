@@ -15,6 +15,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same to Python
     from .api import TrainResult, evaluate, generate, inspect, train
+    from .config.early_stopping import EarlyStoppingConfig
     from .config.simpo_config import (
         DataConfig,
         LogpsConfig,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
 __all__ = [
     "Conversion",
     "DataConfig",
+    "EarlyStoppingConfig",
     "EncodedPair",
     "Encoder",
     "Evaluation",
@@ -74,6 +76,7 @@ __all__ = [
 
 _MODULES = {
     "api": ("TrainResult", "evaluate", "generate", "inspect", "train"),
+    "config.early_stopping": ("EarlyStoppingConfig",),
     "config.simpo_config": (
         "DataConfig",
         "LogpsConfig",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..errors import SimPOError
+from .early_stopping import EarlyStoppingConfig
 from .schema import FRACTION, NON_EMPTY, NON_NEGATIVE, POSITIVE, SHARE, Rule, Section, setting
 
 _AT_LEAST_TWO = Rule("2 or greater", lambda v: v >= 2)
@@ -236,13 +237,22 @@ class TrainConfig(Section):
     eval_every: int | None = setting(
         None, "evaluate every this many steps, besides before and after training", POSITIVE
     )
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    sample_prompts: tuple[str, ...] = setting(
+        (),
+        "prompts, such as [Why is the sky blue?], to respond to at each evaluation, to see what "
+        "becomes of the responses",
+    )
+    sample_tokens: int = setting(
+        100, "maximum number of tokens of a response to sample_prompts", POSITIVE
+    )
 
     def __post_init__(self) -> None:
         """Check these settings one by one and against each other.
 
         Raises:
-            SimPOError: a wrong type, a broken rule, both epochs and steps, or an engine that
-                cannot be compiled.
+            SimPOError: a wrong type, a broken rule, both epochs and steps, an engine that cannot be
+                compiled, or early stopping without evaluations.
         """
         super().__post_init__()
         if self.epochs is not None and self.steps is not None:
@@ -251,6 +261,12 @@ class TrainConfig(Section):
             raise SimPOError(
                 "train.compile is true, but only the reference engine can be compiled; remove it, "
                 "or set train.engine=reference"
+            )
+        patience = self.early_stopping.patience
+        if patience is not None and self.eval_every is None:
+            raise SimPOError(
+                f"train.early_stopping.patience is {patience}, but there are no evaluations during "
+                "training; set train.eval_every"
             )
 
     @property
