@@ -12,14 +12,15 @@ from .engine.choice import choose_engine
 from .errors import SimPOError
 from .evaluation import Evaluation
 from .kernels.choice import choose_implementation
-from .model.adapters import load_adapter
+from .model.adapters import check_adapter, check_fits, load_adapter
 from .model.record import RECORD_KEY, get_dict
 from .reporting import advice
 from .reporting.display import Display, count_text
 from .runs.folder import open_run
 from .sampling.generate import generate_response
 from .training.datasets import create_encoder, encode_datasets
-from .training.run import Run, TrainResult
+from .training.result import TrainResult
+from .training.run import Run
 from .training.session import evaluate_with_progress, load_base_model, prepare
 from .training.stopping import stop_on_signals
 
@@ -78,9 +79,13 @@ def evaluate(
         raise SimPOError("data.valid is missing; name the pairs to evaluate on")
     # First, so that a kernel that cannot run here is reported before anything is read.
     choose_implementation(config.logps.impl)
+    if adapter is not None:
+        check_adapter(adapter)  # before the base model is scored, which takes minutes
     encoder, (dataset,) = encode_datasets(config, [(data.valid, data.valid_split)], display)
     pairs, loaded = dataset.pairs, load_base_model(config, display)
     model = loaded.model
+    if adapter is not None:
+        check_fits(model, adapter)
     engine = choose_engine(config.train.engine, model, config.logps.impl)
     display.note(f"engine: {engine.note}")
     results = {"base": evaluate_with_progress(model, pairs, config, engine, display, "Base model")}
@@ -113,8 +118,12 @@ def generate(
         SimPOError: a model, adapter or prompt that cannot be read or used.
     """
     display = display or Display()
+    if adapter is not None:
+        check_adapter(adapter)
     loaded = load_base_model(config, display)
     model, tokenizer = loaded.model, loaded.tokenizer
+    if adapter is not None:
+        check_fits(model, adapter)
     encoder = create_encoder(tokenizer, config, display)
     responses = {"base": generate_response(model, tokenizer, encoder, prompt, max_tokens)}
     if adapter is not None:

@@ -9,7 +9,7 @@ checkpoints/          what `mlx-simpo train --resume` continues from (see `check
 adapters.safetensors, adapter_config.json      the trained adapter, in mlx-lm's format
 chat_template.jinja   the template it was trained with (if any)
 best/                 the adapter with the lowest evaluation loss (with train.eval_every)
-summary.json          the result of the run, see `training.run.TrainResult`
+summary.json          the result of the run, see `training.result.TrainResult`
 """
 
 import json

@@ -2,87 +2,28 @@
 
 import signal
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..errors import SimPOError
-from ..evaluation import Evaluation, is_worse
+from ..engine.vocabulary import vocabulary_size
+from ..errors import SimPOError, one_line
 from ..reporting import advice
 from ..reporting.display import step_note
-from ..runs.folder import NONFINITE, RunFolder
+from ..runs.folder import NONFINITE, SAMPLES, RunFolder
+from ..sampling.samples import Sample, sample_responses, sample_warning
+from .early_stopping import EarlyStopping
 from .fingerprint import fingerprint
+from .result import TrainResult
 from .resuming import Evaluations, Progress, restore_checkpoint, write_checkpoint
 from .saver import Saver
 from .session import Session
 from .step import NonFiniteError
 from .stopping import StopRequest
 from .trainer import StepMetrics
+from .watch import CollapseWatch
 
-# Exit status of a run whose evaluation is worse after training than before.
-ENDED_WORSE = 3
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The result of a run.
-
-    adapter: the output folder. pairs: number of training pairs. last: the last step. before, after:
-    evaluations; None without validation pairs, and after also if the run was interrupted. best: the
-    step with the lowest evaluation loss, whose adapter is in best/ (with train.eval_every).
-    signal: the number of the signal that interrupted the run. stopped_early: by
-    train.early_stopping. skipped: steps without an update, because it was not finite. worse: the
-    model is worse after training than before (`evaluation.is_worse`). seconds: of training and
-    evaluations, over all the times that the run was resumed; save_seconds: of the checkpoints since
-    it was last begun or resumed. peak_memory_gb: MLX's, in GB (10⁹ bytes).
-    """
-
-    adapter: Path
-    pairs: int
-    last: StepMetrics
-    before: Evaluation | None
-    after: Evaluation | None
-    best: int | None
-    signal: int | None
-    stopped_early: bool
-    skipped: int
-    worse: bool
-    seconds: float
-    save_seconds: float
-    peak_memory_gb: float
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a signal ended the run before its end."""
-        return self.signal is not None
-
-    @property
-    def exit_status(self) -> int:
-        """The exit status of the command: 0, 3 if the model became worse, 128 + signal."""
-        if self.signal is not None:
-            return 128 + self.signal
-        return ENDED_WORSE if self.worse else 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the result as plain values, for JSON."""
-        return {
-            "adapter": str(self.adapter),
-            "pairs": self.pairs,
-            "steps": self.last.step,
-            "best": self.best,
-            "interrupted": self.interrupted,
-            "stopped_early": self.stopped_early,
-            "skipped": self.skipped,
-            "worse": self.worse,
-            "seconds": round(self.seconds, 1),
-            "save_seconds": round(self.save_seconds, 2),
-            "peak_memory_gb": round(self.peak_memory_gb, 2),
-            "train": self.last.as_dict(),
-            "before": self.before.as_dict() if self.before else None,
-            "after": self.after.as_dict() if self.after else None,
-        }
+SHOWN_CHARACTERS = 200  # of a response to train.sample_prompts
 
 
 class _Stopped(Exception):
@@ -105,7 +46,12 @@ class Run:
         if folder.resuming:
             self.progress, self.evaluations = restore_checkpoint(session, folder, self.fingerprint)
         self.first_step = self.progress.step
-        self.saver = Saver(folder.checkpoints, session.config.train, self.display)
+        options = session.config.train
+        self.watch, self.early_stopping = CollapseWatch(), EarlyStopping(options.early_stopping)
+        if folder.resuming and self.progress.watch:
+            self.watch.restore(self.progress.watch)
+            self.early_stopping.restore(self.progress.early_stopping)
+        self.saver = Saver(folder.checkpoints, options, self.display)
         self._started = time.monotonic() - self.progress.seconds
         self._last: StepMetrics | None = None
 
@@ -122,7 +68,7 @@ class Run:
             if self.session.state.step == 0:
                 self._save_checkpoint()  # also shows that saving works, before an evening is spent
             self._train()
-            if not self.stop:
+            if not self.stop and not self._is_finished:
                 self._save_adapter()
                 if self._evaluate_if_due():
                     self._save_checkpoint()
@@ -136,42 +82,86 @@ class Run:
             self._end_interrupted(number)
         return self._result(number)
 
+    @property
+    def _is_finished(self) -> bool:
+        """Whether the run was at its end when it was resumed, and its adapter is there."""
+        is_saved = (self.folder.path / "adapters.safetensors").is_file()
+        return self._last is None and self.progress.evaluated == self.progress.step > 0 and is_saved
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether no step is left: all are done, or the evaluations no longer improve."""
+        return self.session.state.step == self.session.total_steps or self.early_stopping.is_over
+
     def _train(self) -> None:
         """Take the remaining steps, until the run is to stop."""
+        if self._is_over:
+            return
         session, progress = self.session, self.progress
-        total = session.total_steps
-        with self.display.progress("Training", total, progress.step) as advance:
+        with self.display.progress("Training", session.total_steps, progress.step) as advance:
             for step in session.steps():
                 self._last, progress.last = step, step.as_dict()
                 self.folder.log(step.as_dict())
                 if step.nonfinite is not None:
                     self._record_nonfinite(step.nonfinite)
+                else:
+                    for warning in self.watch.add_step(step.metrics):
+                        self.display.warn(f"step {step.step}: {warning}")
                 advance(1, step_note(step.metrics))
-                if self.stop:
+                if self.stop or self._is_over:
                     return
-                if step.step < total:
-                    self._evaluate_if_due()
-                    if self.saver.is_due(step.step):
-                        self._save_checkpoint()
+                self._evaluate_if_due()
+                if self._is_over:
+                    return
+                if self.saver.is_due(step.step):
+                    self._save_checkpoint()
 
     def _evaluate_if_due(self) -> bool:
         """Evaluate if it is the turn of it after the last finished step; return whether it was."""
-        session, progress = self.session, self.progress
-        step, every = session.state.step, session.config.train.eval_every
-        is_last = step == session.total_steps
-        is_due = step == 0 or is_last or (every is not None and step % every == 0)
-        if not session.valid or not is_due or progress.evaluated == step:
+        session, progress, options = self.session, self.progress, self.session.config.train
+        step, every = session.state.step, options.eval_every
+        is_due = step == 0 or self._is_over or (every is not None and step % every == 0)
+        if not is_due or progress.evaluated == step:
             return False
-        title = "Before" if step == 0 else "After" if is_last else f"Step {step}"
-        result = session.evaluate(title, self._check_stop)
+        if session.valid:
+            self._evaluate(step)
+        if options.sample_prompts:
+            self._sample(step)
+        progress.evaluated = step
+        return bool(session.valid or options.sample_prompts)
+
+    def _evaluate(self, step: int) -> None:
+        title = "Before" if step == 0 else "After" if self._is_over else f"Step {step}"
+        result = self.session.evaluate(title, self._check_stop)
+        every = self.session.config.train.eval_every
         if every is not None and step > 0:
             self._keep_if_best(step, result.metrics["loss"])
         self.folder.log({"step": step, **{f"eval_{k}": v for k, v in result.as_dict().items()}})
-        progress.evaluated = step
         self.evaluations.latest = result
         if step == 0:
             self.evaluations.before = result
-        return True
+        reason = self.early_stopping.add_evaluation(result.metrics)
+        if reason and step < self.session.total_steps:
+            self.display.note(f"stopping early, after step {step}: {reason}")
+
+    def _sample(self, step: int) -> None:
+        """Respond to train.sample_prompts, and compare with the first responses."""
+        session, options = self.session, self.session.config.train
+        samples = sample_responses(
+            session.model,
+            session.tokenizer,
+            session.encoder,
+            options.sample_prompts,
+            options.sample_tokens,
+        )
+        for sample in samples:
+            self.folder.log({"step": step, **sample.as_dict()}, SAMPLES)
+            response = one_line(sample.response, SHOWN_CHARACTERS)
+            self.display.note(f"step {step}: {one_line(sample.prompt, 60)} → {response}")
+        if not self.progress.samples:
+            self.progress.samples = [sample.as_dict() for sample in samples]
+        first = [Sample(**sample) for sample in self.progress.samples]
+        self.display.warn(sample_warning(first, samples))
 
     def _check_stop(self) -> None:
         if self.stop:
@@ -198,6 +188,8 @@ class Run:
 
     def _save_checkpoint(self) -> bool:
         self.progress.seconds = time.monotonic() - self._started
+        self.progress.watch = self.watch.state()
+        self.progress.early_stopping = self.early_stopping.state()
         return self.saver.save(
             self.session.state.step,
             lambda folder: write_checkpoint(
@@ -250,11 +242,16 @@ class Run:
 
     def _result(self, number: int | None) -> TrainResult:
         """Write summary.json and return the result, after showing the evaluations."""
-        progress, evaluations = self.progress, self.evaluations
+        session, progress, evaluations = self.session, self.progress, self.evaluations
         before, after = evaluations.before, evaluations.latest
         if after is not None and (number or progress.evaluated != self.session.state.step):
             after = None
-        worse = before is not None and after is not None and bool(is_worse(before, after))
+        message = None
+        if before and after:
+            size = vocabulary_size(self.session.model)
+            message = advice.ended_worse(before, after, size)
+        elif number is None and self.watch.is_degenerating:
+            message = "the run ended while the model was degenerating, see the warnings above"
         result = TrainResult(
             adapter=self.folder.path,
             pairs=len(self.session.train),
@@ -263,9 +260,9 @@ class Run:
             after=after,
             best=progress.best[1] if progress.best else None,
             signal=number,
-            stopped_early=progress.stopped_early,
+            stopped_early=number is None and session.state.step < session.total_steps,
             skipped=self.session.state.skipped,
-            worse=worse,
+            worse=message is not None,
             seconds=time.monotonic() - self._started,
             save_seconds=self.saver.seconds,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
@@ -273,7 +270,7 @@ class Run:
         self.folder.finish(result.as_dict())
         if before and after:
             self.display.evaluations({"before": before, "after": after})
-            self.display.warn(advice.ended_worse(before, after) if worse else None)
+        self.display.warn(message)
         return result
 
     def _last_step(self) -> StepMetrics:

@@ -13,6 +13,7 @@ from ..config.simpo_config import SimPOConfig
 from ..data.encode import EncodedPair, Encoder
 from ..data.pairs import Quarantined
 from ..engine.choice import Engine, choose_engine
+from ..engine.vocabulary import check_token_ids
 from ..errors import SimPOError
 from ..evaluation import Evaluation, evaluate_pairs
 from ..files import write_text
@@ -141,6 +142,8 @@ def prepare(
         )
     loaded = load_base_model(config, display)  # its weights are read when first used
     model, template = loaded.model, encoder.renderer.text
+    for pairs in (train, valid):
+        check_token_ids(pairs, model, config.model)
     lora = replace(config.lora, init_from=None) if resuming else config.lora
     if lora.init_from is not None:
         initial = get_dict(read_adapter_config(lora.init_from), RECORD_KEY)
