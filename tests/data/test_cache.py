@@ -227,7 +227,7 @@ def test_a_damaged_folder_is_rebuilt_with_a_warning(data: Path, root: Path, name
         {"files": None},
         {"files": {}},
         {"files": {"../../secret": [1, "x"]}},
-        {"files": dict.fromkeys(FILES, [1, 2])},
+        {"files": {name: [1, 2] for name in FILES}},
         {"files": dict.fromkeys(FILES, "ab")},
         {"quarantined": {}},
         {"quarantined": [["f:1", "reason"]]},
