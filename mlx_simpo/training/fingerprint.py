@@ -8,12 +8,13 @@ from ..config.simpo_config import SimPOConfig
 from ..data.tokens import content_sha256
 from ..errors import SimPOError
 from ..model.record import base_record, content_hash, template_hash
+from ..version import __version__
 
 if TYPE_CHECKING:
     from .session import Session
 
 _ABSENT = object()
-PACKAGES = ("mlx", "mlx-lm", "mlx-simpo")
+PACKAGES = ("mlx", "mlx-lm")
 
 
 def fingerprint(session: "Session") -> dict[str, Any]:
@@ -28,7 +29,7 @@ def fingerprint(session: "Session") -> dict[str, Any]:
             "content": content_hash(session.loaded.folder),
         },
         "chat template": template_hash(session.encoder.renderer.text),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"mlx-simpo": __version__, **{name: version(name) for name in PACKAGES}},
     }
 
 

@@ -12,9 +12,10 @@ from ..errors import SimPOError
 from ..evaluation import Evaluation, is_worse
 from ..reporting import advice
 from ..reporting.display import step_note
-from ..runs.folder import NONFINITE, RunFolder
+from ..runs.checkpoints import list_checkpoints
+from ..runs.folder import NONFINITE, RunFolder, resume_command
 from .fingerprint import fingerprint
-from .resuming import Evaluations, Progress, restore_checkpoint, write_checkpoint
+from .resuming import Evaluations, Progress, remove_remains, restore_checkpoint, write_checkpoint
 from .saver import Saver
 from .session import Session
 from .step import NonFiniteError
@@ -85,6 +86,10 @@ class TrainResult:
         }
 
 
+class _AdapterError(SimPOError):
+    """The run's adapter cannot be written."""
+
+
 class _Stopped(Exception):
     """Raised in an evaluation when a signal has asked the run to stop."""
 
@@ -92,8 +97,14 @@ class _Stopped(Exception):
 class Run:
     """One run of a session in its folder, from its beginning or from a checkpoint."""
 
-    def __init__(self, session: Session, folder: RunFolder, stop: StopRequest) -> None:
-        """Begin, or restore the newest whole checkpoint if the folder holds this run.
+    def __init__(
+        self,
+        session: Session,
+        folder: RunFolder,
+        stop: StopRequest,
+        checkpoint: Path | None = None,
+    ) -> None:
+        """Begin, or restore a checkpoint.
 
         Raises:
             SimPOError: the run must not go on with this configuration, data or model.
@@ -102,8 +113,12 @@ class Run:
         self.display = session.display
         self.fingerprint = fingerprint(session)
         self.progress, self.evaluations = Progress(), Evaluations()
-        if folder.resuming:
-            self.progress, self.evaluations = restore_checkpoint(session, folder, self.fingerprint)
+        if checkpoint is not None:
+            restored = restore_checkpoint(session, folder, checkpoint, self.fingerprint)
+            self.progress, self.evaluations = restored
+        elif folder.resuming:
+            folder.rewind_logs({})
+        remove_remains(folder)
         self.first_step = self.progress.step
         self.saver = Saver(folder.checkpoints, session.config.train, self.display)
         self._started = time.monotonic() - self.progress.seconds
@@ -214,24 +229,33 @@ class Run:
         """Save the state after the last finished step: as a checkpoint, and as the run's adapter.
 
         Raises:
-            SimPOError: the adapter cannot be written.
+            SimPOError: the adapter cannot be written; the message names the last checkpoint.
         """
         self._save_checkpoint()
-        self.session.save(self.folder.path)
+        try:
+            self.session.save(self.folder.path)
+        except SimPOError as error:
+            existing = list_checkpoints(self.folder.checkpoints)
+            last = f"the last checkpoint is {existing[0]}" if existing else "there is no checkpoint"
+            raise _AdapterError(f"{error}; {last}; {self._how_to_resume()}") from None
 
     def _save_after(self, error: BaseException) -> None:
         """Save what an error has left, which is the state after the last finished step."""
+        step, remedy = self.session.state.step, self._how_to_resume()
         if isinstance(error, NonFiniteError):
+            remedy = self._how_to_resume(self._remedy_of(error))
+        # An adapter that could not be written has nothing left to save.
+        if step > self.first_step and not isinstance(error, _AdapterError):
+            try:
+                self._save_adapter()
+            except Exception as second:  # the first error is the one to be seen
+                self.display.warn(f"the adapter of step {step} could not be saved: {second}")
+            else:
+                self.display.warn(f"the adapter of step {step} is saved; {remedy}")
+        if isinstance(error, NonFiniteError):
+            # After the checkpoint: the run that goes on from there takes this step again.
             self.folder.log(error.record, NONFINITE)
-        step = self.session.state.step
-        if step == self.first_step:
-            return
-        try:
-            self._save_adapter()
-        except Exception as second:  # the first error is the one to be seen
-            self.display.warn(f"the adapter of step {step} could not be saved: {second}")
-        else:
-            self.display.warn(f"the adapter of step {step} is saved; {self._how_to_resume()}")
+            self.display.warn(f"the pairs of this step are in {self.folder.path / NONFINITE}")
 
     def _end_interrupted(self, number: int) -> None:
         step = self.session.state.step
@@ -245,8 +269,15 @@ class Run:
             f"interrupted; the adapter of step {step} is saved; {self._how_to_resume()}"
         )
 
-    def _how_to_resume(self) -> str:
-        return f"to go on from there: mlx-simpo train --resume {self.session.config.output}"
+    def _remedy_of(self, error: NonFiniteError) -> str:
+        """Return the setting with which the run gets past a step that is not finite."""
+        if self.session.config.train.on_nonfinite == "stop":
+            return " train.on_nonfinite=skip"
+        return f" train.max_skipped={2 * self.session.state.skipped + 10}"
+
+    def _how_to_resume(self, setting: str = "") -> str:
+        command = resume_command(self.session.config.output)
+        return f"to go on from there: {command}{setting}"
 
     def _result(self, number: int | None) -> TrainResult:
         """Write summary.json and return the result, after showing the evaluations."""
@@ -270,10 +301,13 @@ class Run:
             save_seconds=self.saver.seconds,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
         )
-        self.folder.finish(result.as_dict())
         if before and after:
             self.display.evaluations({"before": before, "after": after})
             self.display.warn(advice.ended_worse(before, after) if worse else None)
+        try:
+            self.folder.finish(result.as_dict())
+        except SimPOError as error:  # the adapter is saved, and nothing of this is lost
+            self.display.warn(str(error))
         return result
 
     def _last_step(self) -> StepMetrics:

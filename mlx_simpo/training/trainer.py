@@ -124,8 +124,16 @@ def train_steps(
             means = {name: float(v.mean(dtype=np.float64)) for name, v in metrics.items()}
             means["grad_norm"] = float(norm)
         except NonFiniteError as error:
-            if options.on_nonfinite == "stop" or state.skipped >= options.max_skipped:
-                raise
+            if options.on_nonfinite == "stop":
+                raise NonFiniteError(
+                    f"{error}; train.on_nonfinite=skip omits such steps", error.record
+                ) from None
+            if state.skipped >= options.max_skipped:
+                raise NonFiniteError(
+                    f"{error}; {state.skipped} steps before it were skipped, and train.max_skipped "
+                    f"is {options.max_skipped}",
+                    error.record,
+                ) from None
             state.skip_update()
             nonfinite = error.record
         model.eval()
