@@ -28,10 +28,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 
-from helpers.faults import Forks
-from helpers.kills import Ended, Runner, content, differences
-from helpers.tiny import some_pairs, tiny_folder, write_jsonl
-from provenance import provenance, write_result
+from helpers.faults import Forks  # noqa: E402
+from helpers.kills import Ended, Runner, content, differences  # noqa: E402
+from helpers.tiny import some_pairs, tiny_folder, write_jsonl  # noqa: E402
+from provenance import provenance, write_result  # noqa: E402
 
 MOST_KILLS = 3  # of one run
 SIGNALS = {9: "SIGKILL", 15: "SIGTERM", 2: "SIGINT", 1: "SIGHUP"}
@@ -158,11 +158,12 @@ def last_step(output: Path) -> int:
 def kills_at_operations(base: Path) -> dict[str, Any]:
     """Kill a run before each operation on its files; return what happened."""
     settings = ["lora.dropout=0.2", "train.steps=5", "train.eval_every=2", "train.save_every=2"]
-    setup = "from mlx_simpo.cli.main import run_command\nimport mlx_simpo.api"
+    setup = "import os, sys, mlx_simpo.api\nfrom mlx_simpo.cli.main import run_command\n"
+    setup += "def end(status): sys.stdout.flush(); os._exit(status)"
     with Forks(setup) as forks:
 
         def command(arguments: list[str], output: Path, **fault: int) -> Any:
-            return forks.run(f"raise SystemExit(run_command({arguments!r}))", output, **fault)
+            return forks.run(f"end(run_command({arguments!r}))", output, **fault)
 
         whole = base / "whole"
         ended = command(tiny_run(base, whole, *settings), whole)
@@ -260,7 +261,9 @@ def demo_kills(base: Path, runs: int = 4) -> dict[str, Any]:
 
 def main() -> None:
     """Run the parts that are asked for, and write their results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parts = ("random", "operations", "demo")
     parser.add_argument("parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--kills", type=int, default=200, help="by SIGKILL, at random instants")
@@ -271,7 +274,9 @@ def main() -> None:
         base = Path(folder)
         os.environ["MLX_SIMPO_CACHE"] = str(base / "cache")
         # Here and not in this process: MLX must not have computed before a fork.
-        make = "import sys; from benchmarks.kill_matrix import make_inputs; make_inputs(sys.argv[1])"
+        make = (
+            "import sys; from benchmarks.kill_matrix import make_inputs; make_inputs(sys.argv[1])"
+        )
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run([sys.executable, "-c", make, folder], cwd=ROOT, env=environment, check=True)
         if "random" in options.parts:

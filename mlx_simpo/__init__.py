@@ -15,6 +15,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same to Python
     from .api import evaluate, generate, inspect, train
+    from .config.early_stopping import EarlyStoppingConfig
     from .config.simpo_config import (
         DataConfig,
         LogpsConfig,
@@ -34,13 +35,14 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
     from .model.adapters import load_adapter
     from .model.loading import load_model
     from .objectives import simpo_loss
-    from .training.run import TrainResult
+    from .training.result import TrainResult
     from .training.session import Session, prepare
     from .training.trainer import StepMetrics, train_steps
 
 __all__ = [
     "Conversion",
     "DataConfig",
+    "EarlyStoppingConfig",
     "EncodedPair",
     "Encoder",
     "Evaluation",
@@ -77,6 +79,7 @@ __all__ = [
 
 _MODULES = {
     "api": ("evaluate", "generate", "inspect", "train"),
+    "config.early_stopping": ("EarlyStoppingConfig",),
     "config.simpo_config": (
         "DataConfig",
         "LogpsConfig",
@@ -96,7 +99,7 @@ _MODULES = {
     "model.adapters": ("load_adapter",),
     "model.loading": ("load_model",),
     "objectives": ("simpo_loss",),
-    "training.run": ("TrainResult",),
+    "training.result": ("TrainResult",),
     "training.session": ("Session", "prepare"),
     "training.trainer": ("StepMetrics", "train_steps"),
 }

@@ -19,8 +19,9 @@ from .reporting.display import Display, count_text
 from .runs.folder import open_run
 from .sampling.generate import generate_response
 from .training.datasets import create_encoder, encode_datasets
+from .training.result import TrainResult
 from .training.resuming import newest_checkpoint
-from .training.run import Run, TrainResult
+from .training.run import Run
 from .training.session import evaluate_with_progress, load_base_model, prepare
 from .training.stopping import stop_on_signals
 

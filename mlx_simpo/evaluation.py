@@ -1,5 +1,6 @@
 """How well a model tells chosen from rejected responses: per pair, and with an error bar."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,10 @@ from .engine.choice import Engine, choose_engine
 from .engine.vocabulary import check_token_ids
 from .errors import SimPOError
 from .objectives import simpo_loss
+
+# For an interval. All of 4 pairs are worse by chance one time in 16, all of 5 one time in 32.
+FEWEST_PAIRS = 5
+SMALLEST_RISE = 0.01  # of the loss, relative; a smaller one is the same loss to a reader
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Evaluation:
     chosen_logps: np.ndarray
     rejected_logps: np.ndarray
     margins: np.ndarray
+    losses: np.ndarray
 
     def as_dict(self) -> dict[str, Any]:
         """Return pairs, the metrics and rewards/accuracies_interval, for JSON."""
@@ -94,7 +100,26 @@ def evaluate_pairs(
         chosen[indices], rejected[indices] = logps[: len(part)], logps[len(part) :]
         advance(len(part))
     model.train(was_training)
-    bad = [p.source for p, ok in zip(pairs, np.isfinite(chosen + rejected), strict=True) if not ok]
+    return summarize_logps(pairs, chosen, rejected, objective)
+
+
+def summarize_logps(
+    pairs: Sequence[EncodedPair],
+    chosen_logps: np.ndarray,
+    rejected_logps: np.ndarray,
+    objective: ObjectiveConfig,
+) -> Evaluation:
+    """Compute the evaluation of pairs from their average log-probabilities.
+
+    Args:
+        chosen_logps, rejected_logps: [N] float32, in nats per token. Those of an earlier
+            evaluation of the same pairs give the same evaluation, bit for bit.
+
+    Raises:
+        SimPOError: log-probabilities that are not finite numbers.
+    """
+    is_valid = np.isfinite(chosen_logps + rejected_logps)
+    bad = [pair.source for pair, ok in zip(pairs, is_valid, strict=True) if not ok]
     if bad:
         raise SimPOError(
             f"the log-probabilities of {len(bad)} of {len(pairs)} pairs are not finite numbers "
@@ -104,9 +129,8 @@ def evaluate_pairs(
         name: column(pairs, name) - column(pairs, f"{name}_score_start")
         for name in ("chosen", "rejected")
     }
-    _, values = simpo_loss(
-        mx.array(chosen), mx.array(rejected), mx.array(token_counts["chosen"]), **asdict(objective)
-    )
+    logps = (mx.array(chosen_logps), mx.array(rejected_logps))
+    _, values = simpo_loss(*logps, mx.array(token_counts["chosen"]), **asdict(objective))
     # In float64: a float32 sum over many thousand pairs loses digits that are reported.
     metrics = {name: float(np.array(v).mean(dtype=np.float64)) for name, v in values.items()}
     metrics |= {f"{name}_tokens": float(np.mean(n)) for name, n in token_counts.items()}
@@ -114,10 +138,50 @@ def evaluate_pairs(
         pairs=pairs,
         metrics=metrics,
         accuracy_interval=bootstrap_interval(np.array(values["rewards/accuracies"])),
-        chosen_logps=chosen,
-        rejected_logps=rejected,
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
         margins=np.array(values["rewards/margins"]),
+        losses=np.array(values["loss"]),
     )
+
+
+def is_worse(before: Evaluation, after: Evaluation) -> bool:
+    """Whether the loss on the same pairs has risen: by 1 %, and by more than chance explains.
+
+    The 95 % bootstrap interval of the mean change per pair lies above 0: on other pairs of this
+    kind the loss would rise as well. Fewer than 5 pairs cannot show that; of those each must be
+    worse, and their loss `far_above` what it was.
+    """
+    changes = after.losses - before.losses
+    loss = before.metrics["loss"]
+    if len(changes) < FEWEST_PAIRS:
+        return bool((changes > 0).all()) and after.metrics["loss"] > far_above(loss)
+    return changes.mean() > SMALLEST_RISE * loss and bootstrap_interval(changes)[0] > 0
+
+
+def far_above(loss: float) -> float:
+    """Return the loss from which on a run has gone wrong that began with ``loss``.
+
+    Twice as much, and at least 1 more: a run that goes on from an adapter may begin near 0.
+    """
+    return loss + max(1.0, loss)
+
+
+def has_collapsed(before: Evaluation, after: Evaluation, vocab_size: int) -> bool:
+    """Whether the model has lost half of what it knew about the chosen responses.
+
+    It knows what makes them likelier than random tokens: logps/chosen minus −ln(vocab_size), its
+    value for the uniform distribution. The loss does not tell: a model that finds all tokens
+    equally likely has that of a model without a preference, which can be less than before, and
+    the loss of one that finds the rejected responses less likely still is 0.
+
+    Args:
+        vocab_size: number of the model's logits.
+    """
+    uniform = -math.log(vocab_size)
+    known, rest = (e.metrics["logps/chosen"] - uniform for e in (before, after))
+    # A model that was not trained has nothing to lose.
+    return known > 1.0 and rest < known / 2
 
 
 def bootstrap_interval(

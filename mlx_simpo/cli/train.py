@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     """Train, with progress on stderr, and print the adapter's folder or the result as JSON.
 
     Returns:
-        The exit status; see `training.run.TrainResult.exit_status`.
+        The exit status; see `training.result.TrainResult.exit_status`.
 
     Raises:
         SimPOError: invalid input, or a run that cannot go on.

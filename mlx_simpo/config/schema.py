@@ -138,8 +138,15 @@ def nearest_name(path: str, root: type[Section]) -> str:
 
 def nearest_section(name: str, root: type[Section]) -> str:
     """Return a hint at the section of ``root`` that ``name`` misspells, or an empty string."""
-    hints = typing.get_type_hints(root)
-    return hint_at_section(name, [f.name for f in fields(root) if is_dataclass(hints[f.name])])
+    return hint_at_section(name, list(_section_names(root)))
+
+
+def _section_names(cls: type[Section]) -> Iterator[str]:
+    """Yield the name of every section under ``cls``, those within sections too."""
+    hints = typing.get_type_hints(cls)
+    for inner in (hints[item.name] for item in fields(cls) if is_dataclass(hints[item.name])):
+        yield inner.NAME
+        yield from _section_names(inner)
 
 
 def coerce(value: Any, hint: Any, path: str) -> Any:
@@ -212,5 +219,5 @@ def describe(option: Any) -> str:
     if typing.get_origin(option) is Literal:
         return "one of " + ", ".join(repr(v) for v in typing.get_args(option))
     if typing.get_origin(option) is tuple:
-        return "a list of names"
+        return "a list of texts"
     return names.get(option, getattr(option, "__name__", str(option)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..errors import SimPOError
+from .early_stopping import EarlyStoppingConfig
 from .schema import FRACTION, NON_NEGATIVE, POSITIVE, Section, setting
 
 
@@ -89,6 +90,15 @@ class TrainConfig(Section):
         POSITIVE,
         on_resume="free",
     )
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    sample_prompts: tuple[str, ...] = setting(
+        (),
+        "prompts to respond to at each evaluation, to see what becomes of the responses",
+        on_resume="free",
+    )
+    sample_tokens: int = setting(
+        100, "maximum number of tokens of a response to sample_prompts", POSITIVE, "free"
+    )
     save_every: int | None = setting(
         None, "save a checkpoint every this many steps, besides save_minutes", POSITIVE, "free"
     )
@@ -111,8 +121,8 @@ class TrainConfig(Section):
         """Check these settings one by one and against each other.
 
         Raises:
-            SimPOError: a wrong type, a broken rule, both epochs and steps, or an engine that
-                cannot be compiled.
+            SimPOError: a wrong type, a broken rule, both epochs and steps, an engine that cannot be
+                compiled, or early stopping without evaluations.
         """
         super().__post_init__()
         if self.epochs is not None and self.steps is not None:
@@ -124,6 +134,12 @@ class TrainConfig(Section):
             raise SimPOError(
                 "train.compile is true, but only the reference engine can be compiled; remove it, "
                 "or set train.engine=reference"
+            )
+        patience = self.early_stopping.patience
+        if patience is not None and self.eval_every is None:
+            raise SimPOError(
+                f"train.early_stopping.patience is {patience}, but there are no evaluations during "
+                "training; set train.eval_every"
             )
 
     @property

@@ -3,6 +3,7 @@
 Each function returns one message, or None if there is nothing to say (see `Display`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,20 @@ from ..config.simpo_config import DataConfig, ObjectiveConfig
 from ..data.encode import EncodedPair
 from ..data.tokens import column
 from ..device import is_gpu
-from ..evaluation import Evaluation
+from ..evaluation import Evaluation, has_collapsed, is_worse
 from ..model.loading import LoadedModel
 from ..model.record import differences_from_training
 from ..objectives import preference_losses
+
+# The chosen responses become a little less likely in every SimPO run; a fall of more than this is
+# typical of a run that degenerates into repetition.
+COLLAPSE_NATS = 1.0
+UNIFORM_TOLERANCE = 0.1  # nats per token around the uniform distribution's log-probability
+# A higher beta reaches the target margin with smaller changes of the log-probabilities; the SFT
+# term holds the chosen responses up.
+COLLAPSE_REMEDY = (
+    "lower train.learning_rate, raise objective.beta, or set objective.sft_weight above 0"
+)
 
 
 def starting_loss(objective: ObjectiveConfig) -> str | None:
@@ -104,15 +115,43 @@ def adapter_mismatch(
 
 
 def collapse(before: Evaluation, after: Evaluation) -> str | None:
-    """Warn if the chosen responses have become much less likely.
-
-    They become a little less likely in every SimPO run; a fall of more than 1 nat per token is
-    typical of a run that degenerates into repetition.
-    """
+    """Warn if the chosen responses have become much less likely, by more than COLLAPSE_NATS."""
     fall = before.metrics["logps/chosen"] - after.metrics["logps/chosen"]
-    if fall <= 1.0:
+    if fall <= COLLAPSE_NATS:
         return None
     return (
         f"the chosen responses have become {fall:.1f} nats per token less likely; read some "
-        "responses of the model, and lower train.learning_rate if they repeat themselves"
+        f"responses of the model, and if they repeat themselves, {COLLAPSE_REMEDY}"
+    )
+
+
+def ended_worse(before: Evaluation, after: Evaluation, vocab_size: int) -> str | None:
+    """Explain that a run ended worse than it began; None if it did not.
+
+    Args:
+        vocab_size: number of the model's logits.
+    """
+    if not is_worse(before, after) and not has_collapsed(before, after, vocab_size):
+        return None
+    uniform = -math.log(vocab_size)
+    pairs = ((name, before.metrics[name], after.metrics[name]) for name in ("loss", "logps/chosen"))
+    figures = ", ".join(f"{name} from {was:.2f} to {now:.2f}" for name, was, now in pairs)
+    accuracy = (
+        f"{before.metrics['rewards/accuracies']:.1%} to {after.metrics['rewards/accuracies']:.1%}"
+    )
+    state = ""
+    logps = [after.metrics[f"logps/{name}"] for name in ("chosen", "rejected")]
+    if all(abs(logp - uniform) < UNIFORM_TOLERANCE for logp in logps):
+        state = (
+            f"; the model finds every token equally likely (−ln {vocab_size} = {uniform:.2f}): its "
+            "weights are destroyed"
+        )
+    elif logps[0] < uniform:
+        state = (
+            "; the model finds the chosen responses less likely than random tokens, at "
+            f"{uniform:.2f}"
+        )
+    return (
+        f"the run ended worse than it began: {figures}, rewards/accuracies from {accuracy}{state}; "
+        f"{COLLAPSE_REMEDY}"
     )

@@ -9,7 +9,7 @@ checkpoints/          what `mlx-simpo train --resume` continues from (see `check
 adapters.safetensors, adapter_config.json      the trained adapter, in mlx-lm's format
 chat_template.jinja   the template it was trained with (if any)
 best/                 the adapter with the lowest evaluation loss (with train.eval_every)
-summary.json          the result of the run, see `training.run.TrainResult`
+summary.json          the result of the run, see `training.result.TrainResult`
 """
 
 import json
@@ -200,6 +200,7 @@ class RunFolder:
         self._write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
     def _write(self, name: str, text: str) -> None:
+        """Write a file durably; raises SimPOError if it cannot be."""
         try:
             write_durably(self.path / name, text.encode("utf-8", "backslashreplace"))
         except OSError as error:

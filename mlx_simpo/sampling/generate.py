@@ -22,14 +22,8 @@ def generate_response(
         SimPOError: the prompt is empty, has tokens that the model does not have, or is rejected by
             the template; or ``max_tokens`` is below 1.
     """
-    if max_tokens < 1:
-        raise SimPOError(f"max_tokens is {max_tokens}; it must be 1 or greater")
-    try:
-        tokens = encoder.prompt_tokens(prompt)
-    except InvalidRecordError as error:
-        raise SimPOError(f"the prompt cannot be used: {': '.join(error.args)}") from None
-    if not tokens:  # plain text without a BOS token
-        raise SimPOError("the prompt is empty; it must have at least one token")
+    check_max_tokens(max_tokens)
+    tokens = prompt_tokens(encoder, prompt)
     check_prompt_ids(tokens, model)
     was_training = model.training
     model.eval()  # without LoRA dropout
@@ -37,3 +31,28 @@ def generate_response(
         return generate(model, tokenizer, tokens, max_tokens=max_tokens).strip()
     finally:
         model.train(was_training)
+
+
+def prompt_tokens(encoder: Encoder, prompt: str) -> list[int]:
+    """Return the tokens of one user turn, with the template and BOS token of training.
+
+    Raises:
+        SimPOError: the prompt is empty, or the template rejects it.
+    """
+    try:
+        tokens = encoder.prompt_tokens(prompt)
+    except InvalidRecordError as error:
+        raise SimPOError(f"the prompt cannot be used: {': '.join(error.args)}") from None
+    if not tokens:  # plain text without a BOS token
+        raise SimPOError("the prompt is empty; it must have at least one token")
+    return tokens
+
+
+def check_max_tokens(max_tokens: int) -> None:
+    """Check the maximum length of a response.
+
+    Raises:
+        SimPOError: it is below 1.
+    """
+    if max_tokens < 1:
+        raise SimPOError(f"max_tokens is {max_tokens}; it must be 1 or greater")

@@ -37,8 +37,9 @@ class Progress:
 
     step: finished steps. skipped: those without an update. evaluated: the step of the last
     evaluation, -1 before the first. best: loss and step of the best one. last: the metrics of the
-    last step, as in metrics.jsonl. stopped_early: by train.early_stopping. early_stopping, watch:
-    the states of these two. logs: see `RunFolder.log_positions`. seconds: of training so far.
+    last step, as in metrics.jsonl. early_stopping, watch: the states of these two, if the run has
+    begun. samples: the first responses to train.sample_prompts. logs: see
+    `RunFolder.log_positions`. seconds: of training so far.
     """
 
     step: int = 0
@@ -46,9 +47,9 @@ class Progress:
     evaluated: int = -1
     best: tuple[float, int] | None = None
     last: dict[str, Any] | None = None
-    stopped_early: bool = False
     early_stopping: dict[str, Any] = field(default_factory=dict)
     watch: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
     logs: dict[str, list[Any]] = field(default_factory=dict)
     seconds: float = 0.0
 

@@ -2,88 +2,29 @@
 
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
+from ..engine.vocabulary import vocabulary_size
 from ..errors import SimPOError
-from ..evaluation import Evaluation, is_worse
+from ..evaluation import Evaluation
 from ..reporting import advice
 from ..reporting.display import step_note
 from ..runs.checkpoints import list_checkpoints
-from ..runs.folder import NONFINITE, RunFolder, resume_command
+from ..runs.folder import ADAPTER, NONFINITE, RunFolder, resume_command
+from ..sampling.samples import Sample, sample_responses
+from .early_stopping import EarlyStopping
 from .fingerprint import fingerprint
+from .recording import record_samples, record_skipped
+from .result import TrainResult, recorded_step
 from .resuming import Evaluations, Progress, remove_remains, restore_checkpoint, write_checkpoint
 from .saver import Saver
 from .session import Session
 from .step import NonFiniteError
 from .stopping import StopRequest
 from .trainer import StepMetrics
-
-# Exit status of a run whose evaluation is worse after training than before.
-ENDED_WORSE = 3
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The result of a run.
-
-    adapter: the output folder. pairs: number of training pairs. last: the last step. before, after:
-    evaluations; None without validation pairs, and after also if the run was interrupted. best: the
-    step with the lowest evaluation loss, whose adapter is in best/ (with train.eval_every).
-    signal: the number of the signal that interrupted the run. stopped_early: by
-    train.early_stopping. skipped: steps without an update, because it was not finite. worse: the
-    model is worse after training than before (`evaluation.is_worse`). seconds: of training and
-    evaluations, over all the times that the run was resumed; save_seconds: of the checkpoints since
-    it was last begun or resumed. peak_memory_gb: MLX's, in GB (10⁹ bytes).
-    """
-
-    adapter: Path
-    pairs: int
-    last: StepMetrics
-    before: Evaluation | None
-    after: Evaluation | None
-    best: int | None
-    signal: int | None
-    stopped_early: bool
-    skipped: int
-    worse: bool
-    seconds: float
-    save_seconds: float
-    peak_memory_gb: float
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a signal ended the run before its end."""
-        return self.signal is not None
-
-    @property
-    def exit_status(self) -> int:
-        """The exit status of the command: 0, 3 if the model became worse, 128 + signal."""
-        if self.signal is not None:
-            return 128 + self.signal
-        return ENDED_WORSE if self.worse else 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the result as plain values, for JSON."""
-        return {
-            "adapter": str(self.adapter),
-            "pairs": self.pairs,
-            "steps": self.last.step,
-            "best": self.best,
-            "interrupted": self.interrupted,
-            "stopped_early": self.stopped_early,
-            "skipped": self.skipped,
-            "worse": self.worse,
-            "seconds": round(self.seconds, 1),
-            "save_seconds": round(self.save_seconds, 2),
-            "peak_memory_gb": round(self.peak_memory_gb, 2),
-            "train": self.last.as_dict(),
-            "before": self.before.as_dict() if self.before else None,
-            "after": self.after.as_dict() if self.after else None,
-        }
+from .watch import CollapseWatch
 
 
 class _AdapterError(SimPOError):
@@ -120,7 +61,12 @@ class Run:
             folder.rewind_logs({})
         remove_remains(folder)
         self.first_step = self.progress.step
-        self.saver = Saver(folder.checkpoints, session.config.train, self.display)
+        options = session.config.train
+        self.watch, self.early_stopping = CollapseWatch(), EarlyStopping(options.early_stopping)
+        if folder.resuming and self.progress.watch:
+            self.watch.restore(self.progress.watch)
+            self.early_stopping.restore(self.progress.early_stopping)
+        self.saver = Saver(folder.checkpoints, options, self.display)
         self._started = time.monotonic() - self.progress.seconds
         self._last: StepMetrics | None = None
 
@@ -137,7 +83,7 @@ class Run:
             if self.session.state.step == 0:
                 self._save_checkpoint()  # also shows that saving works, before an evening is spent
             self._train()
-            if not self.stop:
+            if not self.stop and not self._is_finished:
                 self._save_adapter()
                 if self._evaluate_if_due():
                     self._save_checkpoint()
@@ -151,44 +97,89 @@ class Run:
             self._end_interrupted(number)
         return self._result(number)
 
+    @property
+    def _is_finished(self) -> bool:
+        """Whether the run was at its end when it was resumed, and its adapter is there."""
+        is_saved = (self.folder.path / ADAPTER).is_file()
+        return self._last is None and self.progress.evaluated == self.progress.step > 0 and is_saved
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether no step is left: all are done, or the evaluations no longer improve."""
+        return self.session.state.step == self.session.total_steps or self.early_stopping.is_over
+
     def _train(self) -> None:
         """Take the remaining steps, until the run is to stop."""
         session, progress = self.session, self.progress
-        total = session.total_steps
-        with self.display.progress("Training", total, progress.step) as advance:
+        if self._is_over:
+            if progress.step < session.total_steps:
+                self.display.note(
+                    f"the run has stopped early, after step {progress.step}; to go on, raise "
+                    "train.early_stopping.patience"
+                )
+            return
+        with self.display.progress("Training", session.total_steps, progress.step) as advance:
             for step in session.steps():
                 self._last, progress.last = step, step.as_dict()
                 self.folder.log(step.as_dict())
                 if step.nonfinite is not None:
-                    self._record_nonfinite(step.nonfinite)
+                    record_skipped(self.folder, self.display, step.nonfinite)
+                else:
+                    for warning in self.watch.add_step(step.metrics):
+                        self.display.warn(f"step {step.step}: {warning}")
                 advance(1, step_note(step.metrics))
-                if self.stop:
+                if self.stop or self._is_over:
                     return
-                if step.step < total:
-                    self._evaluate_if_due()
-                    if self.saver.is_due(step.step):
-                        self._save_checkpoint()
+                self._evaluate_if_due()
+                if self._is_over:
+                    return
+                if self.saver.is_due(step.step):
+                    self._save_checkpoint()
 
     def _evaluate_if_due(self) -> bool:
         """Evaluate if it is the turn of it after the last finished step; return whether it was."""
-        session, progress = self.session, self.progress
-        step, every = session.state.step, session.config.train.eval_every
-        is_last = step == session.total_steps
-        is_due = step == 0 or is_last or (every is not None and step % every == 0)
-        if not session.valid or not is_due or progress.evaluated == step:
+        session, progress, options = self.session, self.progress, self.session.config.train
+        step, every = session.state.step, options.eval_every
+        is_due = step == 0 or self._is_over or (every is not None and step % every == 0)
+        if not is_due or progress.evaluated == step:
             return False
-        title = "Before" if step == 0 else "After" if is_last else f"Step {step}"
-        result = session.evaluate(title, self._check_stop)
+        result = samples = None
+        if session.valid:
+            title = "Before" if step == 0 else "After" if self._is_over else f"Step {step}"
+            result = session.evaluate(title, self._check_stop)
+        if options.sample_prompts:
+            samples = sample_responses(
+                session.model,
+                session.tokenizer,
+                session.encoder,
+                options.sample_prompts,
+                options.sample_tokens,
+            )
+        # Only now, when nothing can fail any more: a run that is resumed does all of it again.
+        if result is not None:
+            self._add_evaluation(step, result)
+        if samples is not None:
+            progress.samples = progress.samples or [sample.as_dict() for sample in samples]
+            first = [Sample(**sample) for sample in progress.samples]
+            record_samples(self.folder, self.display, step, samples, first)
+        progress.evaluated = step
+        return result is not None or samples is not None
+
+    def _add_evaluation(self, step: int, result: Evaluation) -> None:
+        """Log the result, keep the adapter if it is the best one, and see whether to stop."""
+        every = self.session.config.train.eval_every
         if every is not None and step > 0:
             self._keep_if_best(step, result.metrics["loss"])
         self.folder.log({"step": step, **{f"eval_{k}": v for k, v in result.as_dict().items()}})
-        progress.evaluated = step
         self.evaluations.latest = result
         if step == 0:
             self.evaluations.before = result
-        return True
+        reason = self.early_stopping.add_evaluation(result.metrics)
+        if reason and step < self.session.total_steps:
+            self.display.note(f"stopping early, after step {step}: {reason}")
 
     def _check_stop(self) -> None:
+        """End an evaluation, as KeyboardInterrupt would, if a signal has asked the run to stop."""
         if self.stop:
             raise _Stopped
 
@@ -202,17 +193,12 @@ class Run:
         else:
             self.progress.best = (loss, step)
 
-    def _record_nonfinite(self, record: dict[str, Any]) -> None:
-        self.folder.log(record, NONFINITE)
-        self.display.warn(
-            f"step {record['step']} was skipped: its {record['what']} is not a finite number; its "
-            f"pairs are in {self.folder.path / NONFINITE}"
-        )
-
     # --- saving --------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> bool:
         self.progress.seconds = time.monotonic() - self._started
+        self.progress.watch = self.watch.state()
+        self.progress.early_stopping = self.early_stopping.state()
         return self.saver.save(
             self.session.state.step,
             lambda folder: write_checkpoint(
@@ -241,14 +227,13 @@ class Run:
 
     def _save_after(self, error: BaseException) -> None:
         """Save what an error has left, which is the state after the last finished step."""
-        step, remedy = self.session.state.step, self._how_to_resume()
-        if isinstance(error, NonFiniteError):
-            remedy = self._how_to_resume(self._remedy_of(error))
+        step, remedy = self.session.state.step, self._how_to_resume(error)
         # An adapter that could not be written has nothing left to save.
         if step > self.first_step and not isinstance(error, _AdapterError):
             try:
                 self._save_adapter()
-            except Exception as second:  # the first error is the one to be seen
+            # RuntimeError is MLX's. The first error is the one to be seen.
+            except (OSError, RuntimeError, SimPOError) as second:
                 self.display.warn(f"the adapter of step {step} could not be saved: {second}")
             else:
                 self.display.warn(f"the adapter of step {step} is saved; {remedy}")
@@ -258,6 +243,7 @@ class Run:
             self.display.warn(f"the pairs of this step are in {self.folder.path / NONFINITE}")
 
     def _end_interrupted(self, number: int) -> None:
+        """Save, and say how to go on; KeyboardInterrupt or SystemExit if no step was finished."""
         step = self.session.state.step
         if step == 0:
             # Nothing is lost: as if the signal had come before the run.
@@ -269,52 +255,45 @@ class Run:
             f"interrupted; the adapter of step {step} is saved; {self._how_to_resume()}"
         )
 
-    def _remedy_of(self, error: NonFiniteError) -> str:
-        """Return the setting with which the run gets past a step that is not finite."""
-        if self.session.config.train.on_nonfinite == "stop":
-            return " train.on_nonfinite=skip"
-        return f" train.max_skipped={2 * self.session.state.skipped + 10}"
-
-    def _how_to_resume(self, setting: str = "") -> str:
-        command = resume_command(self.session.config.output)
-        return f"to go on from there: {command}{setting}"
+    def _how_to_resume(self, error: BaseException | None = None) -> str:
+        command, options = resume_command(self.session.config.output), self.session.config.train
+        if isinstance(error, NonFiniteError):  # which would come again
+            limit = f"max_skipped={2 * self.session.state.skipped + 10}"
+            setting = "on_nonfinite=skip" if options.on_nonfinite == "stop" else limit
+            command += f" train.{setting}"
+        return f"to go on from there: {command}"
 
     def _result(self, number: int | None) -> TrainResult:
         """Write summary.json and return the result, after showing the evaluations."""
-        progress, evaluations = self.progress, self.evaluations
+        session, progress, evaluations = self.session, self.progress, self.evaluations
         before, after = evaluations.before, evaluations.latest
-        if after is not None and (number or progress.evaluated != self.session.state.step):
+        if after is not None and (number or progress.evaluated != session.state.step):
             after = None
-        worse = before is not None and after is not None and bool(is_worse(before, after))
+        message = None
+        if before and after:
+            message = advice.ended_worse(before, after, vocabulary_size(session.model))
+        elif number is None and self.watch.is_degenerating:
+            message = "the run ended while the model was degenerating, see the warnings above"
         result = TrainResult(
             adapter=self.folder.path,
-            pairs=len(self.session.train),
-            last=self._last_step(),
+            pairs=len(session.train),
+            last=self._last or recorded_step(progress.last, session.total_steps),
             before=before,
             after=after,
             best=progress.best[1] if progress.best else None,
             signal=number,
-            stopped_early=progress.stopped_early,
-            skipped=self.session.state.skipped,
-            worse=worse,
+            stopped_early=number is None and session.state.step < session.total_steps,
+            skipped=session.state.skipped,
+            worse=message is not None,
             seconds=time.monotonic() - self._started,
             save_seconds=self.saver.seconds,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
         )
         if before and after:
             self.display.evaluations({"before": before, "after": after})
-            self.display.warn(advice.ended_worse(before, after) if worse else None)
+        self.display.warn(message)
         try:
             self.folder.finish(result.as_dict())
         except SimPOError as error:  # the adapter is saved, and nothing of this is lost
             self.display.warn(str(error))
         return result
-
-    def _last_step(self) -> StepMetrics:
-        """Return the last step; of a run that was resumed at its end, as it was recorded."""
-        if self._last is not None:
-            return self._last
-        assert self.progress.last is not None
-        metrics = dict(self.progress.last)
-        step, epoch = metrics.pop("step"), metrics.pop("epoch")
-        return StepMetrics(step, self.session.total_steps, epoch, metrics)

@@ -5,6 +5,7 @@ import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from helpers import faults
@@ -265,6 +266,8 @@ def test_a_replaced_one_does_not_take_the_room_of_an_older_one(tmp_path: Path) -
 
 # --- killed, or without space, at every operation ---------------------------------------------
 
+MEMORY = Path("/dev/shm")  # removing a folder takes milliseconds on a disk, and there are 2000
+
 SCENES = {
     # What is there before, and what the process does.
     "new steps": ([1], "save(root, 2); save(root, 3)"),
@@ -280,14 +283,21 @@ def forks() -> Iterator[Forks]:
         yield value
 
 
-def prepare(scene: str, folder: Path) -> tuple[Path, str]:
-    """Make a new run folder with the checkpoints of a scene; return it and the process's code."""
-    shutil.rmtree(folder, ignore_errors=True)
-    root = new_root(folder)
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Path]:
+    """Return the path of a run's folder, in memory if possible."""
+    with TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else tmp_path) as folder:
+        yield Path(folder, "run")
+
+
+def prepare(scene: str, run: Path) -> str:
+    """Make a new run folder with the checkpoints of a scene; return the code of the process."""
+    shutil.rmtree(run, ignore_errors=True)
+    root = new_root(run)
     steps, code = SCENES[scene]
     for step in steps:
         save(root, step)
-    return folder, f"root = Path({str(root)!r}); {code}"
+    return f"root = Path({str(root)!r}); {code}"
 
 
 def check_and_go_on(scene: str, run: Path, ended: Ended) -> None:
@@ -308,9 +318,8 @@ def check_and_go_on(scene: str, run: Path, ended: Ended) -> None:
     assert names(run) == ["best.txt", "checkpoints"]
 
 
-def count(forks: Forks, scene: str, folder: Path) -> list[Operation]:
-    run, code = prepare(scene, folder)
-    ended = forks.run(code, run)
+def count(forks: Forks, scene: str, run: Path) -> list[Operation]:
+    ended = forks.run(prepare(scene, run), run)
     assert ended.status == 0, ended.err
     assert {operation.name for operation in ended.operations} >= {"open", "write", "sync", "rename"}
     return ended.operations
@@ -320,13 +329,12 @@ def count(forks: Forks, scene: str, folder: Path) -> list[Operation]:
 @pytest.mark.parametrize("torn", [False, True])
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_kill_at_any_operation_leaves_the_newest_checkpoint_whole(
-    scene: str, torn: bool, forks: Forks, tmp_path: Path
+    scene: str, torn: bool, forks: Forks, run: Path
 ) -> None:
-    for number, operation in enumerate(count(forks, scene, tmp_path / "run"), 1):
+    for number, operation in enumerate(count(forks, scene, run), 1):
         if torn and operation.name != "write":
             continue
-        run, code = prepare(scene, tmp_path / "run")
-        ended = forks.run(code, run, kill_at=number, torn=torn)
+        ended = forks.run(prepare(scene, run), run, kill_at=number, torn=torn)
         assert (ended.status, len(ended.operations)) == (KILLED, number), ended.err
         check_and_go_on(scene, run, ended)
 
@@ -334,11 +342,10 @@ def test_a_kill_at_any_operation_leaves_the_newest_checkpoint_whole(
 @needs_faults
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_power_cut_at_any_operation_leaves_the_newest_checkpoint_whole(
-    scene: str, forks: Forks, tmp_path: Path
+    scene: str, forks: Forks, run: Path
 ) -> None:
-    for number in range(1, len(count(forks, scene, tmp_path / "run")) + 1):
-        run, code = prepare(scene, tmp_path / "run")
-        ended = forks.run(code, run, kill_at=number)
+    for number in range(1, len(count(forks, scene, run)) + 1):
+        ended = forks.run(prepare(scene, run), run, kill_at=number)
         cut_power(run, ended.operations[:-1])
         check_and_go_on(scene, run, ended)
 
@@ -347,14 +354,13 @@ def test_a_power_cut_at_any_operation_leaves_the_newest_checkpoint_whole(
 @pytest.mark.parametrize("torn", [False, True])
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_full_disk_at_any_operation_is_an_os_error(
-    scene: str, torn: bool, forks: Forks, tmp_path: Path
+    scene: str, torn: bool, forks: Forks, run: Path
 ) -> None:
     never_fails = {"unlink", "rmdir"}
-    for number, operation in enumerate(count(forks, scene, tmp_path / "run"), 1):
+    for number, operation in enumerate(count(forks, scene, run), 1):
         if operation.name in never_fails or (torn and operation.name != "write"):
             continue
-        run, code = prepare(scene, tmp_path / "run")
-        ended = forks.run(code, run, full_at=number, torn=torn)
+        ended = forks.run(prepare(scene, run), run, full_at=number, torn=torn)
         assert ended.status == 1, (number, operation, ended)
         assert ended.err.splitlines()[-1].startswith("OSError: "), ended.err
         root = run / "checkpoints"
@@ -363,9 +369,9 @@ def test_a_full_disk_at_any_operation_is_an_os_error(
 
 
 @needs_faults
-def test_what_is_saved_is_on_the_disk_when_the_call_returns(forks: Forks, tmp_path: Path) -> None:
+def test_what_is_saved_is_on_the_disk_when_the_call_returns(forks: Forks, run: Path) -> None:
     """Every file and folder is synced before the rename, and the folder of the name after it."""
-    operations = count(forks, "first one", tmp_path / "run")
+    operations = count(forks, "first one", run)
     at = {(operation.name, operation.path): n for n, operation in enumerate(operations)}
     rename = at["rename", "checkpoints/step-000001"]
     (saving,) = {o.path.split("/")[1] for o in operations if "/.saving" in o.path}

@@ -18,8 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -70,7 +69,7 @@ class Fault(NamedTuple):
     kill_at: int = 0
     full_at: int = 0
     full_until: int = 0
-    torn: bool = False
+    torn: int = False
     error: int = errno.ENOSPC
 
 
@@ -100,7 +99,9 @@ def run_with_fault(
     command = [sys.executable, "-c", program] if isinstance(program, str) else list(program)
     with tempfile.TemporaryDirectory() as scratch:
         trace = Path(scratch, "trace")
-        values = {f"FAULTS_{name.upper()}": str(int(v)) for name, v in Fault(**fault)._asdict().items()}
+        values = {
+            f"FAULTS_{name.upper()}": str(int(v)) for name, v in Fault(**fault)._asdict().items()
+        }
         values |= {"FAULTS_FOLDER": str(folder.resolve()), "FAULTS_TRACE": str(trace)}
         process = subprocess.run(
             command,

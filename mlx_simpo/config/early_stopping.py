@@ -1,0 +1,47 @@
+"""The settings of the section train.early_stopping."""
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+from ..errors import SimPOError
+from .schema import NON_NEGATIVE, POSITIVE, Section, setting
+
+
+@dataclass(frozen=True)
+class EarlyStoppingConfig(Section):
+    """When a run ends because its evaluations no longer improve."""
+
+    NAME: ClassVar[str] = "train.early_stopping"
+
+    metric: Literal["loss", "rewards/accuracies", "rewards/margins"] = setting(
+        "loss", "metric of the evaluations that has to improve: the loss falls, the others rise"
+    )
+    patience: int | None = setting(
+        None,
+        "stop after this many evaluations in a row without an improvement; null: never",
+        POSITIVE,
+        on_resume="free",
+    )
+    min_delta: float = setting(
+        0.0,
+        "a change of the metric by no more than this is not an improvement",
+        NON_NEGATIVE,
+        "free",
+    )
+
+    def __post_init__(self) -> None:
+        """Check these settings one by one and against each other.
+
+        Raises:
+            SimPOError: a wrong type, a broken rule, or another setting without patience.
+        """
+        super().__post_init__()
+        if self.patience is not None:
+            return
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value != item.default:
+                raise SimPOError(
+                    f"{self.NAME}.{item.name} is {value!r}, but {self.NAME}.patience is null, so "
+                    "that no run stops early; set patience to a number of evaluations"
+                )

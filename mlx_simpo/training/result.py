@@ -1,0 +1,79 @@
+"""The result of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..evaluation import Evaluation
+from .trainer import StepMetrics
+
+# Exit status of a run whose evaluation is worse after training than before.
+ENDED_WORSE = 3
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of a run.
+
+    adapter: the output folder. pairs: number of training pairs. last: the last step. before, after:
+    evaluations; None without validation pairs, and after also if the run was interrupted. best: the
+    step with the lowest evaluation loss, whose adapter is in best/ (with train.eval_every).
+    signal: the number of the signal that interrupted the run. stopped_early: by
+    train.early_stopping. skipped: steps without an update, because it was not finite. worse: the
+    model is worse after training than before (`advice.ended_worse`). seconds: of training and
+    evaluations, over all the times that the run was resumed; save_seconds: of the checkpoints since
+    it was last begun or resumed. peak_memory_gb: MLX's, in GB (10⁹ bytes).
+    """
+
+    adapter: Path
+    pairs: int
+    last: StepMetrics
+    before: Evaluation | None
+    after: Evaluation | None
+    best: int | None
+    signal: int | None
+    stopped_early: bool
+    skipped: int
+    worse: bool
+    seconds: float
+    save_seconds: float
+    peak_memory_gb: float
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run before its end."""
+        return self.signal is not None
+
+    @property
+    def exit_status(self) -> int:
+        """The exit status of the command: 0, 3 if the model became worse, 128 + signal."""
+        if self.signal is not None:
+            return 128 + self.signal
+        return ENDED_WORSE if self.worse else 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as plain values, for JSON."""
+        return {
+            "adapter": str(self.adapter),
+            "pairs": self.pairs,
+            "steps": self.last.step,
+            "best": self.best,
+            "interrupted": self.interrupted,
+            "stopped_early": self.stopped_early,
+            "skipped": self.skipped,
+            "worse": self.worse,
+            "seconds": round(self.seconds, 1),
+            "save_seconds": round(self.save_seconds, 2),
+            "peak_memory_gb": round(self.peak_memory_gb, 2),
+            "train": self.last.as_dict(),
+            "before": self.before.as_dict() if self.before else None,
+            "after": self.after.as_dict() if self.after else None,
+        }
+
+
+def recorded_step(record: Mapping[str, Any] | None, total_steps: int) -> StepMetrics:
+    """Return a step from its record (`StepMetrics.as_dict`), of a run resumed at its end."""
+    assert record is not None
+    metrics = {name: value for name, value in record.items() if name not in ("step", "epoch")}
+    return StepMetrics(record["step"], total_steps, record["epoch"], metrics)
