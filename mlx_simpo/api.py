@@ -20,6 +20,7 @@ from .runs.folder import open_run
 from .sampling.generate import generate_response
 from .training.datasets import create_encoder, encode_datasets
 from .training.result import TrainResult
+from .training.resuming import newest_checkpoint
 from .training.run import Run
 from .training.session import evaluate_with_progress, load_base_model, prepare
 from .training.stopping import stop_on_signals
@@ -45,17 +46,18 @@ def train(
     """
     display = display or Display()
     with open_run(config.output, "always" if resume else config.train.resume) as folder:
-        session = prepare(config, display, resuming=folder.resuming)
+        checkpoint = newest_checkpoint(folder, display) if folder.resuming else None
+        session = prepare(config, display, resuming=checkpoint is not None)
         options, steps = config.train, session.total_steps
         display.note(
             f"{count_text(len(session.train), 'pair')} to train on, {len(session.valid):,} to "
             f"evaluate on; {count_text(steps, 'step')} of {count_text(options.step_pairs, 'pair')};"
             f" engine: {session.engine.note}"
         )
-        if not folder.resuming:
+        if checkpoint is None:
             display.note(advice.starting_loss(config.objective))
         with stop_on_signals(display.warn) as stop:
-            run = Run(session, folder, stop)
+            run = Run(session, folder, stop, checkpoint)
             folder.begin(config.to_yaml(), [q._asdict() for q in session.quarantined])
             return run.finish()
 

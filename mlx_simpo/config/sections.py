@@ -61,6 +61,7 @@ class DataConfig(Section):
         "auto: the tokenizer's own, or plain text if it has none; none: plain text; anything else: "
         "a template file, or the Jinja text itself",
         NON_EMPTY,
+        on_resume="free",  # its text is compared
     )
     compat: Literal["official"] | None = setting(
         None,

@@ -143,4 +143,10 @@ def resume_config(run: str | Path, overrides: Iterable[str] = ()) -> SimPOConfig
             f"{run} holds no run that could be resumed (it has no config.yaml); name the output "
             "folder of a run"
         )
-    return load_config(path, [f"output={run}", *overrides])
+    config = load_config(path, [f"output={run}", *overrides])
+    if config.output != str(run):
+        raise SimPOError(
+            f"output is {config.output!r}, but a run goes on in its own folder, {run}; leave "
+            "output=… away (the folder may be moved before)"
+        )
+    return config

@@ -127,7 +127,10 @@ class TrainConfig(Section):
         """
         super().__post_init__()
         if self.epochs is not None and self.steps is not None:
-            raise SimPOError("train.epochs and train.steps both set the length; remove one of them")
+            raise SimPOError(
+                "train.epochs and train.steps both set the length; remove one of them, or set it "
+                "to null"
+            )
         if self.compile and self.engine == "shared_prefix":
             raise SimPOError(
                 "train.compile is true, but only the reference engine can be compiled; remove it, "

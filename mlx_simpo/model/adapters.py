@@ -3,7 +3,9 @@
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -12,11 +14,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 
 from ..errors import SimPOError, one_line
-from ..files import load_safetensors, read_header, read_json, save_safetensors
+from ..files import load_safetensors, read_header, read_json, save_safetensors, sync
 from ..paths import local_path
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
+SCRATCH = ".saving-"  # begins the name of the folder in which an adapter is written
 PEFT_WEIGHTS = "adapter_model.safetensors"  # PEFT's; the configuration has the same name
 MAX_RANK = 65_536
 MAX_SCALE = 1e6
@@ -28,16 +31,30 @@ def flat_arrays(tree: Any) -> dict[str, mx.array]:
     return tree_flatten(tree, destination={})  # type: ignore[return-value]
 
 
-def save_adapter(folder: str | Path, model: nn.Module, config: dict[str, Any]) -> Path:
+def save_adapter(
+    folder: str | Path,
+    model: nn.Module,
+    config: dict[str, Any],
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
     """Write the trainable weights of a model and their adapter_config.json with `write_adapter`."""
-    return write_adapter(folder, flat_arrays(model.trainable_parameters()), config)
+    return write_adapter(folder, flat_arrays(model.trainable_parameters()), config, texts)
 
 
-def write_adapter(folder: str | Path, weights: dict[str, mx.array], config: dict[str, Any]) -> Path:
+def write_adapter(
+    folder: str | Path,
+    weights: dict[str, mx.array],
+    config: dict[str, Any],
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
     """Write an adapter's weights and its adapter_config.json in mlx-lm's format.
 
-    ``mlx_lm.generate --adapter-path`` loads the folder. Each file is written under another name and
-    then moved into place, so that a reader never sees half a file.
+    ``mlx_lm.generate --adapter-path`` loads the folder. Each file is written under another name,
+    and when all of them are on the disk they are moved into place: a reader never sees half a file,
+    and if the disk is full, the adapter that was there stays as it was.
+
+    Args:
+        texts: content of further files by name.
 
     Returns:
         The folder.
@@ -46,14 +63,20 @@ def write_adapter(folder: str | Path, weights: dict[str, mx.array], config: dict
         SimPOError: the folder cannot be written.
     """
     folder = local_path(folder)
-    text = json.dumps(config, indent=4, sort_keys=True) + "\n"
+    texts = {CONFIG: json.dumps(config, indent=4, sort_keys=True) + "\n", **texts}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            save_safetensors(Path(scratch) / WEIGHTS, weights, "mlx")
-            (Path(scratch) / CONFIG).write_text(text, encoding="utf-8")
-            for name in (WEIGHTS, CONFIG):
-                os.replace(Path(scratch) / name, folder / name)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as name:
+            scratch = Path(name)
+            save_safetensors(scratch / WEIGHTS, weights, "mlx")
+            for name, text in texts.items():
+                # Escaped where it is not Unicode, as `files.write_text` does.
+                (scratch / name).write_bytes(text.encode("utf-8", "backslashreplace"))
+            for name in (WEIGHTS, *texts):
+                sync(scratch / name)
+            for name in (WEIGHTS, *texts):
+                os.replace(scratch / name, folder / name)
+        sync(folder)
     except (OSError, ValueError) as error:
         raise SimPOError(f"the adapter cannot be written to {folder}: {error}") from None
     return folder

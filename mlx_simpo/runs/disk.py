@@ -16,6 +16,7 @@ _REMEDIES = {
     errno.ENOSPC: "delete what you no longer need, or name a folder on another disk",
     errno.EDQUOT: "delete what you no longer need, or name a folder on another disk",
 }
+WRITABLE = ".writable-"  # begins the name of the folder that `check_writable` creates
 
 
 def check_writable(folder: Path) -> None:
@@ -31,7 +32,7 @@ def check_writable(folder: Path) -> None:
         what = "a link to nowhere" if nearest.is_symlink() else "a file"
         raise SimPOError(f"{folder} cannot be a folder: {nearest} is {what}; name another folder")
     try:
-        with tempfile.TemporaryDirectory(prefix=".writable-", dir=nearest) as attempt:
+        with tempfile.TemporaryDirectory(prefix=WRITABLE, dir=nearest) as attempt:
             Path(attempt, "file").write_bytes(bytes(4096))
     except OSError as error:
         where = f"{folder}" if folder == nearest else f"{folder} (tried in {nearest})"

@@ -14,6 +14,8 @@ summary.json          the result of the run, see `training.result.TrainResult`
 
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,11 +26,14 @@ from typing import Any, Literal
 from ..errors import SimPOError
 from ..files import write_durably, write_text
 from ..paths import local_path
-from .disk import check_writable
+from .checkpoints import list_checkpoints
+from .disk import WRITABLE, check_writable
 from .lock import LOCK, lock_run
 
-CONFIG = "config.yaml"
+CONFIG, ADAPTER, CHECKPOINTS = "config.yaml", "adapters.safetensors", "checkpoints"
 METRICS, SAMPLES, NONFINITE = LOGS = ("metrics.jsonl", "samples.jsonl", "nonfinite.jsonl")
+# What a run leaves that is killed before it has written its configuration.
+_REMAINS = re.compile(rf"{re.escape(LOCK)}|{re.escape(WRITABLE)}.*|\.{re.escape(CONFIG)}\.writing")
 
 
 def check_output_free(output: str) -> None:
@@ -40,7 +45,7 @@ def check_output_free(output: str) -> None:
     path = local_path(output)
     if path.is_file():
         raise SimPOError(f"output is {output!r}, which is a file; it must be a new folder")
-    if path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
+    if path.is_dir() and not all(_REMAINS.fullmatch(entry.name) for entry in path.iterdir()):
         what = "holds a run already" if (path / CONFIG).exists() else "is not empty"
         raise SimPOError(f"output is {output!r}, which {what}; name a new folder, or remove it")
 
@@ -66,9 +71,11 @@ def open_run(output: str, resume: Literal["never", "auto", "always"]) -> "Iterat
         )
     if holds_run and resume == "never":
         raise SimPOError(
-            f"output is {output!r}, which holds a run already; go on with it (mlx-simpo train "
-            f"--resume {output}), name a new folder, or remove it"
+            f"output is {output!r}, which holds a run already; go on with it "
+            f"({resume_command(output)}), name a new folder, or remove it"
         )
+    if holds_run:
+        _check_has_state(path)
     if not holds_run:
         check_output_free(output)
     check_writable(path)
@@ -83,12 +90,36 @@ def open_run(output: str, resume: Literal["never", "auto", "always"]) -> "Iterat
                 yield folder
             finally:
                 if not folder.is_worth_keeping:
-                    shutil.rmtree(path, ignore_errors=True)
+                    _delete(path)
     finally:
         if not path.exists():
             for parent in new_parents:
                 with suppress(OSError):  # somebody else uses it by now
                     parent.rmdir()
+
+
+def resume_command(output: str) -> str:
+    """Return the command that goes on with the run in a folder."""
+    return f"mlx-simpo train --resume {shlex.quote(output)}"
+
+
+def _check_has_state(path: Path) -> None:
+    """Check that a folder with a configuration is not that of an adapter, which has one, too.
+
+    A run without a checkpoint would begin again, and overwrite what is there.
+
+    Raises:
+        SimPOError: it has an adapter and no checkpoints.
+    """
+    if not (path / ADAPTER).exists() or list_checkpoints(path / CHECKPOINTS):
+        return
+    run = next((p for p in path.absolute().parents if (p / CHECKPOINTS).is_dir()), None)
+    remedy = (
+        f"name the folder of the run, {run}"
+        if run
+        else f"begin a new run in another folder (lora.init_from={path} starts from its adapter)"
+    )
+    raise SimPOError(f"{path} has an adapter but no {CHECKPOINTS}/ to go on from; {remedy}")
 
 
 class RunFolder:
@@ -106,7 +137,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """The folder of the run's checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def begin(self, config_yaml: str, quarantined: Iterable[dict[str, Any]]) -> None:
         """Write the configuration and the quarantined records (as JSON objects).
@@ -114,11 +145,11 @@ class RunFolder:
         Raises:
             SimPOError: they cannot be written.
         """
+        (self.path / "summary.json").unlink(missing_ok=True)  # of the run so far
+        self._write(CONFIG, config_yaml)  # first: without it, the folder counts as somebody else's
         lines = [json.dumps(q, ensure_ascii=False) + "\n" for q in quarantined]
         if lines:
             write_text(self.path / "quarantined.jsonl", "".join(lines))
-        (self.path / "summary.json").unlink(missing_ok=True)  # of the run so far
-        self._write(CONFIG, config_yaml)
 
     def log(self, record: dict[str, Any], name: str = METRICS) -> None:
         """Append one line to a log; lines that a full disk refuses are written with a later one.
@@ -169,10 +200,20 @@ class RunFolder:
         self._write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
     def _write(self, name: str, text: str) -> None:
+        """Write a file durably; raises SimPOError if it cannot be."""
         try:
             write_durably(self.path / name, text.encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise SimPOError(f"cannot write {self.path / name}: {error}") from None
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder as far as possible; of a link to a folder, the content."""
+    for path in list(folder.iterdir()) if folder.is_symlink() else [folder]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class _Log:

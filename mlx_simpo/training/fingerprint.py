@@ -8,12 +8,13 @@ from ..config.simpo_config import SimPOConfig
 from ..data.tokens import content_sha256
 from ..errors import SimPOError
 from ..model.record import base_record, content_hash, template_hash
+from ..version import __version__
 
 if TYPE_CHECKING:
     from .session import Session
 
 _ABSENT = object()
-PACKAGES = ("mlx", "mlx-lm", "mlx-simpo")
+PACKAGES = ("mlx", "mlx-lm")
 
 
 def fingerprint(session: "Session") -> dict[str, Any]:
@@ -28,7 +29,7 @@ def fingerprint(session: "Session") -> dict[str, Any]:
             "content": content_hash(session.loaded.folder),
         },
         "chat template": template_hash(session.encoder.renderer.text),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"mlx-simpo": __version__, **{name: version(name) for name in PACKAGES}},
     }
 
 
@@ -42,24 +43,24 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         SimPOError: something differs that must not; the message names all of it.
     """
     then, now = saved["config"], current["config"]
-    refused = [
+    problems = [
         f"{name} was {_setting(then, name)!r} and is {_setting(now, name)!r}"
         for name in changed_settings(then, now, "same")
     ]
     pairs_then, pairs_now = _step_pairs(then), _step_pairs(now)
     if pairs_then != pairs_now:
-        refused.append(
+        problems.append(
             f"train.batch_size × train.gradient_accumulation_steps was {pairs_then} and is "
             f"{pairs_now}"
         )
-    refused += [
+    problems += [
         f"the {name} changed"
         for name in ("training pairs", "validation pairs", "model", "chat template")
         if saved[name] != current[name]
     ]
-    if refused:
+    if problems:
         raise SimPOError(
-            f"this run cannot go on with other settings or data: {'; '.join(refused)}. Undo these "
+            f"this run cannot go on with other settings or data: {'; '.join(problems)}. Undo these "
             "changes, or begin a new run in another output folder; docs/long_runs.md lists what "
             "may change"
         )

@@ -1,5 +1,6 @@
 """The result of a run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,10 @@ class TrainResult:
             "before": self.before.as_dict() if self.before else None,
             "after": self.after.as_dict() if self.after else None,
         }
+
+
+def recorded_step(record: Mapping[str, Any] | None, total_steps: int) -> StepMetrics:
+    """Return a step from its record (`StepMetrics.as_dict`), of a run resumed at its end."""
+    assert record is not None
+    metrics = {name: value for name, value in record.items() if name not in ("step", "epoch")}
+    return StepMetrics(record["step"], total_steps, record["epoch"], metrics)

@@ -7,7 +7,6 @@ progress.json         `Progress` and the run's fingerprint
 """
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -22,7 +21,8 @@ from ..data.encode import EncodedPair
 from ..errors import SimPOError
 from ..evaluation import Evaluation, summarize_logps
 from ..files import load_safetensors, read_json, save_safetensors
-from ..model.adapters import load_weights
+from ..model.adapters import SCRATCH, load_weights
+from ..reporting.display import Display
 from ..runs.checkpoints import newest_valid
 from ..runs.folder import RunFolder
 from .fingerprint import check_same_run
@@ -77,8 +77,8 @@ def write_checkpoint(
     """
     session.save(folder)
     best = run.path / "best"
-    if progress.best is not None:
-        copy_folder(best, folder / "best")
+    if progress.best is not None and best.is_dir():  # somebody may have moved it away
+        copy_files(best, folder / "best")
     arrays = session.state.arrays()
     for name, evaluation in vars(evaluations).items():
         if evaluation is not None:
@@ -91,23 +91,36 @@ def write_checkpoint(
     (folder / PROGRESS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def restore_checkpoint(
-    session: Session, run: RunFolder, fingerprint: dict[str, Any]
-) -> tuple[Progress, Evaluations]:
-    """Set a session and its folder to the newest checkpoint that is whole.
+def newest_checkpoint(run: RunFolder, display: Display) -> Path | None:
+    """Return the checkpoint to go on from, with a warning for each newer one that is damaged.
 
-    Without one, the run begins again at its first step.
+    None if the run ended before its first one: it begins again at its first step.
 
     Raises:
-        SimPOError: the run must not go on with this configuration, data or model.
+        SimPOError: there are checkpoints, and all of them are damaged.
     """
     path, damaged = newest_valid(run.checkpoints)
+    if path is None and damaged:
+        raise SimPOError(
+            f"no checkpoint of the run is whole ({'; '.join(damaged)}); begin a new run in another "
+            f"output folder, or remove {run.path} to begin again"
+        )
     for message in damaged:
-        session.display.warn(message)
+        display.warn(message)
     if path is None:
-        session.display.note("the run has no checkpoint yet; it begins at its first step")
-        run.rewind_logs({})
-        return Progress(), Evaluations()
+        display.note("the run has no checkpoint yet; it begins at its first step")
+    return path
+
+
+def restore_checkpoint(
+    session: Session, run: RunFolder, path: Path, fingerprint: dict[str, Any]
+) -> tuple[Progress, Evaluations]:
+    """Set a session and its folder to a checkpoint that is whole.
+
+    Raises:
+        SimPOError: the run must not go on with this configuration, data or model, or its folder
+            cannot be written.
+    """
     content = read_json(path / PROGRESS)
     try:
         saved = content.pop("fingerprint")
@@ -127,11 +140,11 @@ def restore_checkpoint(
     load_weights(session.model, path)
     arrays = load_safetensors([path / STATE])
     session.state.restore(arrays, step, progress.skipped)
+    # MLX reads a file's arrays when they are used, and by then this checkpoint may be deleted.
+    mx.eval(session.model.trainable_parameters(), session.state.optimizer.state)
     for message in [*messages, *run.rewind_logs(progress.logs)]:
         session.display.warn(message)
-    shutil.rmtree(run.path / "best", ignore_errors=True)
-    if progress.best is not None:
-        copy_folder(path / "best", run.path / "best")
+    _restore_best(path / "best", run.path / "best")
     evaluations = Evaluations(
         *(
             _evaluation(arrays, name, session.valid, session.config.objective)
@@ -142,20 +155,42 @@ def restore_checkpoint(
     return progress, evaluations
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder of files; by links where the file system has them, without their content.
+def remove_remains(run: RunFolder) -> None:
+    """Delete what a process has left behind that was killed while it wrote the adapter."""
+    for path in run.path.glob(f"{SCRATCH}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
-    Safe for files that are replaced and never modified, as `model.adapters.write_adapter` does.
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy the files of a folder, without its subfolders, into a new one.
+
+    No hard links: whoever edited a file of best/ would edit those of the checkpoints.
 
     Raises:
         OSError: it cannot be read or written.
     """
     target.mkdir()
     for file in source.iterdir():
-        try:
-            os.link(file, target / file.name)
-        except OSError:  # exFAT and some network folders have no links
+        if file.is_file():
             shutil.copyfile(file, target / file.name)
+
+
+def _restore_best(saved: Path, best: Path) -> None:
+    """Replace best/ by that of a checkpoint, or remove it if the checkpoint has none.
+
+    Raises:
+        SimPOError: it cannot be written.
+    """
+    try:
+        if best.is_dir() and not best.is_symlink():
+            shutil.rmtree(best)
+        if saved.is_dir():
+            copy_files(saved, best)
+    except OSError as error:
+        raise SimPOError(
+            f"cannot restore {best}: {error}; make it a folder that can be written, with space for "
+            "an adapter"
+        ) from None
 
 
 def _evaluation(

@@ -2,21 +2,23 @@
 
 import signal
 import time
-from typing import Any
+from pathlib import Path
 
 import mlx.core as mx
 
 from ..engine.vocabulary import vocabulary_size
-from ..errors import SimPOError, one_line
-from ..model.adapters import WEIGHTS
+from ..errors import SimPOError
+from ..evaluation import Evaluation
 from ..reporting import advice
 from ..reporting.display import step_note
-from ..runs.folder import NONFINITE, SAMPLES, RunFolder
-from ..sampling.samples import Sample, sample_responses, sample_warning
+from ..runs.checkpoints import list_checkpoints
+from ..runs.folder import ADAPTER, NONFINITE, RunFolder, resume_command
+from ..sampling.samples import Sample, sample_responses
 from .early_stopping import EarlyStopping
 from .fingerprint import fingerprint
-from .result import TrainResult
-from .resuming import Evaluations, Progress, restore_checkpoint, write_checkpoint
+from .recording import record_samples, record_skipped
+from .result import TrainResult, recorded_step
+from .resuming import Evaluations, Progress, remove_remains, restore_checkpoint, write_checkpoint
 from .saver import Saver
 from .session import Session
 from .step import NonFiniteError
@@ -24,7 +26,9 @@ from .stopping import StopRequest
 from .trainer import StepMetrics
 from .watch import CollapseWatch
 
-SHOWN_CHARACTERS = 200  # of a response to train.sample_prompts
+
+class _AdapterError(SimPOError):
+    """The run's adapter cannot be written."""
 
 
 class _Stopped(Exception):
@@ -34,8 +38,14 @@ class _Stopped(Exception):
 class Run:
     """One run of a session in its folder, from its beginning or from a checkpoint."""
 
-    def __init__(self, session: Session, folder: RunFolder, stop: StopRequest) -> None:
-        """Begin, or restore the newest whole checkpoint if the folder holds this run.
+    def __init__(
+        self,
+        session: Session,
+        folder: RunFolder,
+        stop: StopRequest,
+        checkpoint: Path | None = None,
+    ) -> None:
+        """Begin, or restore a checkpoint.
 
         Raises:
             SimPOError: the run must not go on with this configuration, data or model.
@@ -44,8 +54,12 @@ class Run:
         self.display = session.display
         self.fingerprint = fingerprint(session)
         self.progress, self.evaluations = Progress(), Evaluations()
-        if folder.resuming:
-            self.progress, self.evaluations = restore_checkpoint(session, folder, self.fingerprint)
+        if checkpoint is not None:
+            restored = restore_checkpoint(session, folder, checkpoint, self.fingerprint)
+            self.progress, self.evaluations = restored
+        elif folder.resuming:
+            folder.rewind_logs({})
+        remove_remains(folder)
         self.first_step = self.progress.step
         options = session.config.train
         self.watch, self.early_stopping = CollapseWatch(), EarlyStopping(options.early_stopping)
@@ -55,7 +69,7 @@ class Run:
         self.saver = Saver(folder.checkpoints, options, self.display)
         self._started = time.monotonic() - self.progress.seconds
         self._last: StepMetrics | None = None
-        self._is_unsaved = not folder.resuming  # whether no checkpoint holds the present state
+        self._is_unsaved = checkpoint is None  # whether no checkpoint holds the present state
 
     def finish(self) -> TrainResult:
         """Run to the end, or until a signal or an error, and write everything to the folder.
@@ -72,7 +86,7 @@ class Run:
             self._train()
             if not self.stop:
                 # Before the last evaluation, and only if a run that had ended is not resumed.
-                if self._is_unsaved or not (self.folder.path / WEIGHTS).is_file():
+                if self._is_unsaved or not (self.folder.path / ADAPTER).is_file():
                     self._save_adapter()
                 self._evaluate_if_due()
                 if self._is_unsaved:
@@ -94,15 +108,20 @@ class Run:
 
     def _train(self) -> None:
         """Take the remaining steps, until the run is to stop."""
-        if self._is_over:
-            return
         session, progress = self.session, self.progress
+        if self._is_over:
+            if progress.step < session.total_steps:
+                self.display.note(
+                    f"the run has stopped early, after step {progress.step}; to go on, raise "
+                    "train.early_stopping.patience"
+                )
+            return
         with self.display.progress("Training", session.total_steps, progress.step) as advance:
             for step in session.steps():
                 self._last, progress.last, self._is_unsaved = step, step.as_dict(), True
                 self.folder.log(step.as_dict())
                 if step.nonfinite is not None:
-                    self._record_nonfinite(step.nonfinite)
+                    record_skipped(self.folder, self.display, step.nonfinite)
                 else:
                     for warning in self.watch.add_step(step.metrics):
                         self.display.warn(f"step {step.step}: {warning}")
@@ -122,15 +141,29 @@ class Run:
         is_due = step == 0 or self._is_over or (every is not None and step % every == 0)
         if not is_due or progress.evaluated == step:
             return
+        result = samples = None
         if session.valid:
-            self._evaluate(step)
+            title = "Before" if step == 0 else "After" if self._is_over else f"Step {step}"
+            result = session.evaluate(title, self._check_stop)
         if options.sample_prompts:
-            self._sample(step)
+            samples = sample_responses(
+                session.model,
+                session.tokenizer,
+                session.encoder,
+                options.sample_prompts,
+                options.sample_tokens,
+            )
+        # Only now, when nothing can fail any more: a run that is resumed does all of it again.
+        if result is not None:
+            self._add_evaluation(step, result)
+        if samples is not None:
+            progress.samples = progress.samples or [sample.as_dict() for sample in samples]
+            first = [Sample(**sample) for sample in progress.samples]
+            record_samples(self.folder, self.display, step, samples, first)
         progress.evaluated, self._is_unsaved = step, True
 
-    def _evaluate(self, step: int) -> None:
-        title = "Before" if step == 0 else "After" if self._is_over else f"Step {step}"
-        result = self.session.evaluate(title, self._check_stop)
+    def _add_evaluation(self, step: int, result: Evaluation) -> None:
+        """Log the result, keep the adapter if it is the best one, and see whether to stop."""
         every = self.session.config.train.eval_every
         if every is not None and step > 0:
             self._keep_if_best(step, result.metrics["loss"])
@@ -142,26 +175,8 @@ class Run:
         if reason and step < self.session.total_steps:
             self.display.note(f"stopping early, after step {step}: {reason}")
 
-    def _sample(self, step: int) -> None:
-        """Respond to train.sample_prompts, and compare with the first responses."""
-        session, options = self.session, self.session.config.train
-        samples = sample_responses(
-            session.model,
-            session.tokenizer,
-            session.encoder,
-            options.sample_prompts,
-            options.sample_tokens,
-        )
-        for sample in samples:
-            self.folder.log({"step": step, **sample.as_dict()}, SAMPLES)
-            response = one_line(sample.response, SHOWN_CHARACTERS)
-            self.display.note(f"step {step}: {one_line(sample.prompt, 60)} → {response}")
-        if not self.progress.samples:
-            self.progress.samples = [sample.as_dict() for sample in samples]
-        first = [Sample(**sample) for sample in self.progress.samples]
-        self.display.warn(sample_warning(first, samples))
-
     def _check_stop(self) -> None:
+        """End an evaluation, as KeyboardInterrupt would, if a signal has asked the run to stop."""
         if self.stop:
             raise _Stopped
 
@@ -174,13 +189,6 @@ class Run:
             self.display.warn(f"the best adapter so far, of step {step}, is not kept: {error}")
         else:
             self.progress.best = (loss, step)
-
-    def _record_nonfinite(self, record: dict[str, Any]) -> None:
-        self.folder.log(record, NONFINITE)
-        self.display.warn(
-            f"step {record['step']} was skipped: its {record['what']} is not a finite number; its "
-            f"pairs are in {self.folder.path / NONFINITE}"
-        )
 
     # --- saving --------------------------------------------------------------------------------
 
@@ -204,26 +212,35 @@ class Run:
         """Save the state after the last finished step: as a checkpoint, and as the run's adapter.
 
         Raises:
-            SimPOError: the adapter cannot be written.
+            SimPOError: the adapter cannot be written; the message names the last checkpoint.
         """
         self._save_checkpoint()
-        self.session.save(self.folder.path)
+        try:
+            self.session.save(self.folder.path)
+        except SimPOError as error:
+            existing = list_checkpoints(self.folder.checkpoints)
+            last = f"the last checkpoint is {existing[0]}" if existing else "there is no checkpoint"
+            raise _AdapterError(f"{error}; {last}; {self._how_to_resume()}") from None
 
     def _save_after(self, error: BaseException) -> None:
         """Save what an error has left, which is the state after the last finished step."""
+        step, remedy = self.session.state.step, self._how_to_resume(error)
+        # An adapter that could not be written has nothing left to save.
+        if step > self.first_step and not isinstance(error, _AdapterError):
+            try:
+                self._save_adapter()
+            # RuntimeError is MLX's. The first error is the one to be seen.
+            except (OSError, RuntimeError, SimPOError) as second:
+                self.display.warn(f"the adapter of step {step} could not be saved: {second}")
+            else:
+                self.display.warn(f"the adapter of step {step} is saved; {remedy}")
         if isinstance(error, NonFiniteError):
+            # After the checkpoint: the run that goes on from there takes this step again.
             self.folder.log(error.record, NONFINITE)
-        step = self.session.state.step
-        if step == self.first_step:
-            return
-        try:
-            self._save_adapter()
-        except Exception as second:  # the first error is the one to be seen
-            self.display.warn(f"the adapter of step {step} could not be saved: {second}")
-        else:
-            self.display.warn(f"the adapter of step {step} is saved; {self._how_to_resume()}")
+            self.display.warn(f"the pairs of this step are in {self.folder.path / NONFINITE}")
 
     def _end_interrupted(self, number: int) -> None:
+        """Save, and say how to go on; KeyboardInterrupt or SystemExit if no step was finished."""
         step = self.session.state.step
         if step == 0:
             # Nothing is lost: as if the signal had come before the run.
@@ -235,47 +252,45 @@ class Run:
             f"interrupted; the adapter of step {step} is saved; {self._how_to_resume()}"
         )
 
-    def _how_to_resume(self) -> str:
-        return f"to go on from there: mlx-simpo train --resume {self.session.config.output}"
+    def _how_to_resume(self, error: BaseException | None = None) -> str:
+        command, options = resume_command(self.session.config.output), self.session.config.train
+        if isinstance(error, NonFiniteError):  # which would come again
+            limit = f"max_skipped={2 * self.session.state.skipped + 10}"
+            setting = "on_nonfinite=skip" if options.on_nonfinite == "stop" else limit
+            command += f" train.{setting}"
+        return f"to go on from there: {command}"
 
     def _result(self, number: int | None) -> TrainResult:
         """Write summary.json and return the result, after showing the evaluations."""
         session, progress, evaluations = self.session, self.progress, self.evaluations
         before, after = evaluations.before, evaluations.latest
-        if after is not None and (number or progress.evaluated != self.session.state.step):
+        if after is not None and (number or progress.evaluated != session.state.step):
             after = None
         message = None
         if before and after:
-            size = vocabulary_size(self.session.model)
-            message = advice.ended_worse(before, after, size)
+            message = advice.ended_worse(before, after, vocabulary_size(session.model))
         elif number is None and self.watch.is_degenerating:
             message = "the run ended while the model was degenerating, see the warnings above"
         result = TrainResult(
             adapter=self.folder.path,
-            pairs=len(self.session.train),
-            last=self._last_step(),
+            pairs=len(session.train),
+            last=self._last or recorded_step(progress.last, session.total_steps),
             before=before,
             after=after,
             best=progress.best[1] if progress.best else None,
             signal=number,
             stopped_early=number is None and session.state.step < session.total_steps,
-            skipped=self.session.state.skipped,
+            skipped=session.state.skipped,
             worse=message is not None,
             seconds=time.monotonic() - self._started,
             save_seconds=self.saver.seconds,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
         )
-        self.folder.finish(result.as_dict())
         if before and after:
             self.display.evaluations({"before": before, "after": after})
         self.display.warn(message)
+        try:
+            self.folder.finish(result.as_dict())
+        except SimPOError as error:  # the adapter is saved, and nothing of this is lost
+            self.display.warn(str(error))
         return result
-
-    def _last_step(self) -> StepMetrics:
-        """Return the last step; of a run that was resumed at its end, as it was recorded."""
-        if self._last is not None:
-            return self._last
-        assert self.progress.last is not None
-        metrics = dict(self.progress.last)
-        step, epoch = metrics.pop("step"), metrics.pop("epoch")
-        return StepMetrics(step, self.session.total_steps, epoch, metrics)

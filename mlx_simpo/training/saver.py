@@ -85,7 +85,10 @@ class Saver:
             delete_old(self.root, 1)
             folder = save_checkpoint(self.root, step, write)
         self._size = sum(file.stat().st_size for file in folder.rglob("*"))
-        delete_old(self.root, self._options.keep_checkpoints)
+        try:
+            delete_old(self.root, self._options.keep_checkpoints)
+        except (OSError, SimPOError) as error:
+            self._display.warn(f"old checkpoints in {self.root} could not be deleted: {error}")
 
     def _explain(self, text: str) -> None:
         if not self._has_explained:

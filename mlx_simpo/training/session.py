@@ -16,7 +16,6 @@ from ..engine.choice import Engine, choose_engine
 from ..engine.vocabulary import check_token_ids
 from ..errors import SimPOError
 from ..evaluation import Evaluation, evaluate_pairs
-from ..files import write_text
 from ..kernels.choice import choose_implementation
 from ..model.adapters import read_adapter_config, save_adapter
 from ..model.loading import LoadedModel, load_model
@@ -100,13 +99,12 @@ class Session:
             SimPOError: the folder cannot be written.
         """
         metadata = {"model": self.config.model, RECORD_KEY: self.record}
-        path = save_adapter(folder, self.model, {**metadata, **self.adapter})
-        write_text(path / "config.yaml", self.config.to_yaml())
+        texts = {"config.yaml": self.config.to_yaml()}
         # An adapter needs the template it was trained with, which is not always the tokenizer's
         # own.
         if self.encoder.renderer.text is not None:
-            write_text(path / "chat_template.jinja", self.encoder.renderer.text)
-        return path
+            texts["chat_template.jinja"] = self.encoder.renderer.text
+        return save_adapter(folder, self.model, {**metadata, **self.adapter}, texts)
 
 
 def prepare(

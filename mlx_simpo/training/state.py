@@ -26,8 +26,8 @@ OPTIMIZER = "optimizer."
 class TrainingState:
     """Optimizer, random numbers and position of one training.
 
-    step: optimizer steps that are finished. skipped: those among them whose update was not finite
-    and was left out. random: MLX's random state at the end of the last step, uint32 [2]; each step
+    step: optimizer steps that are finished. skipped: those among them without an update, because it
+    was not finite. random: MLX's random state at the end of the last step, uint32 [2]; each step
     begins with it, so that whatever draws random numbers in between changes nothing.
     """
 
@@ -72,7 +72,7 @@ class TrainingState:
         set_random_state(self.random)
 
     def skip_update(self) -> None:
-        """Count a step whose update was left out: the learning rate follows its schedule."""
+        """Count a step that has no update: the learning rate follows its schedule."""
         # The bias correction of the moments counts it too, which makes the next updates a little
         # smaller than those of a schedule with a counter of its own.
         self.optimizer.state["step"] = self.optimizer.step + 1

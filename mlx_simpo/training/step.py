@@ -168,8 +168,7 @@ def check_finite(step: int, losses: np.ndarray, norm: float, pairs: Sequence[Enc
     }
     raise NonFiniteError(
         f"the {what} of step {step} is not a finite number (pairs: {', '.join(sources)}). A lower "
-        "train.learning_rate, or dtype=float32 for a float16 model, usually fixes this; "
-        "train.on_nonfinite=skip leaves such steps out",
+        "train.learning_rate, or dtype=float32 for a float16 model, usually fixes this",
         record,
     )
 

@@ -94,7 +94,7 @@ def train_steps(
     """
     if not pairs:
         raise SimPOError("there are no pairs to train on")
-    options = config.train
+    options, checkpointed = config.train, config.train.gradient_checkpointing
     engine = engine or choose_engine(options.engine, model, config.logps.impl)
     steps = total_steps(options, len(pairs))
     state = state or TrainingState(model, config, steps)
@@ -106,11 +106,10 @@ def train_steps(
         started = time.perf_counter()
         model.train()
         state.seed_random_numbers()
-        checkpointing = gradient_checkpointing if options.gradient_checkpointing else nullcontext
         means, nonfinite, next_batch = {}, None, None
         try:
             with restore_on_error(model, state):
-                with checkpointing(model):
+                with gradient_checkpointing(model) if checkpointed else nullcontext():
                     parts, gradients = step_gradients(gradient_function, batch)
                 # Without a limit, too: clip_grad_norm also returns the norm.
                 gradients, norm = optim.clip_grad_norm(gradients, options.max_grad_norm or math.inf)
@@ -124,10 +123,7 @@ def train_steps(
             means = {name: float(v.mean(dtype=np.float64)) for name, v in metrics.items()}
             means["grad_norm"] = float(norm)
         except NonFiniteError as error:
-            if options.on_nonfinite == "stop" or state.skipped >= options.max_skipped:
-                raise
-            state.skip_update()
-            nonfinite = error.record
+            nonfinite = _skip(error, options, state)
         model.eval()
         state.random = random_state()
         state.step += 1
@@ -139,6 +135,22 @@ def train_steps(
         epoch = state.step / steps_per_epoch(len(pairs), options.step_pairs)
         yield StepMetrics(state.step, steps, epoch, means, nonfinite)
         batch = next_batch
+
+
+def _skip(error: NonFiniteError, options: TrainConfig, state: TrainingState) -> dict[str, Any]:
+    """Count a step as skipped, and return what is known of it.
+
+    Raises:
+        NonFiniteError: the settings do not allow it.
+    """
+    if options.on_nonfinite == "stop":
+        limit = "train.on_nonfinite=skip omits such steps"
+    elif state.skipped >= options.max_skipped:
+        limit = f"{state.skipped} were skipped before, and train.max_skipped is no higher"
+    else:
+        state.skip_update()
+        return error.record
+    raise NonFiniteError(f"{error}; {limit}", error.record) from None
 
 
 def step_batches(

@@ -109,7 +109,7 @@ def without_times(record: Any) -> Any:
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Return the names of what differs between two runs' `content`, bit for bit."""
-    found = [name for name in ("logs", "summary", "last") if one[name] != other[name]]
+    names = [name for name in ("logs", "summary", "last") if one[name] != other[name]]
     a, b = one["arrays"], other["arrays"]
-    found += sorted(a.keys() ^ b.keys())
-    return found + [n for n in sorted(a.keys() & b.keys()) if not np.array_equal(a[n], b[n])]
+    names += sorted(a.keys() ^ b.keys())
+    return names + [n for n in sorted(a.keys() & b.keys()) if not np.array_equal(a[n], b[n])]

@@ -27,7 +27,7 @@ from mlx_simpo import (
 from mlx_simpo.data.encode import Encoder
 from mlx_simpo.reporting.display import Display
 from mlx_simpo.training import session as session_module
-from mlx_simpo.training.session import open_dataset
+from mlx_simpo.training.datasets import open_dataset
 
 TOKENS = mx.random.randint(0, 500, (2, 16), key=mx.random.key(3))
 WEIGHTS = "adapters.safetensors"
