@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..engine.vocabulary import vocabulary_size
 from ..errors import SimPOError, one_line
+from ..model.adapters import WEIGHTS
 from ..reporting import advice
 from ..reporting.display import step_note
 from ..runs.folder import NONFINITE, SAMPLES, RunFolder
@@ -54,6 +55,7 @@ class Run:
         self.saver = Saver(folder.checkpoints, options, self.display)
         self._started = time.monotonic() - self.progress.seconds
         self._last: StepMetrics | None = None
+        self._is_unsaved = not folder.resuming  # whether no checkpoint holds the present state
 
     def finish(self) -> TrainResult:
         """Run to the end, or until a signal or an error, and write everything to the folder.
@@ -68,9 +70,12 @@ class Run:
             if self.session.state.step == 0:
                 self._save_checkpoint()  # also shows that saving works, before an evening is spent
             self._train()
-            if not self.stop and not self._is_finished:
-                self._save_adapter()
-                if self._evaluate_if_due():
+            if not self.stop:
+                # Before the last evaluation, and only if a run that had ended is not resumed.
+                if self._is_unsaved or not (self.folder.path / WEIGHTS).is_file():
+                    self._save_adapter()
+                self._evaluate_if_due()
+                if self._is_unsaved:
                     self._save_checkpoint()
         except (_Stopped, KeyboardInterrupt):
             number = self.stop.signal or signal.SIGINT
@@ -81,12 +86,6 @@ class Run:
         if number:
             self._end_interrupted(number)
         return self._result(number)
-
-    @property
-    def _is_finished(self) -> bool:
-        """Whether the run was at its end when it was resumed, and its adapter is there."""
-        is_saved = (self.folder.path / "adapters.safetensors").is_file()
-        return self._last is None and self.progress.evaluated == self.progress.step > 0 and is_saved
 
     @property
     def _is_over(self) -> bool:
@@ -100,7 +99,7 @@ class Run:
         session, progress = self.session, self.progress
         with self.display.progress("Training", session.total_steps, progress.step) as advance:
             for step in session.steps():
-                self._last, progress.last = step, step.as_dict()
+                self._last, progress.last, self._is_unsaved = step, step.as_dict(), True
                 self.folder.log(step.as_dict())
                 if step.nonfinite is not None:
                     self._record_nonfinite(step.nonfinite)
@@ -116,19 +115,18 @@ class Run:
                 if self.saver.is_due(step.step):
                     self._save_checkpoint()
 
-    def _evaluate_if_due(self) -> bool:
-        """Evaluate if it is the turn of it after the last finished step; return whether it was."""
+    def _evaluate_if_due(self) -> None:
+        """Evaluate if it is the turn of it after the last finished step."""
         session, progress, options = self.session, self.progress, self.session.config.train
         step, every = session.state.step, options.eval_every
         is_due = step == 0 or self._is_over or (every is not None and step % every == 0)
         if not is_due or progress.evaluated == step:
-            return False
+            return
         if session.valid:
             self._evaluate(step)
         if options.sample_prompts:
             self._sample(step)
-        progress.evaluated = step
-        return bool(session.valid or options.sample_prompts)
+        progress.evaluated, self._is_unsaved = step, True
 
     def _evaluate(self, step: int) -> None:
         title = "Before" if step == 0 else "After" if self._is_over else f"Step {step}"
@@ -186,11 +184,11 @@ class Run:
 
     # --- saving --------------------------------------------------------------------------------
 
-    def _save_checkpoint(self) -> bool:
+    def _save_checkpoint(self) -> None:
         self.progress.seconds = time.monotonic() - self._started
         self.progress.watch = self.watch.state()
         self.progress.early_stopping = self.early_stopping.state()
-        return self.saver.save(
+        self._is_unsaved &= not self.saver.save(
             self.session.state.step,
             lambda folder: write_checkpoint(
                 folder,
