@@ -1,8 +1,10 @@
 """What `mlx-simpo doctor` reports: the machine, which implementation of the log-probabilities runs
 on it and why, whether its results are right, and how fast it is."""
 
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -17,6 +19,13 @@ from .kernels.built_in import IGNORE_INDEX
 from .kernels.choice import Implementation, choose_implementation
 
 PACKAGES = ("mlx-simpo", "mlx", "mlx-lm")
+# What MLX puts into one command buffer at most, and a switch of Apple's driver that Apple does not
+# document; docs/troubleshooting.md says what is known of them.
+WATCHDOG_VARIABLES = (
+    "MLX_MAX_OPS_PER_BUFFER",
+    "MLX_MAX_MB_PER_BUFFER",
+    "AGX_RELAX_CDM_CTXSTORE_TIMEOUT",
+)
 # Vocabularies to check: tiny, odd, more than a threadgroup reads at once, SmolLM2's, Qwen's.
 SIZES = (2, 33, 1027, 49152, 151936)
 SOFTCAPS = (0.0, 30.0)
@@ -61,7 +70,17 @@ def machine() -> dict[str, str]:
         "MLX's device": str(mx.default_device()),
         "Python": platform.python_version(),
     }
-    return description | {name: version(name) for name in PACKAGES}
+    description |= {name: version(name) for name in PACKAGES}
+    return description | ({"GPU watchdog": gpu_watchdog()} if sys.platform == "darwin" else {})
+
+
+def gpu_watchdog() -> str:
+    """Return what a Mac's owner should know of macOS's GPU watchdog, and what is set against it."""
+    values = (f"{name} is {os.environ.get(name, 'not set')}" for name in WATCHDOG_VARIABLES)
+    return (
+        "macOS may end a run while the display is on, with “Impacting Interactivity” (see "
+        f"docs/troubleshooting.md); {', '.join(values)}"
+    )
 
 
 # --- is it right? ----------------------------------------------------------------------------

@@ -156,7 +156,9 @@ def is_worse(before: Evaluation, after: Evaluation) -> bool:
     loss = before.metrics["loss"]
     if len(changes) < FEWEST_PAIRS:
         return bool((changes > 0).all()) and after.metrics["loss"] > far_above(loss)
-    return changes.mean() > SMALLEST_RISE * loss and bootstrap_interval(changes)[0] > 0
+    if changes.mean() <= SMALLEST_RISE * loss:
+        return False
+    return bootstrap_interval(changes)[0] > 0
 
 
 def far_above(loss: float) -> float:

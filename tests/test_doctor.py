@@ -1,6 +1,7 @@
 """mlx-simpo doctor: what it prints, and that it notices results that are wrong."""
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,22 @@ def test_json_has_everything(device: str, capsys: Capture) -> None:
         "plain operations",
     ]
     assert all(t["milliseconds"] > 0 and t["gb_per_second"] > 0 for t in report["timings"])
+
+
+def test_a_mac_is_told_of_the_gpu_watchdog(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert "GPU watchdog" not in command(capsys, "doctor").out or sys.platform == "darwin"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "8")
+    monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER", raising=False)
+    line = command(capsys, "doctor", "--json").json["machine"]["GPU watchdog"]
+    for words in (
+        "“Impacting Interactivity” (see docs/troubleshooting.md)",
+        "MLX_MAX_OPS_PER_BUFFER is 8, MLX_MAX_MB_PER_BUFFER is not set",
+    ):
+        assert words in line
+    assert f"\nGPU watchdog: {line}\n" in command(capsys, "doctor").out
 
 
 def shifted_logps(*arrays: Any, **settings: Any) -> tuple:

@@ -1,5 +1,6 @@
 """Evaluation: per-pair results in input order, whatever the batches; the bootstrap interval."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -7,12 +8,19 @@ import numpy as np
 import pytest
 from helpers.tiny import some_pairs, tiny_model, tiny_tokenizer
 
-from mlx_simpo import DataConfig, LoRAConfig, ObjectiveConfig, SimPOError, evaluate_pairs
+from mlx_simpo import (
+    DataConfig,
+    Evaluation,
+    LoRAConfig,
+    ObjectiveConfig,
+    SimPOError,
+    evaluate_pairs,
+)
 from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence, encode_pairs
 from mlx_simpo.data.records import Pair
 from mlx_simpo.engine.collate_stacked import collate_stacked
 from mlx_simpo.engine.reference import average_logps
-from mlx_simpo.evaluation import bootstrap_interval
+from mlx_simpo.evaluation import bootstrap_interval, has_collapsed, is_worse, summarize_logps
 from mlx_simpo.model.lora import attach_lora
 
 MODEL = tiny_model()
@@ -112,3 +120,97 @@ def test_tokens_that_the_model_does_not_have_are_an_error() -> None:
         SimPOError, match=r"f.jsonl:3 has token 600, but the model has a vocabulary"
     ):
         evaluate_pairs(MODEL, [*PAIRS, pair], ObjectiveConfig())
+
+
+# --- rebuilt from its arrays -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig(), ObjectiveConfig(beta=10, sft_weight=0.3)])
+def test_an_evaluation_is_rebuilt_from_its_log_probabilities(objective: ObjectiveConfig) -> None:
+    result = evaluate_pairs(MODEL, PAIRS, objective, batch_size=2)
+    saved = [np.array(mx.array(logps)) for logps in (result.chosen_logps, result.rejected_logps)]
+    rebuilt = summarize_logps(PAIRS, saved[0], saved[1], objective)
+    assert rebuilt.as_dict() == result.as_dict()
+    assert rebuilt.per_pair() == result.per_pair()
+    assert (rebuilt.losses == result.losses).all()
+    assert result.losses.mean() == pytest.approx(result.metrics["loss"])
+
+
+def test_log_probabilities_that_are_not_finite_are_an_error() -> None:
+    logps = np.zeros(9, np.float32)
+    bad = np.array([0, np.nan, 0, 0, -np.inf, 0, 0, 0, 0], np.float32)
+    with pytest.raises(SimPOError, match="the log-probabilities of 2 of 9 pairs are not finite"):
+        summarize_logps(PAIRS, logps, bad, ObjectiveConfig())
+
+
+# --- worse than before -----------------------------------------------------------------------
+
+
+def evaluated(losses: Sequence[float] | np.ndarray, chosen: float = -1.0) -> Evaluation:
+    none = np.zeros(0, np.float32)
+    losses = np.array(losses, np.float32)
+    metrics = {"loss": float(losses.mean()), "logps/chosen": chosen}
+    return Evaluation((), metrics, (0.0, 1.0), none, none, none, losses)
+
+
+def test_a_loss_that_rises_for_most_pairs_is_worse() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.uniform(0.5, 2.5, 40)
+    change = rng.normal(0.2, 0.3, 40)
+    assert is_worse(evaluated(before), evaluated(before + change))
+    assert not is_worse(evaluated(before), evaluated(before - change))
+    assert not is_worse(evaluated(before), evaluated(before))
+
+
+def test_the_change_per_pair_decides_and_not_the_spread_of_the_pairs() -> None:
+    before = np.linspace(0.1, 9.0, 30)
+    assert is_worse(evaluated(before), evaluated(before + 0.1))
+
+
+def test_chance_is_rarely_worse() -> None:
+    """With no change in the mean, about 1 of 40 runs: the interval has 2.5 % on each side."""
+    rng = np.random.default_rng(1)
+    before = np.ones(50)
+    results = [
+        is_worse(evaluated(before), evaluated(before + rng.normal(0, 0.5, 50))) for _ in range(40)
+    ]
+    assert sum(results) <= 4
+
+
+def test_a_rise_of_less_than_1_percent_is_not_worse() -> None:
+    before = np.linspace(1.0, 2.0, 30)
+    assert not is_worse(evaluated(before), evaluated(before * 1.009))
+    assert is_worse(evaluated(before), evaluated(before * 1.011))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_few_pairs_must_all_be_far_worse(count: int) -> None:
+    before = np.ones(count)
+    assert is_worse(evaluated(before), evaluated(before + 1.5))
+    assert not is_worse(evaluated(before), evaluated(before + 0.9))
+    one_better = before + 8.0 * (np.arange(count) > 0) - 0.1
+    assert not is_worse(evaluated(before), evaluated(one_better))
+
+
+def test_five_pairs_may_show_a_small_rise() -> None:
+    assert is_worse(evaluated([1.0] * 5), evaluated([1.2] * 5))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "vocab_size", "expected"),
+    [
+        (-3.27, -2.06, 49152, False),  # configs/demo.yaml
+        (-3.27, -29.79, 49152, True),  # with a learning rate of 1e-2, and a loss of 0
+        (-3.27, -10.80, 49152, True),  # of 1e6: the uniform distribution
+        (-1.80, -2.00, 49152, False),
+        (-1.80, -5.0, 49152, False),
+        (-1.80, -6.5, 49152, True),
+        (-6.2, -9.0, 512, False),  # a random model
+        (-5.5, -9.0, 512, False),
+    ],
+)
+def test_a_collapse_is_the_loss_of_half_of_what_a_model_knew(
+    before: float, after: float, vocab_size: int, expected: bool
+) -> None:
+    first, last = (evaluated([1.0] * 6, logp) for logp in (before, after))
+    assert has_collapsed(first, last, vocab_size) == expected

@@ -1,5 +1,7 @@
 """Files from elsewhere: damaged ones are named in one message, valid ones are read exactly."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -11,9 +13,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import faults
+from helpers.faults import KILLED, Forks, cut_power
+from helpers.memory import memory_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_simpo import files
 from mlx_simpo.errors import SimPOError
 from mlx_simpo.files import (
     is_inside_its_folder,
@@ -21,9 +27,13 @@ from mlx_simpo.files import (
     read_header,
     read_json,
     save_safetensors,
+    sync,
     weight_files,
+    write_durably,
     write_text,
 )
+
+needs_faults = pytest.mark.skipif(faults.missing() is not None, reason=faults.missing() or "")
 
 DATA = bytes(range(24)) + bytes(12)
 HEADER: dict[str, Any] = {
@@ -326,3 +336,100 @@ def test_text_that_is_not_unicode_is_escaped(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(SimPOError, match=f"cannot write {tmp_path}: "):
         write_text(tmp_path, "x")
+
+
+# --- files that survive ----------------------------------------------------------------------
+
+
+@needs_faults
+def test_a_file_is_the_old_or_the_new_one_whenever_the_process_or_the_power_ends() -> None:
+    old, new = b"old" * 100, b"new" * 200
+    with memory_folder() as folder, Forks("from mlx_simpo.files import write_durably") as forks:
+        path = folder / "config.yaml"
+        code = f"from pathlib import Path; write_durably(Path({str(path)!r}), {new!r})"
+        operations = forks.run(code, folder).operations
+        assert [o.name for o in operations] == ["open", "write", "sync", "rename", "sync"]
+        assert [o.path for o in operations][-2:] == ["config.yaml", "."]
+        for number, operation in enumerate(operations, 1):
+            for torn in (False, True):
+                for power in (False, True):
+                    path.write_bytes(old)
+                    ended = forks.run(code, folder, kill_at=number, torn=torn)
+                    assert ended.status == KILLED
+                    if power:
+                        cut_power(folder, ended.operations[:-1])
+                    assert path.read_bytes() == (new if number > 4 else old), operation
+        write_durably(path, b"more")  # over what the killed ones have left
+        assert [(p.name, p.read_bytes()) for p in folder.iterdir()] == [("config.yaml", b"more")]
+
+
+@needs_faults
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_file_that_the_disk_rejects_is_as_it_was(code: int) -> None:
+    with memory_folder() as folder, Forks("from mlx_simpo.files import write_durably") as forks:
+        path = folder / "x"
+        path.write_bytes(b"old")
+        call = f"from pathlib import Path; write_durably(Path({str(path)!r}), b'new')"
+        for number in range(1, 5):  # to the rename
+            for torn in (False, True):
+                ended = forks.run(call, folder, full_at=number, torn=torn, error=code)
+                assert ended.err.splitlines()[-1].startswith(f"OSError: [Errno {code}] "), ended
+                assert [(p.name, p.read_bytes()) for p in folder.iterdir()] == [("x", b"old")]
+
+
+def test_what_cannot_be_synced_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        sync(tmp_path / "none")
+    with pytest.raises(FileNotFoundError):
+        write_durably(tmp_path / "none" / "x", b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "is_folder", "is_ignored"),
+    [
+        (errno.EIO, False, False),
+        (errno.EIO, True, False),
+        (errno.ENOSPC, True, False),
+        (errno.EINVAL, False, False),
+        (errno.EINVAL, True, True),  # SMB shares on Linux, for example
+        (errno.ENOTSUP, True, True),
+    ],
+)
+def test_only_folders_of_disks_that_cannot_sync_them_are_not_synced(
+    code: int, is_folder: bool, is_ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    path = tmp_path if is_folder else write(tmp_path / "x", b"")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.delattr(fcntl, "F_FULLFSYNC", raising=False)
+    if is_ignored:
+        sync(path)
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            sync(path)
+
+
+@pytest.mark.parametrize("code", [0, errno.ENOTSUP, errno.EINVAL, errno.ENOTTY, errno.EIO])
+def test_macos_is_asked_to_empty_the_cache_of_the_drive(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F_FULLFSYNC first, and fsync where the file system has only that."""
+    calls: list[object] = []
+
+    def control(descriptor: int, command: int) -> None:
+        calls.append(command)
+        if code:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
+    if code == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            sync(tmp_path)
+    else:
+        sync(tmp_path)
+    assert calls == [51] if code in (0, errno.EIO) else calls == [51, "fsync"]

@@ -1,4 +1,4 @@
-"""Ctrl-C while modules load."""
+"""Ctrl-C while modules load; `training.stopping` has the one for runs."""
 
 import os
 import signal
@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-STATUS = 130  # 128 + SIGINT, as a shell reports it
-MESSAGE = "mlx-simpo: interrupted\n"
+from ..training.stopping import INTERRUPTED, exit_status
+
+STATUS = exit_status(signal.SIGINT)
 
 
 @contextmanager
@@ -31,5 +32,5 @@ def exit_on_interrupt() -> Iterator[None]:
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:
-    os.write(2, MESSAGE.encode())  # sys.stderr may be in the middle of a write
+    os.write(2, INTERRUPTED.encode())  # sys.stderr may be in the middle of a write
     os._exit(STATUS)

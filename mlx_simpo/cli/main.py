@@ -32,7 +32,7 @@ def run_command(arguments: Sequence[str]) -> int:
         print_error(error)
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(interrupt.MESSAGE)
+        sys.stderr.write(interrupt.INTERRUPTED)
         return interrupt.STATUS
 
 

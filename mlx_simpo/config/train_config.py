@@ -93,7 +93,8 @@ class TrainConfig(Section):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     sample_prompts: tuple[str, ...] = setting(
         (),
-        "prompts to respond to at each evaluation, to see what becomes of the responses",
+        "prompts, such as [Why is the sky blue?], to respond to at each evaluation, to see what "
+        "becomes of the responses",
         on_resume="free",
     )
     sample_tokens: int = setting(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import SimPOError, one_line
 from ..paths import cache_folder
@@ -150,6 +151,8 @@ def load_folder(folder: Path) -> TokenizedSource:
         if short_sha256(text.encode()) != checksum:
             raise DamagedCacheError(f"{MANIFEST} does not match its hash")
         content = json.loads(text)
+        if not is_manifest(content):
+            raise DamagedCacheError(f"{MANIFEST} is not as this version writes it")
         for name, (size, sha256) in content["files"].items():
             actual_size = (folder / name).stat().st_size
             if actual_size != size:
@@ -158,10 +161,24 @@ def load_folder(folder: Path) -> TokenizedSource:
                 raise DamagedCacheError(f"{name} does not match its hash")
         pairs = TokenizedPairs(folder)
         os.utime(folder / MANIFEST)  # the time of last use, for `delete_unused`
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedCacheError(one_line(error)) from None
     quarantined = [Quarantined(*entry) for entry in content["quarantined"]]
     return TokenizedSource(pairs, quarantined, f"tokens are loaded from the cache in {folder}")
+
+
+def is_manifest(content: Any) -> bool:
+    """Return whether a value has the form that `write_manifest` writes, and names FILES alone."""
+    if not isinstance(content, dict):
+        return False
+    files, quarantined = content.get("files"), content.get("quarantined")
+    if not (isinstance(files, dict) and isinstance(quarantined, list)):
+        return False
+    return sorted(files) == sorted(FILES) and all(
+        isinstance(entry, list) and [type(value) for value in entry] == types
+        for entries, types in ((files.values(), [int, str]), (quarantined, [str, str, str]))
+        for entry in entries
+    )
 
 
 def delete_unused(root: Path) -> None:

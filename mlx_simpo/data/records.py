@@ -227,7 +227,8 @@ def parse_tools(record: dict) -> list | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+        # ValueError: also a number of too many digits. RecursionError: deeply nested brackets.
+        except (ValueError, RecursionError) as error:
             raise InvalidRecordError("tools are not a JSON list", str(error)) from None
     if tools is not None and not isinstance(tools, list):
         raise InvalidRecordError("tools are not a JSON list", f"tools is {describe(tools)}")

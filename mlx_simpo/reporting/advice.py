@@ -133,25 +133,29 @@ def ended_worse(before: Evaluation, after: Evaluation, vocab_size: int) -> str |
     """
     if not is_worse(before, after) and not has_collapsed(before, after, vocab_size):
         return None
-    uniform = -math.log(vocab_size)
-    pairs = ((name, before.metrics[name], after.metrics[name]) for name in ("loss", "logps/chosen"))
-    figures = ", ".join(f"{name} from {was:.2f} to {now:.2f}" for name, was, now in pairs)
-    accuracy = (
-        f"{before.metrics['rewards/accuracies']:.1%} to {after.metrics['rewards/accuracies']:.1%}"
+    formats = {"loss": ".2f", "logps/chosen": ".2f", "rewards/accuracies": ".1%"}
+    figures = ", ".join(
+        f"{name} from {before.metrics[name]:{digits}} to {after.metrics[name]:{digits}}"
+        for name, digits in formats.items()
     )
-    state = ""
-    logps = [after.metrics[f"logps/{name}"] for name in ("chosen", "rejected")]
-    if all(abs(logp - uniform) < UNIFORM_TOLERANCE for logp in logps):
-        state = (
-            f"; the model finds every token equally likely (−ln {vocab_size} = {uniform:.2f}): its "
+    return (
+        f"the run ended worse than it began: {figures}{_lost_knowledge(after, vocab_size)}; "
+        f"{COLLAPSE_REMEDY}"
+    )
+
+
+def _lost_knowledge(evaluation: Evaluation, vocab_size: int) -> str:
+    """Say how a destroyed model compares with the uniform distribution; or an empty string."""
+    uniform = -math.log(vocab_size)
+    chosen, rejected = (evaluation.metrics[f"logps/{name}"] for name in ("chosen", "rejected"))
+    if max(abs(chosen - uniform), abs(rejected - uniform)) < UNIFORM_TOLERANCE:
+        return (
+            f"; the model finds every token equally likely (-ln {vocab_size} = {uniform:.2f}): its "
             "weights are destroyed"
         )
-    elif logps[0] < uniform:
-        state = (
+    if chosen < uniform:
+        return (
             "; the model finds the chosen responses less likely than random tokens, at "
             f"{uniform:.2f}"
         )
-    return (
-        f"the run ended worse than it began: {figures}, rewards/accuracies from {accuracy}{state}; "
-        f"{COLLAPSE_REMEDY}"
-    )
+    return ""

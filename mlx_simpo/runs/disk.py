@@ -10,12 +10,13 @@ from pathlib import Path
 from ..errors import SimPOError
 
 _REMEDIES = {
+    errno.EACCES: "name a folder of your own, or change the permissions",
+    errno.EPERM: "name a folder of your own, or change the permissions",
     errno.EROFS: "the disk is mounted read-only: name a folder on another one",
     errno.ENOSPC: "delete what you no longer need, or name a folder on another disk",
     errno.EDQUOT: "delete what you no longer need, or name a folder on another disk",
 }
 WRITABLE = ".writable-"  # begins the name of the folder that `check_writable` creates
-_REMEDY = "name a folder of your own, or change the permissions"
 
 
 def check_writable(folder: Path) -> None:
@@ -35,7 +36,7 @@ def check_writable(folder: Path) -> None:
             Path(attempt, "file").write_bytes(bytes(4096))
     except OSError as error:
         where = f"{folder}" if folder == nearest else f"{folder} (tried in {nearest})"
-        remedy = _REMEDIES.get(error.errno or 0, _REMEDY)
+        remedy = _REMEDIES.get(error.errno or 0, "name a folder on another disk")
         raise SimPOError(f"cannot write to {where}: {error.strerror or error}; {remedy}") from None
 
 
@@ -68,8 +69,8 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     """
     if (free := free_bytes(folder)) < needed:
         raise SimPOError(
-            f"{what} needs {_in_gb(needed)}, and the disk of {folder} has {_in_gb(free)} left; "
-            "delete what you no longer need, or name a folder on another disk"
+            f"{what} needs {_readable(needed)}, and the disk of {folder} has {_readable(free)} "
+            "left; delete what you no longer need, or name a folder on another disk"
         )
 
 
@@ -79,5 +80,5 @@ def _nearest_existing(folder: Path) -> Path:
     return next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
 
 
-def _in_gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,7 +35,9 @@ def lock_run(folder: Path) -> Iterator[None]:
     The lock is the operating system's, on the file .lock, and ends with the process, however that
     ends. A file that a dead process of this host has left is therefore taken over. One that
     another host has left is not, even if the system grants its lock: not every network folder
-    passes locks between hosts, so that the other process may be running.
+    passes locks between hosts, so that the other process may be running. On the disk of the
+    system or of its temporary files it is taken over, too: no other host writes there, and it is
+    this one that has a new name, as Macs get with every network.
 
     Raises:
         SimPOError: another process holds the lock, or may hold it, or the file cannot be locked.
@@ -99,12 +102,17 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def _check_left_by_this_host(path: Path, other: dict[str, Any]) -> None:
-    """Raise SimPOError if the file, which nobody holds here, is from another host."""
-    if other.get("host", socket.gethostname()) != socket.gethostname():
+    """Raise SimPOError if the file, which no process of this host holds, is from another host."""
+    if other.get("host", socket.gethostname()) != socket.gethostname() and not _is_local(path):
         raise SimPOError(
             f"{path.parent} was locked by {_describe(other)}, and whether that still runs cannot "
             f"be seen from {socket.gethostname()}; if it does not, remove {path}"
         )
+
+
+def _is_local(path: Path) -> bool:
+    """Return whether a file is on a disk that is certainly this host's own."""
+    return path.stat().st_dev in {os.stat(p).st_dev for p in ("/", tempfile.gettempdir())}
 
 
 def _write(descriptor: int) -> None:

@@ -120,6 +120,8 @@ def _read_manifest(folder: Path, path: Path) -> dict[str, tuple[int, str]]:
                 f"the checkpoint {folder} has format {version}, and this version of mlx_simpo "
                 f"reads {FORMAT}; install the version that saved it, or a newer one"
             )
+        if version != FORMAT:
+            raise ValueError(f"format {version}")
         expected = {name: (int(size), str(sha)) for name, (size, sha) in manifest["files"].items()}
         name = checkpoint_name(int(manifest["step"]))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..config.early_stopping import EarlyStoppingConfig
 from ..errors import SimPOError
+from ..reporting.display import count_text
 
 
 class EarlyStopping:
@@ -37,8 +38,8 @@ class EarlyStopping:
         verb = "fallen" if config.metric == "loss" else "risen"
         by = f" by more than {config.min_delta:g}" if config.min_delta else ""
         return (
-            f"eval_{config.metric} has not {verb}{by} in {self.waited} evaluations "
-            f"(best {self.best:.4f}, now {value:.4f})"
+            f"eval_{config.metric} has not {verb}{by} in "
+            f"{count_text(self.waited, 'evaluation')} (best {self.best:.4f}, now {value:.4f})"
         )
 
     def _improvement(self, value: float) -> float:

@@ -12,7 +12,7 @@ from ..evaluation import Evaluation
 from ..reporting import advice
 from ..reporting.display import step_note
 from ..runs.checkpoints import list_checkpoints
-from ..runs.folder import ADAPTER, NONFINITE, RunFolder, resume_command
+from ..runs.folder import NONFINITE, RunFolder, resume_command
 from ..sampling.samples import Sample, sample_responses
 from .early_stopping import EarlyStopping
 from .fingerprint import fingerprint
@@ -69,6 +69,7 @@ class Run:
         self.saver = Saver(folder.checkpoints, options, self.display)
         self._started = time.monotonic() - self.progress.seconds
         self._last: StepMetrics | None = None
+        self._is_unsaved = not folder.resuming  # whether no checkpoint holds the present state
 
     def finish(self) -> TrainResult:
         """Run to the end, or until a signal or an error, and write everything to the folder.
@@ -83,9 +84,12 @@ class Run:
             if self.session.state.step == 0:
                 self._save_checkpoint()  # also shows that saving works, before an evening is spent
             self._train()
-            if not self.stop and not self._is_finished:
+            if not self.stop:
+                # Before the last evaluation. Of a run that is resumed at its end, too: it may have
+                # been killed before this, and then has the adapter of an earlier interruption.
                 self._save_adapter()
-                if self._evaluate_if_due():
+                self._evaluate_if_due()
+                if self._is_unsaved:
                     self._save_checkpoint()
         except (_Stopped, KeyboardInterrupt):
             number = self.stop.signal or signal.SIGINT
@@ -96,12 +100,6 @@ class Run:
         if number:
             self._end_interrupted(number)
         return self._result(number)
-
-    @property
-    def _is_finished(self) -> bool:
-        """Whether the run was at its end when it was resumed, and its adapter is there."""
-        is_saved = (self.folder.path / ADAPTER).is_file()
-        return self._last is None and self.progress.evaluated == self.progress.step > 0 and is_saved
 
     @property
     def _is_over(self) -> bool:
@@ -120,7 +118,7 @@ class Run:
             return
         with self.display.progress("Training", session.total_steps, progress.step) as advance:
             for step in session.steps():
-                self._last, progress.last = step, step.as_dict()
+                self._last, progress.last, self._is_unsaved = step, step.as_dict(), True
                 self.folder.log(step.as_dict())
                 if step.nonfinite is not None:
                     record_skipped(self.folder, self.display, step.nonfinite)
@@ -136,13 +134,13 @@ class Run:
                 if self.saver.is_due(step.step):
                     self._save_checkpoint()
 
-    def _evaluate_if_due(self) -> bool:
-        """Evaluate if it is the turn of it after the last finished step; return whether it was."""
+    def _evaluate_if_due(self) -> None:
+        """Evaluate if it is the turn of it after the last finished step."""
         session, progress, options = self.session, self.progress, self.session.config.train
         step, every = session.state.step, options.eval_every
         is_due = step == 0 or self._is_over or (every is not None and step % every == 0)
         if not is_due or progress.evaluated == step:
-            return False
+            return
         result = samples = None
         if session.valid:
             title = "Before" if step == 0 else "After" if self._is_over else f"Step {step}"
@@ -162,8 +160,7 @@ class Run:
             progress.samples = progress.samples or [sample.as_dict() for sample in samples]
             first = [Sample(**sample) for sample in progress.samples]
             record_samples(self.folder, self.display, step, samples, first)
-        progress.evaluated = step
-        return result is not None or samples is not None
+        progress.evaluated, self._is_unsaved = step, True
 
     def _add_evaluation(self, step: int, result: Evaluation) -> None:
         """Log the result, keep the adapter if it is the best one, and see whether to stop."""
@@ -195,11 +192,11 @@ class Run:
 
     # --- saving --------------------------------------------------------------------------------
 
-    def _save_checkpoint(self) -> bool:
+    def _save_checkpoint(self) -> None:
         self.progress.seconds = time.monotonic() - self._started
         self.progress.watch = self.watch.state()
         self.progress.early_stopping = self.early_stopping.state()
-        return self.saver.save(
+        self._is_unsaved &= not self.saver.save(
             self.session.state.step,
             lambda folder: write_checkpoint(
                 folder,
@@ -217,7 +214,8 @@ class Run:
         Raises:
             SimPOError: the adapter cannot be written; the message names the last checkpoint.
         """
-        self._save_checkpoint()
+        if self._is_unsaved:
+            self._save_checkpoint()
         try:
             self.session.save(self.folder.path)
         except SimPOError as error:

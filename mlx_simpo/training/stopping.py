@@ -8,6 +8,7 @@ instead. The interpreter's handler in C writes each signal's number into a pipe 
 This module must not import anything heavy: the command line needs its exit statuses first.
 """
 
+import _thread
 import os
 import select
 import signal
@@ -96,10 +97,11 @@ class _Listener:
         self.request = StopRequest()
         self._notify = notify
         self._numbers = numbers
-        self._received = self._handled = 0
+        self._received = self._own_interrupts = 0
+        self._must_raise = False
         self._terminals = [fd for fd in (0, 1, 2) if os.isatty(fd)]
         # Python defines ps1 for its prompt only; IPython and Jupyter do the same.
-        self._interactive = self._may_raise = hasattr(sys, "ps1") or bool(sys.flags.interactive)
+        self._interactive = hasattr(sys, "ps1") or bool(sys.flags.interactive)
         self._reading_end, self._writing_end = os.pipe()
         os.set_blocking(self._writing_end, False)
         self._messages: list[threading.Thread] = []
@@ -114,7 +116,6 @@ class _Listener:
 
     def close(self) -> None:
         """Restore what was before. Every signal until now is counted when this returns."""
-        self._may_raise = False  # not in the middle of this
         self.restore()
         os.close(self._writing_end)
         self._thread.join()
@@ -132,7 +133,10 @@ class _Listener:
         _Listener.active = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Raise KeyboardInterrupt at the second signal, if it is an interactive session's SIGINT.
+        """Raise KeyboardInterrupt if the thread asks for it, and do nothing otherwise.
+
+        Counting is the thread's: Python calls this once for two signals that come during one call
+        of MLX.
 
         Raises:
             KeyboardInterrupt: as above.
@@ -143,11 +147,8 @@ class _Listener:
             os.write(self._writing_end, bytes([number]))
             if current_fd >= 0:
                 signal.set_wakeup_fd(current_fd)
-        self._handled += 1
-        # Python calls this once for two signals that came during one call of MLX, and may call it
-        # before the thread has read the number.
-        is_second = max(self._handled, self._received) > 1
-        if is_second and self._may_raise and number == signal.SIGINT:
+        if self._must_raise:
+            self._must_raise = False
             raise KeyboardInterrupt
 
     def _listen(self) -> None:
@@ -160,6 +161,9 @@ class _Listener:
                         os.write(self._previous_fd, bytes([number]))
 
     def _receive(self, number: int) -> None:
+        if number == signal.SIGINT and self._own_interrupts:
+            self._own_interrupts -= 1
+            return
         self._received += 1
         if number == signal.SIGHUP:
             self._leave_closed_terminal()
@@ -171,6 +175,10 @@ class _Listener:
             message.start()
         elif not (self._interactive and number == signal.SIGINT):
             end_at_once(number)
+        elif _Listener.active is self:  # and not at its end
+            self._must_raise = True
+            self._own_interrupts += 1
+            _thread.interrupt_main()  # it calls the handler, and writes the number, too
 
     def _say(self, number: int) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

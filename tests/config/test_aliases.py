@@ -1,20 +1,13 @@
 """Hints at the right name: for slips, for other sections, and for other libraries' names."""
 
-from typing import Any
-
 import pytest
+from helpers.settings import nested
 
 from mlx_simpo import SimPOConfig, SimPOError
 from mlx_simpo.config.aliases import ALIASES
 from mlx_simpo.config.schema import all_settings, from_mapping, nearest_name
 
 NAMES = [name for name, _, _ in all_settings(SimPOConfig)]
-
-
-def nested(name: str, value: Any) -> dict:
-    """{"lora": {"rank": value}} of "lora.rank"."""
-    section, _, leaf = name.rpartition(".")
-    return {section: {leaf: value}} if section else {leaf: value}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -152,6 +152,9 @@ def resolved_settings(name: str) -> dict[str, Any]:
             "gradient_checkpointing": False,
             "compile": None,
             "eval_every": 100,
+            "early_stopping": {"metric": "loss", "patience": None, "min_delta": 0.0},
+            "sample_prompts": [],
+            "sample_tokens": 100,
         },
         "logps": {"impl": "auto"},
     }

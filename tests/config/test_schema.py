@@ -27,11 +27,21 @@ Names = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class Deep(Section):
+    """A section within a section."""
+
+    NAME: ClassVar[str] = "inner.deep"
+
+    depth: int = setting(1, "a depth", POSITIVE)
+
+
+@dataclass(frozen=True)
 class Inner(Section):
     """A section."""
 
     NAME: ClassVar[str] = "inner"
 
+    deep: Deep = Deep()
     share: float | None = setting(None, "a share", SHARE)
     words: str | tuple[str, ...] = setting("all", "some words")
 
@@ -100,9 +110,9 @@ def test_values_of_the_right_type_are_valid(hint: Any, value: Any, expected: Any
         (Letter, 1, "one of 'a', '1'"),
         (Letter, ["a"], "one of 'a', '1'"),
         (Letter | None, "b", "one of 'a', '1' or null"),
-        (Names, [1], "text or a list of names"),
-        (Names, ["a", None], "text or a list of names"),
-        (Names, {"a": 1}, "text or a list of names"),
+        (Names, [1], "text or a list of texts"),
+        (Names, ["a", None], "text or a list of texts"),
+        (Names, {"a": 1}, "text or a list of texts"),
     ],
 )
 def test_values_of_another_type_are_errors(hint: Any, value: Any, types: str) -> None:
@@ -196,8 +206,9 @@ def test_rules_hold_up_to_their_edges(rule: Rule, inside: list, outside: list) -
 
 
 def test_a_whole_mapping_is_read() -> None:
-    config = read({"count": 2, "inner": {"share": 1, "words": ["a", "b"]}})
-    assert config == Outer(count=2, inner=Inner(share=1.0, words=("a", "b")))
+    inner = {"share": 1, "words": ["a", "b"], "deep": {"depth": 4}}
+    config = read({"count": 2, "inner": inner})
+    assert config == Outer(2, Inner(Deep(4), share=1.0, words=("a", "b")))
     assert type(config.inner.share) is float
 
 
@@ -213,6 +224,22 @@ def test_a_whole_mapping_is_read() -> None:
         ({"count": 1, "share": 1}, "unknown setting 'share'; did you mean 'inner.share'?"),
         ({"count": 1, 5: 6}, "unknown setting '5'; `mlx-simpo train --help` lists them all"),
         ({"count": 1, "inner": {None: 6}}, "unknown setting 'inner.None'"),
+        (
+            {"count": 1, "inner": {"deep": {"depth": 0}}},
+            "inner.deep.depth is 0; it must be greater than 0",
+        ),
+        (
+            {"count": 1, "inner": {"deep": 3}},
+            "inner.deep is 3; it must be a section of settings (inner.deep: …)",
+        ),
+        (
+            {"count": 1, "inner": {"deap": {"depth": 2}}},
+            "unknown setting 'inner.deap'; did you mean 'inner.deep'?",
+        ),
+        (
+            {"count": 1, "inner": {"deep": {"dept": 2}}},
+            "unknown setting 'inner.deep.dept'; did you mean 'inner.deep.depth'?",
+        ),
     ],
 )
 def test_an_invalid_mapping_is_an_error(mapping: dict, message: str) -> None:
@@ -232,4 +259,5 @@ def test_sections_are_frozen() -> None:
 
 
 def test_all_settings_are_listed_in_order_with_dots() -> None:
-    assert [name for name, _, _ in all_settings(Outer)] == ["count", "inner.share", "inner.words"]
+    names = ["count", "inner.deep.depth", "inner.share", "inner.words"]
+    assert [name for name, _, _ in all_settings(Outer)] == names

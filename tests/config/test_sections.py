@@ -12,11 +12,19 @@ from helpers.settings import (
     error_of,
     in_yaml,
     kind,
+    nested,
     section_with,
     write_config,
 )
 
-from mlx_simpo import DataConfig, LoRAConfig, SimPOConfig, load_config
+from mlx_simpo import (
+    DataConfig,
+    EarlyStoppingConfig,
+    LoRAConfig,
+    SimPOConfig,
+    TrainConfig,
+    load_config,
+)
 
 RULES = {
     # A rule's words: (values that break it, values at its edge)
@@ -136,6 +144,17 @@ def test_dataclasses_replace_is_checked_too() -> None:
         ),
         ("train", {"epochs": 1, "steps": 10}, "train.epochs and train.steps both set the length"),
         ("train", {"compile": True}, "train.compile is true, but only the reference engine can be"),
+        (
+            "train.early_stopping",
+            {"min_delta": 0.1},
+            "train.early_stopping.min_delta is 0.1, but train.early_stopping.patience is null",
+        ),
+        (
+            "train.early_stopping",
+            {"metric": "rewards/margins"},
+            "train.early_stopping.metric is 'rewards/margins', but train.early_stopping.patience "
+            "is null, so that no run stops early; set patience to a number of evaluations",
+        ),
     ],
 )
 def test_settings_that_exclude_each_other(
@@ -143,8 +162,25 @@ def test_settings_that_exclude_each_other(
 ) -> None:
     assert message in error_of(lambda: SECTIONS[section](**values))
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    file = write_config(tmp_path, json.dumps({"model": "x", section: plain}))
+    file = write_config(tmp_path, json.dumps({"model": "x", **nested(section, plain)}))
     assert message in error_of(lambda: load_config(file))
+
+
+def test_early_stopping_needs_evaluations(tmp_path: Path) -> None:
+    message = "train.early_stopping.patience is 3, but there are no evaluations during training; "
+    settings = {"model": "x", "train": {"early_stopping": {"patience": 3}}}
+    file = write_config(tmp_path, json.dumps(settings))
+    for call in (
+        lambda: load_config(file),
+        lambda: load_config(None, ["model=x", "train.early_stopping.patience=3"]),
+        lambda: TrainConfig(early_stopping=EarlyStoppingConfig(patience=3)),
+    ):
+        assert error_of(call) == f"{message}set train.eval_every"
+    config = load_config(
+        file, ["train.eval_every=5", "train.early_stopping.metric=rewards/margins"]
+    )
+    expected = EarlyStoppingConfig(metric="rewards/margins", patience=3)
+    assert config.train.early_stopping == expected
 
 
 @pytest.mark.parametrize(
@@ -161,6 +197,8 @@ def test_settings_that_exclude_each_other(
         ("train", {"epochs": 0.5}),
         ("train", {"compile": False}),
         ("train", {"compile": True, "engine": "reference"}),
+        ("train", {"sample_prompts": ["Why?", "a, b"]}),
+        ("train.early_stopping", {"patience": 1, "metric": "rewards/accuracies"}),
     ],
 )
 def test_settings_that_go_together(section: str, values: dict) -> None:

@@ -4,6 +4,7 @@ import json
 import typing
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def value_of(name: str) -> st.SearchStrategy:
         choice = next((p for p in typing.get_args(hint) if typing.get_args(p)), hint)
         values = st.sampled_from(typing.get_args(choice))
     elif what == "names":
-        values = st.just("all-linear") | st.lists(texts(), min_size=1).map(tuple)
+        values = st.lists(texts(), min_size=1).map(tuple)
+        values = st.just("all-linear") | values if name == "lora.target_modules" else values
     else:
         values = texts(min_size=1 if rule else 0)
     return st.none() | values if may_be_null else values
@@ -83,14 +85,22 @@ def configs(draw: st.DrawFn) -> SimPOConfig:
         drawn["train.epochs"] = None
     if drawn["train.engine"] == "shared_prefix" and drawn["train.compile"]:
         drawn["train.compile"] = None
+    if drawn["train.early_stopping.patience"] is None:
+        drawn["train.early_stopping.metric"] = "loss"
+        drawn["train.early_stopping.min_delta"] = 0.0
+    elif drawn["train.eval_every"] is None:
+        drawn["train.eval_every"] = 1
     if drawn["train.engine"] == "reference":
         drawn["logps.impl"] = "auto"
     groups: dict[str, dict] = {"": {}, **{section: {} for section in SECTIONS}}
     for name, value in drawn.items():
         section, _, leaf = name.rpartition(".")
         groups[section][leaf] = value
-    sections: dict[str, Any] = {name: SECTIONS[name](**groups[name]) for name in SECTIONS}
-    return SimPOConfig(**groups[""], **sections)
+    # The deepest sections first: they are settings of those around them.
+    for name in sorted(SECTIONS, key=lambda name: -name.count(".")):
+        section, _, leaf = name.rpartition(".")
+        groups[section][leaf] = SECTIONS[name](**groups[name])
+    return SimPOConfig(**groups[""])
 
 
 @given(config=configs())
@@ -108,11 +118,12 @@ def test_yaml_reads_back_to_an_equal_configuration(
 def test_overrides_mean_the_same_as_yaml(config: SimPOConfig) -> None:
     overrides = []
     for name, (_, hint) in SETTINGS.items():
-        section, _, leaf = name.rpartition(".")
-        value = getattr(getattr(config, section) if section else config, leaf)
-        if kind(hint)[0] == "names" and value != "all-linear":
+        value = attrgetter(name)(config)
+        if isinstance(value, tuple):
             value = ["q_proj", "k_proj"]
-            config = replace(config, lora=replace(config.lora, target_modules=tuple(value)))
+            section, _, leaf = name.rpartition(".")
+            changed = replace(getattr(config, section), **{leaf: tuple(value)})
+            config = replace(config, **{section: changed})
         assume(value != "null" or not kind(hint)[1])  # the word would be the value null
         overrides.append(f"{name}={value if isinstance(value, str) else json.dumps(value)}")
     assert load_config(None, overrides) == config

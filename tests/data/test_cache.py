@@ -27,6 +27,7 @@ from mlx_simpo.data.cache import (
     token_cache_folder,
 )
 from mlx_simpo.data.encode import EncodedPair, Encoder, encode_pairs
+from mlx_simpo.data.keys import short_sha256
 from mlx_simpo.data.pairs import Quarantined
 from mlx_simpo.data.sources import open_hub, open_source
 from mlx_simpo.data.tokens import FILES
@@ -218,6 +219,31 @@ def test_a_damaged_folder_is_rebuilt_with_a_warning(data: Path, root: Path, name
         assert folders(root) == [folder]
         again = load(data)
         assert (again.warnings, plain(again.pairs)) == ([], pairs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": None},
+        {"files": {}},
+        {"files": {"../../secret": [1, "x"]}},
+        {"files": {name: [1, 2] for name in FILES}},
+        {"files": dict.fromkeys(FILES, "ab")},
+        {"quarantined": {}},
+        {"quarantined": [["f:1", "reason"]]},
+        {"quarantined": [[1, "reason", ""]]},
+        {"quarantined": "abc"},
+    ],
+)
+def test_a_manifest_of_another_form_is_damage(data: Path, root: Path, changes: dict) -> None:
+    """Even with a valid checksum; and no file outside the folder is opened."""
+    load(data)
+    (folder,) = folders(root)
+    manifest = folder / "manifest.json"
+    text = json.dumps(json.loads(manifest.read_text().splitlines()[1]) | changes)
+    manifest.write_text(f"{short_sha256(text.encode())}\n{text}\n")
+    (warning,) = load(data).warnings
+    assert "damaged (manifest.json is not as this version writes it); tokenizing again" in warning
 
 
 def test_pairs_in_use_outlive_the_folder(data: Path, root: Path) -> None:

@@ -177,6 +177,8 @@ MIXED = [
 OTHER = [
     (chats("The sky is blue", "The sky is red"), "missing prompt", "data.implicit_string_prompts"),
     ({**strings(), "tools": "[{"}, "tools are not a JSON list", "line 1 column 3"),
+    ({**strings(), "tools": "9" * 5000}, "tools are not a JSON list", "4300 digits"),
+    ({**strings(), "tools": "[" * 100_000}, "tools are not a JSON list", "recursion depth"),
     ({**strings(), "tools": '{"a": 1}'}, "tools are not a JSON list", "tools is {'a': 1}"),
     ({**strings(), "tools": {"a": 1}}, "tools are not a JSON list", "tools is {'a': 1}"),
 ]

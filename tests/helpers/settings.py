@@ -11,6 +11,7 @@ import pytest
 
 from mlx_simpo import (
     DataConfig,
+    EarlyStoppingConfig,
     LogpsConfig,
     LoRAConfig,
     ObjectiveConfig,
@@ -23,6 +24,7 @@ from mlx_simpo.config.schema import Section, all_settings
 SETTINGS = {name: (item, hint) for name, item, hint in all_settings(SimPOConfig)}
 SECTIONS = {"data": DataConfig, "objective": ObjectiveConfig, "lora": LoRAConfig}
 SECTIONS |= {"train": TrainConfig, "logps": LogpsConfig}
+SECTIONS |= {"train.early_stopping": EarlyStoppingConfig}
 
 
 def section_with(name: str, value: Any) -> Section:
@@ -41,12 +43,18 @@ def write_config(folder: Path, text: str) -> Path:
     return path
 
 
+def nested(name: str, value: Any) -> dict[str, Any]:
+    """{"lora": {"rank": value}} of "lora.rank"."""
+    *sections, leaf = name.split(".")
+    result = {leaf: value}
+    for section in reversed(sections):
+        result = {section: result}
+    return result
+
+
 def in_yaml(name: str, value: Any) -> str:
     """A configuration file with this one setting."""
-    section, _, leaf = name.rpartition(".")
-    line = f"{leaf}: {json.dumps(value)}\n"
-    head = "" if name == "model" else "model: x\n"
-    return head + (f"{section}:\n  {line}" if section else line)
+    return json.dumps({"model": "x"} | nested(name, value))
 
 
 def error_of(call: Callable[[], Any]) -> str:

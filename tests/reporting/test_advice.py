@@ -16,6 +16,7 @@ from mlx_simpo.model.record import base_record
 from mlx_simpo.reporting.advice import (
     adapter_mismatch,
     collapse,
+    ended_worse,
     ignored_window,
     slow_blas,
     slow_on_cpu,
@@ -190,12 +191,17 @@ def test_all_differences_of_an_adapters_model_are_in_one_message() -> None:
     )
 
 
+REMEDY = "lower train.learning_rate, raise objective.beta, or set objective.sft_weight above 0"
+
 # --- collapse --------------------------------------------------------------------------------
 
 
 def evaluated(chosen: float, **metrics: Any) -> Evaluation:
     none = np.zeros(0, np.float32)
-    return Evaluation((), {"logps/chosen": chosen, **metrics}, (0.0, 1.0), none, none, none)
+    values = {"logps/chosen": chosen, "logps/rejected": chosen, "loss": 1.0}
+    values |= {"rewards/accuracies": 0.5, **metrics}
+    losses = np.full(20, values["loss"], np.float32)
+    return Evaluation((), values, (0.0, 1.0), none, none, none, losses)
 
 
 @pytest.mark.parametrize("after", [-0.5, -1.0, -1.4, -2.0])
@@ -211,6 +217,41 @@ def test_a_fall_of_the_rejected_responses_is_the_aim() -> None:
 def test_a_fall_of_more_than_1_nat_per_token_is_a_warning() -> None:
     assert collapse(evaluated(-1.0), evaluated(-3.5)) == (
         "the chosen responses have become 2.5 nats per token less likely; read some responses of "
-        "the model, and lower train.learning_rate if they repeat themselves"
+        f"the model, and if they repeat themselves, {REMEDY}"
     )
     assert collapse(evaluated(-1.0), evaluated(-2.01)) is not None
+
+
+# --- a run that ended worse than it began ----------------------------------------------------
+
+
+def test_a_run_that_ended_better_has_no_message() -> None:
+    before = evaluated(-2.0)
+    for after in (evaluated(-2.0), evaluated(-4.0, loss=0.5), evaluated(-2.0, loss=1.005)):
+        assert ended_worse(before, after, 49152) is None
+
+
+def test_a_higher_loss_is_explained_with_its_figures() -> None:
+    after = evaluated(-2.25, loss=1.5, **{"rewards/accuracies": 0.375})
+    assert ended_worse(evaluated(-2.0), after, 49152) == (
+        "the run ended worse than it began: loss from 1.00 to 1.50, logps/chosen from -2.00 to "
+        f"-2.25, rewards/accuracies from 50.0% to 37.5%; {REMEDY}"
+    )
+
+
+def test_the_uniform_distribution_is_named_although_its_loss_is_lower() -> None:
+    after = evaluated(-10.803, loss=0.9, **{"rewards/accuracies": 0.0})
+    assert ended_worse(evaluated(-3.27), after, 49152) == (
+        "the run ended worse than it began: loss from 1.00 to 0.90, logps/chosen from -3.27 to "
+        "-10.80, rewards/accuracies from 50.0% to 0.0%; the model finds every token equally likely "
+        f"(-ln 49152 = -10.80): its weights are destroyed; {REMEDY}"
+    )
+
+
+def test_less_likely_than_random_tokens_is_named_although_the_loss_is_0() -> None:
+    after = evaluated(-29.8, loss=0.0, **{"rewards/accuracies": 1.0, "logps/rejected": -40.6})
+    assert ended_worse(evaluated(-3.27), after, 49152) == (
+        "the run ended worse than it began: loss from 1.00 to 0.00, logps/chosen from -3.27 to "
+        "-29.80, rewards/accuracies from 50.0% to 100.0%; the model finds the chosen responses "
+        f"less likely than random tokens, at -10.80; {REMEDY}"
+    )

@@ -188,7 +188,7 @@ def test_an_error_passes_through_and_the_next_bar_is_new(terminal: bool) -> None
 def evaluation(value: float, *without: str) -> Evaluation:
     names = [name for name in EVALUATION_ROWS if name not in without]
     none = np.zeros(0, np.float32)
-    return Evaluation((), dict.fromkeys(names, value), (0.25, 0.875), none, none, none)
+    return Evaluation((), dict.fromkeys(names, value), (0.25, 0.875), none, none, none, none)
 
 
 def rows(text: io.StringIO) -> dict[str, list[str]]:

@@ -5,11 +5,11 @@ import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from helpers import faults
 from helpers.faults import KILLED, Ended, Forks, Operation, cut_power
+from helpers.memory import memory_folder
 
 from mlx_simpo.errors import SimPOError
 from mlx_simpo.runs import checkpoints
@@ -266,8 +266,6 @@ def test_a_replaced_one_does_not_take_the_room_of_an_older_one(tmp_path: Path) -
 
 # --- killed, or without space, at every operation ---------------------------------------------
 
-MEMORY = Path("/dev/shm")  # removing a folder takes milliseconds on a disk, and there are 2000
-
 SCENES = {
     # What is there before, and what the process does.
     "new steps": ([1], "save(root, 2); save(root, 3)"),
@@ -284,10 +282,10 @@ def forks() -> Iterator[Forks]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Path]:
-    """Return the path of a run's folder, in memory if possible."""
-    with TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else tmp_path) as folder:
-        yield Path(folder, "run")
+def run() -> Iterator[Path]:
+    """The path of a run's folder, which does not exist."""
+    with memory_folder() as folder:
+        yield folder / "run"
 
 
 def prepare(scene: str, run: Path) -> str:
