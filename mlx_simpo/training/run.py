@@ -116,6 +116,8 @@ class Run:
                     "train.early_stopping.patience"
                 )
             return
+        if self.stop:
+            return
         with self.display.progress("Training", session.total_steps, progress.step) as advance:
             for step in session.steps():
                 self._last, progress.last, self._is_unsaved = step, step.as_dict(), True
