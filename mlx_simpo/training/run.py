@@ -13,7 +13,7 @@ from ..evaluation import Evaluation
 from ..reporting import advice
 from ..reporting.display import step_note
 from ..runs.checkpoints import list_checkpoints
-from ..runs.folder import ADAPTER, NONFINITE, RunFolder, resume_command
+from ..runs.folder import NONFINITE, RunFolder, resume_command
 from ..sampling.samples import Sample, sample_responses
 from .early_stopping import EarlyStopping
 from .fingerprint import fingerprint
@@ -87,9 +87,9 @@ class Run:
                 self._save_checkpoint()  # also shows that saving works, before an evening is spent
             self._train()
             if not self.stop:
-                # Before the last evaluation, and only if a run that had ended is not resumed.
-                if self._is_unsaved or not (self.folder.path / ADAPTER).is_file():
-                    self._save_adapter()
+                # Before the last evaluation. Of a run that is resumed at its end, too: it may have
+                # been killed before this, and then has the adapter of an earlier interruption.
+                self._save_adapter()
                 self._evaluate_if_due()
                 if self._is_unsaved:
                     self._save_checkpoint()
@@ -117,6 +117,8 @@ class Run:
                     f"the run has stopped early, after step {progress.step}; to go on, raise "
                     "train.early_stopping.patience"
                 )
+            return
+        if self.stop:
             return
         with self.display.progress("Training", session.total_steps, progress.step) as advance:
             for step in session.steps():
@@ -218,7 +220,8 @@ class Run:
         Raises:
             SimPOError: the adapter cannot be written; the message names the last checkpoint.
         """
-        self._save_checkpoint()
+        if self._is_unsaved:
+            self._save_checkpoint()
         try:
             self.session.save(self.folder.path)
         except SimPOError as error:

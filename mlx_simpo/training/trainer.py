@@ -127,11 +127,10 @@ def train_steps(
         model.eval()
         state.random = random_state()
         state.step += 1
-        means |= _size_metrics(batch) | {
-            "traces": gradient_function.traces,
-            "learning_rate": float(state.optimizer.learning_rate),
-            "seconds": time.perf_counter() - started,
-        }
+        means |= _size_metrics(batch)
+        means["traces"] = gradient_function.traces
+        means["learning_rate"] = float(state.optimizer.learning_rate)
+        means["seconds"] = time.perf_counter() - started
         epoch = state.step / steps_per_epoch(len(pairs), options.step_pairs)
         yield StepMetrics(state.step, steps, epoch, means, nonfinite)
         batch = next_batch
