@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_simpo import SimPOConfig, SimPOError, TrainConfig
+from mlx_simpo import EarlyStoppingConfig, SimPOConfig, SimPOError, TrainConfig
 from mlx_simpo.config.schema import all_settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "long_runs.md"
@@ -21,4 +21,4 @@ def test_the_documentation_lists_exactly_the_settings_that_may_change() -> None:
 def test_early_stopping_needs_evaluations() -> None:
     message = r"train\.early_stopping\.patience is 2, but there are no evaluations .*eval_every"
     with pytest.raises(SimPOError, match=message):
-        TrainConfig(early_stopping={"patience": 2})  # type: ignore[arg-type]
+        TrainConfig(early_stopping=EarlyStoppingConfig(patience=2))
