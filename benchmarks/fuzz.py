@@ -147,9 +147,10 @@ def run(target: str, seconds: float, defects: Path) -> dict[str, Any]:
 
 def words(seeds: list[bytes]) -> str:
     """Return the words of the seeds as a dictionary of libFuzzer."""
-    found = {word for seed in seeds for word in re.findall(rb'"[\w. /-]{1,40}"|[a-z_]{3,30}', seed)}
-    found |= {b"null", b"true", b"-1", b"1e999", b"NaN", b"[]", b"{}", b'"\\ud800"', b"[[[[[[[["}
-    lines = ("".join(f"\\x{byte:02x}" for byte in word) for word in sorted(found))
+    pattern = rb'"[\w. /-]{1,40}"|[a-z_]{3,30}'
+    entries = {word for seed in seeds for word in re.findall(pattern, seed)}
+    entries |= {b"null", b"true", b"-1", b"1e999", b"NaN", b"[]", b"{}", b'"\\ud800"', b"[[[[[[[["}
+    lines = ("".join(f"\\x{byte:02x}" for byte in word) for word in sorted(entries))
     return "".join(f'"{line}"\n' for line in lines)
 
 

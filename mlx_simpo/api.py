@@ -19,6 +19,7 @@ from .reporting.display import Display, count_text
 from .runs.folder import open_run
 from .sampling.generate import generate_response
 from .training.datasets import create_encoder, encode_datasets
+from .training.keep_awake import keep_awake
 from .training.result import TrainResult
 from .training.resuming import newest_checkpoint
 from .training.run import Run
@@ -56,7 +57,8 @@ def train(
         )
         if checkpoint is None:
             display.note(advice.starting_loss(config.objective))
-        with stop_on_signals(display.warn) as stop:
+        awake = keep_awake(options.keep_awake, display.note)
+        with awake, stop_on_signals(display.warn) as stop:
             run = Run(session, folder, stop, checkpoint)
             folder.begin(config.to_yaml(), [q._asdict() for q in session.quarantined])
             return run.finish()

@@ -1,4 +1,4 @@
-"""The one exception that user input can cause, and how any error's text becomes one line."""
+"""The one exception that user input can cause, and what text must not show: tokens, controls."""
 
 import os
 import re
@@ -9,6 +9,11 @@ _SECRETS = re.compile(r"hf_(?:oauth_[\w.-]+|[A-Za-z0-9]{20,})|(?<=://)[^\s/@'\"]
 _HEADER = re.compile(r"Bearer\s+[^\s'\"]+")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _MIN_TOKEN = 8  # characters; a shorter variable is a mistake, and its text may be an ordinary word
+
+
+# What a terminal acts on, without tabs and line breaks; and halves of characters, which it cannot
+# show.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class SimPOError(Exception):
@@ -30,6 +35,15 @@ def one_line(error: object, limit: int | None = None) -> str:
     """
     text = " ".join(str(error).split())
     return text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
+
+
+def visible(text: str) -> str:
+    """Return text with escapes in place of control characters, tabs and line breaks excepted.
+
+    Text of records and responses may hold anything, and a terminal acts on escape sequences: they
+    move the cursor over other lines, or write to the clipboard.
+    """
+    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def redacted(text: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_simpo import SimPOError
-from mlx_simpo.errors import has_secret, one_line, redacted
+from mlx_simpo.errors import has_secret, one_line, redacted, visible
 
 TOKEN = "hf_plantedSecretToken0123456789"
 
@@ -53,3 +53,9 @@ def test_the_users_own_token_is_replaced_whatever_its_form(
 def test_an_error_of_several_lines_becomes_one() -> None:
     assert one_line("a\n  b\tc") == "a b c"
     assert one_line("abcdef", 4) == "abc…"
+
+
+def test_a_terminal_gets_nothing_to_act_on() -> None:
+    assert visible("a\x1b[2J\x07\r\x9b1m\x7f\ud83d") == "a\\x1b[2J\\x07\\r\\x9b1m\\x7f\\ud83d"
+    text = "Zeile\n\tümlaut 👩\u200d🔬 \u0645\u06cc\u200c\u062e"
+    assert visible(text) == text

@@ -8,7 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..errors import one_line, redacted
+from ..errors import one_line, redacted, visible
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -37,7 +37,11 @@ def print_json(value: Any) -> None:
 
 
 def print_text(text: str) -> None:
-    r"""Print to stdout; what is not valid Unicode (half of an emoji) as \u escapes."""
+    r"""Print to stdout; what is not valid Unicode (half of an emoji) as \u escapes.
+
+    A terminal gets no control characters either, which a program gets as they are.
+    """
+    text = visible(text) if sys.stdout.isatty() else text
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode())
 
 

@@ -118,6 +118,13 @@ class TrainConfig(Section):
         on_resume="free",
     )
 
+    keep_awake: bool | None = setting(
+        None,
+        "keep the Mac awake while it trains (macOS's caffeinate); null: if the command has a "
+        "terminal",
+        on_resume="free",
+    )
+
     def __post_init__(self) -> None:
         """Check these settings one by one and against each other.
 

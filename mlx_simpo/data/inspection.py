@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
+from ..errors import visible
 from .encode import EncodedPair, Encoder, TokenizedSequence
 from .pairs import Quarantined, count_reasons
 from .tokens import column, lengths
@@ -66,5 +67,5 @@ def marked(sequence: TokenizedSequence, tokenizer: Any, style: str) -> Text:
 
 
 def show(tokenizer: Any, tokens: list[int]) -> str:
-    """Return tokens as text in which line breaks are visible."""
-    return tokenizer.decode(tokens).replace("\n", "↵\n")
+    """Return tokens as text in which line breaks and control characters are visible."""
+    return visible(tokenizer.decode(tokens)).replace("\n", "↵\n")

@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import redacted
+from ..errors import redacted, visible
 from ..evaluation import Evaluation
 
 # The metrics in an evaluation's table, in reading order.
@@ -118,9 +118,9 @@ class Display:
 
 
 def literal(text: str) -> Text:
-    """Return text that rich prints as it is: without markup and emoji names, with what is not valid
-    Unicode (file names of other bytes) escaped, and without tokens and passwords."""
-    return Text(redacted(text).encode("utf-8", "backslashreplace").decode())
+    """Return text that rich prints as it is: without markup and emoji names, with escapes for
+    control characters and what is not valid Unicode, and without tokens and passwords."""
+    return Text(visible(redacted(text)))
 
 
 def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Table:

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -69,7 +70,8 @@ class Run:
         self.saver = Saver(folder.checkpoints, options, self.display)
         self._started = time.monotonic() - self.progress.seconds
         self._last: StepMetrics | None = None
-        self._is_unsaved = not folder.resuming  # whether no checkpoint holds the present state
+        self._has_fallen = False  # whether advice.collapse has been given
+        self._is_unsaved = checkpoint is None  # whether no checkpoint holds the present state
 
     def finish(self) -> TrainResult:
         """Run to the end, or until a signal or an error, and write everything to the folder.
@@ -173,6 +175,10 @@ class Run:
         self.evaluations.latest = result
         if step == 0:
             self.evaluations.before = result
+        if self.evaluations.before and not self._has_fallen:
+            fall = advice.collapse(self.evaluations.before, result)
+            self.display.warn(fall)
+            self._has_fallen = fall is not None
         reason = self.early_stopping.add_evaluation(result.metrics)
         if reason and step < self.session.total_steps:
             self.display.note(f"stopping early, after step {step}: {reason}")
@@ -198,17 +204,15 @@ class Run:
         self.progress.seconds = time.monotonic() - self._started
         self.progress.watch = self.watch.state()
         self.progress.early_stopping = self.early_stopping.state()
-        self._is_unsaved &= not self.saver.save(
-            self.session.state.step,
-            lambda folder: write_checkpoint(
-                folder,
-                self.session,
-                self.folder,
-                self.progress,
-                self.evaluations,
-                self.fingerprint,
-            ),
+        write = partial(
+            write_checkpoint,
+            session=self.session,
+            run=self.folder,
+            progress=self.progress,
+            evaluations=self.evaluations,
+            fingerprint=self.fingerprint,
         )
+        self._is_unsaved &= not self.saver.save(self.session.state.step, write)
 
     def _save_adapter(self) -> None:
         """Save the state after the last finished step: as a checkpoint, and as the run's adapter.

@@ -13,7 +13,7 @@ from ..config.simpo_config import SimPOConfig
 from ..data.encode import EncodedPair, Encoder
 from ..data.pairs import Quarantined
 from ..engine.choice import Engine, choose_engine
-from ..engine.vocabulary import check_token_ids
+from ..engine.vocabulary import check_prompt_ids, check_token_ids
 from ..errors import SimPOError
 from ..evaluation import Evaluation, evaluate_pairs
 from ..kernels.choice import choose_implementation
@@ -23,6 +23,7 @@ from ..model.lora import attach_lora
 from ..model.record import RECORD_KEY, get_dict, training_record
 from ..reporting import advice
 from ..reporting.display import Display
+from ..sampling.generate import prompt_tokens
 from .datasets import encode_datasets, hold_out
 from .state import TrainingState
 from .trainer import StepMetrics, total_steps, train_steps
@@ -142,6 +143,8 @@ def prepare(
     model, template = loaded.model, encoder.renderer.text
     for pairs in (train, valid):
         check_token_ids(pairs, model, config.model)
+    for prompt in config.train.sample_prompts:
+        check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
     lora = replace(config.lora, init_from=None) if resuming else config.lora
     if lora.init_from is not None:
         initial = get_dict(read_adapter_config(lora.init_from), RECORD_KEY)

@@ -1,11 +1,12 @@
 """What is printed: text that is not valid Unicode, and what a terminal would act on."""
 
 import json
+import sys
 
 import pytest
 
 from mlx_simpo import SimPOError, __version__
-from mlx_simpo.cli.output import announce, print_error, print_json
+from mlx_simpo.cli.output import announce, print_error, print_json, print_text
 
 Capture = pytest.CaptureFixture[str]
 
@@ -34,3 +35,13 @@ def test_tokens_are_printed_neither_in_errors_nor_in_announcements(capsys: Captu
     error, note = capsys.readouterr().err.splitlines()
     assert error == "mlx-simpo: error: no such file: 'https://…@example.org/…'"
     assert note == f"mlx-simpo {__version__}: reading … …"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_response_cannot_act_on_a_terminal(
+    is_terminal: bool, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    print_text("one\n\x1b]52;c;eA==\x07two\n")
+    expected = "one\n\\x1b]52;c;eA==\\x07two\n" if is_terminal else "one\n\x1b]52;c;eA==\x07two\n"
+    assert capsys.readouterr().out == expected

@@ -215,3 +215,12 @@ def test_smollm2(smollm2_folder: Path) -> None:
 
 def test_show_makes_newlines_visible() -> None:
     assert show(TINY, TINY.encode("a\n\nb")) == "a↵\n↵\nb"
+
+
+def test_a_record_cannot_act_on_the_terminal() -> None:
+    """In any division into tokens."""
+    text = "a\x1b]52;c;eA==\x07b\r\x9bc"
+    pair = ENCODER.encode(Pair("q" + text, text, "no", 0))
+    assert not set("\x1b\x07\r\x9b") & set(marked(pair.chosen, TINY, "green").plain)
+    tokens = TINY.encode(text, add_special_tokens=False)
+    assert show(TINY, tokens) == "a\\x1b]52;c;eA==\\x07b\\r\\x9bc"

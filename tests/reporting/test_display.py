@@ -45,6 +45,13 @@ def test_everything_goes_to_stderr(capsys: Capture, clock: Callable[[float], Non
         assert line in captured.err
 
 
+def test_control_characters_are_shown_and_not_sent() -> None:
+    display, text = captured_display(terminal=True)
+    display.note("rejected by the chat template: \x1b[2J\x07\ttab")
+    assert "template: \\x1b[2J\\x07" in text.getvalue()
+    assert "\x1b[2J" not in text.getvalue()
+
+
 def test_tokens_and_passwords_are_not_shown() -> None:
     display, text = captured_display()
     display.note("read hf_plantedSecretToken0123456789")

@@ -3,6 +3,8 @@
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -393,3 +395,52 @@ def test_a_limit_on_the_size_of_files_is_an_os_error(tmp_path: Path) -> None:
     assert names(root) == ["step-000001"]
     assert newest_valid(root) == (root / "step-000001", [])
     assert os.path.getsize(root / "step-000001" / "state.safetensors") > 200
+
+
+FULL_DISK = """
+from pathlib import Path
+from mlx_simpo.runs.checkpoints import newest_valid
+from mlx_simpo.runs.disk import free_bytes
+disk = Path(os.environ["DISK"])
+root = disk / "run" / "checkpoints"
+root.parent.mkdir()
+(disk / "run" / "best.txt").write_text("best")
+save(root, 1)
+results = []
+for blocks in range(12):
+    (disk / "filling").write_bytes(bytes(free_bytes(disk) - 4096 * blocks))
+    for step in (1, 2):
+        try:
+            save(root, step)
+        except OSError:
+            path, damaged = newest_valid(root)
+            assert (path, damaged) == (root / "step-000001", []), blocks
+            assert [p.name for p in root.iterdir()] == ["step-000001"], blocks
+            results.append("full")
+        else:
+            results.append("saved")
+    (disk / "filling").unlink()
+    if newest_valid(root)[0].name == "step-000002":
+        break
+print(*results)
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, of Linux")
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """On a file system of 256 KB, with 0, 1, 2, … of its blocks of 4 KB free."""
+    mount = 'mount -t tmpfs -o size=256k tmpfs "$DISK" && echo mounted && exec "$@"'
+    process = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount, "sh", sys.executable, "-c", SETUP + FULL_DISK],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "DISK": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if not process.stdout.startswith("mounted"):
+        pytest.skip(f"this user cannot mount a file system: {process.stderr.strip()}")
+    assert process.returncode == 0, process.stderr
+    results = process.stdout.split()[1:]
+    assert results[:4] == ["full"] * 4
+    assert results[-1] == "saved"
+    assert results.count("full") >= 6

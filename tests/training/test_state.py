@@ -56,7 +56,6 @@ def test_a_training_that_is_saved_and_continued_is_the_same_bit_for_bit(
     model, state = begin(config, dropout=0.3, **lora)
     steps = train_steps(model, PAIRS, config, None, state)
     first = [next(steps) for _ in range(stop)]
-    steps.close()
     saved = {name: np.array(a) for name, a in state.arrays().items()}
     trained = weights(model)
 

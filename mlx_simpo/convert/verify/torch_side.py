@@ -38,7 +38,11 @@ def torch_logits(folder: Path, tokens: list[list[int]], adapter: Path | None = N
 
     logging.disable_progress_bar()  # stdout and stderr are the command's own
     model, info = auto_class(folder).from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        local_files_only=True,
+        use_safetensors=True,  # never a pickle that lies beside them
     )
     # transformers only warns about these.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
