@@ -282,7 +282,7 @@ def test_an_error_in_a_step_leaves_the_state_before_it(
 def test_an_error_between_an_evaluation_and_its_samples_leaves_no_double_line(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = ("train.sample_prompts=[Hello, Why?]", "train.sample_tokens=4")
+    more = ("train.sample_prompts=[Hello, Bye]", "train.sample_tokens=4")
     more += ("train.early_stopping.patience=9",)
     runs.begin("whole", *more)
     generate, calls = samples._sample, []
