@@ -96,15 +96,14 @@ def train_steps(
     engine = engine or choose_engine(options.engine, model, config.logps.impl)
     steps = total_steps(options, len(pairs))
     state = state or TrainingState(model, config, steps)
-    compiled = engine.compiled if options.compile is None else options.compile
-    gradient_function = GradientFunction(model, asdict(config.objective), engine, compiled=compiled)
+    gradient_function = create_gradient_function(model, config, engine)
     batches = step_batches(pairs, config, engine, state.step, steps)
     batch = next(batches, None)
     while batch:
         started = time.perf_counter()
         model.train()
         state.seed_random_numbers()
-        means, nonfinite, next_batch = {}, None, None
+        means, nonfinite = {}, None
         try:
             with restore_on_error(model, state):
                 with gradient_checkpointing(model) if checkpointed else nullcontext():
@@ -125,12 +124,23 @@ def train_steps(
         model.eval()
         state.random = random_state()
         state.step += 1
-        means |= _size_metrics(batch) | {"traces": gradient_function.traces}
-        means["learning_rate"] = float(state.optimizer.learning_rate)
-        means["seconds"] = time.perf_counter() - started
+        means |= _size_metrics(batch) | {
+            "traces": gradient_function.traces,
+            "learning_rate": float(state.optimizer.learning_rate),
+            "seconds": time.perf_counter() - started,
+        }
         epoch = state.step / steps_per_epoch(len(pairs), options.step_pairs)
         yield StepMetrics(state.step, steps, epoch, means, nonfinite)
         batch = next_batch
+
+
+def create_gradient_function(
+    model: nn.Module, config: SimPOConfig, engine: Engine
+) -> GradientFunction:
+    """Return the gradient function of these settings, compiled where they say so."""
+    compiled = config.train.compile
+    compiled = engine.compiled if compiled is None else compiled
+    return GradientFunction(model, asdict(config.objective), engine, compiled=compiled)
 
 
 def _skip(error: NonFiniteError, options: TrainConfig, state: TrainingState) -> dict[str, Any]:
