@@ -15,7 +15,8 @@ from ..kernels.choice import BUILT_IN, Implementation
 from ..kernels.launch import MOST_ROWS
 from .head import Head, is_head_frozen, weights_outside_layers
 
-# Logits of one chunk: 64 MiB in float32, of which a few copies are in memory at once.
+# Logits of one chunk: 64 MiB in float32, of which six or seven are in memory at once on a CPU,
+# because MLX allocates ahead of the device (docs/kernel.md).
 MAX_CHUNK_LOGITS = 2**24
 
 # (x [C, …], targets [C]) → (log p(targets) [C], ∂ log p/∂x [C, …]).

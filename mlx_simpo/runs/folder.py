@@ -27,9 +27,10 @@ from ..errors import SimPOError
 from ..files import write_durably, write_text
 from ..paths import local_path
 from .checkpoints import list_checkpoints
-from .disk import WRITABLE, check_writable
+from .disk import WRITABLE, check_space, check_writable
 from .lock import LOCK, lock_run
 
+LEAST_SPACE = 10**7  # bytes; what the adapter needs is known when the model is loaded
 CONFIG, ADAPTER, CHECKPOINTS = "config.yaml", "adapters.safetensors", "checkpoints"
 METRICS, SAMPLES, NONFINITE = LOGS = ("metrics.jsonl", "samples.jsonl", "nonfinite.jsonl")
 # What a run leaves that is killed before it has written its configuration.
@@ -79,6 +80,7 @@ def open_run(output: str, resume: Literal["never", "auto", "always"]) -> "Iterat
     if not holds_run:
         check_output_free(output)
     check_writable(path)
+    check_space(path, LEAST_SPACE, "a run")
     new_parents = [parent for parent in path.parents if not parent.exists()]
     folder = RunFolder(path, resuming=holds_run)
     try:

@@ -5,8 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
+
+from ..engine.vocabulary import vocabulary_size
 from ..evaluation import Evaluation
+from ..reporting import advice
 from .trainer import StepMetrics
+from .watch import CollapseWatch
 
 # Exit status of a run whose evaluation is worse after training than before.
 ENDED_WORSE = 3
@@ -70,6 +75,17 @@ class TrainResult:
             "before": self.before.as_dict() if self.before else None,
             "after": self.after.as_dict() if self.after else None,
         }
+
+
+def verdict(
+    model: nn.Module, before: Evaluation | None, after: Evaluation | None, watch: CollapseWatch
+) -> str | None:
+    """Say how a run ended worse than it began; None if it did not."""
+    if before and after:
+        return advice.ended_worse(before, after, vocabulary_size(model))
+    if watch.is_degenerating:  # there are no validation pairs
+        return "the run ended while the model was degenerating, see the warnings above"
+    return None
 
 
 def recorded_step(record: Mapping[str, Any] | None, total_steps: int) -> StepMetrics:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..engine.vocabulary import vocabulary_size
 from ..errors import SimPOError
 from ..evaluation import Evaluation
 from ..reporting import advice
@@ -18,7 +17,7 @@ from ..sampling.samples import Sample, sample_responses
 from .early_stopping import EarlyStopping
 from .fingerprint import fingerprint
 from .recording import record_samples, record_skipped
-from .result import TrainResult, recorded_step
+from .result import TrainResult, recorded_step, verdict
 from .resuming import Evaluations, Progress, remove_remains, restore_checkpoint, write_checkpoint
 from .saver import Saver
 from .session import Session
@@ -68,6 +67,8 @@ class Run:
             self.watch.restore(self.progress.watch)
             self.early_stopping.restore(self.progress.early_stopping)
         self.saver = Saver(folder.checkpoints, options, self.display)
+        if checkpoint is None:
+            self.saver.check_space(session.model)
         self._started = time.monotonic() - self.progress.seconds
         self._last: StepMetrics | None = None
         self._has_fallen = False  # whether advice.collapse has been given
@@ -273,11 +274,7 @@ class Run:
         before, after = evaluations.before, evaluations.latest
         if after is not None and (number or progress.evaluated != session.state.step):
             after = None
-        message = None
-        if before and after:
-            message = advice.ended_worse(before, after, vocabulary_size(session.model))
-        elif number is None and self.watch.is_degenerating:
-            message = "the run ended while the model was degenerating, see the warnings above"
+        message = None if number else verdict(session.model, before, after, self.watch)
         result = TrainResult(
             adapter=self.folder.path,
             pairs=len(session.train),

@@ -4,8 +4,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.nn as nn
+
 from ..config.simpo_config import TrainConfig
 from ..errors import SimPOError
+from ..model.adapters import flat_arrays
 from ..reporting.display import Display
 from ..runs.checkpoints import delete_old, list_checkpoints, save_checkpoint
 from ..runs.disk import check_space
@@ -26,6 +29,19 @@ class Saver:
         self._cost = 0.0  # seconds that the last checkpoint took
         self._size = 0  # its bytes
         self._has_explained = False
+
+    def check_space(self, model: nn.Module) -> None:
+        """Check that the disk has space for all that a run of this model keeps at a time.
+
+        Raises:
+            SimPOError: it has not.
+        """
+        adapter = sum(array.nbytes for array in flat_arrays(model.trainable_parameters()).values())
+        best = self._options.eval_every is not None
+        # Of each checkpoint: weights, two moments and the best weights; one more while it is saved.
+        checkpoints = (self._options.keep_checkpoints + 1) * (3 + best)
+        what = f"a run that keeps {self._options.keep_checkpoints} checkpoints"
+        check_space(self.root, adapter * (1 + best + checkpoints), what)
 
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint is to be written after this step."""

@@ -78,10 +78,9 @@ def train_steps(
 ) -> Iterator[StepMetrics]:
     """Train the model's trainable weights in place; yield after each optimizer step.
 
-    Each step's gradient is that of the loss over all its pairs, however they are divided into
-    micro-batches; the last step of an epoch takes the remaining pairs. Between steps the model is
-    in evaluation mode. If a step ends early, by Ctrl-C too, model and state are those of the step
-    before.
+    Each step's gradient is that of the loss over all its pairs, whatever its micro-batches are; the
+    last step of an epoch takes the remaining pairs. Between steps the model is in evaluation mode.
+    If a step ends early, by Ctrl-C too, model and state are those of the step before.
 
     Args:
         engine: default: the one that ``config.train.engine`` names, if the model supports it.
@@ -89,8 +88,7 @@ def train_steps(
 
     Raises:
         SimPOError: no pairs.
-        NonFiniteError: a loss or gradient is NaN or infinite, and ``train.on_nonfinite`` is stop,
-            or more than ``train.max_skipped`` steps had to be skipped.
+        NonFiniteError: a loss or gradient is NaN or infinite, and may not be skipped (`_skip`).
     """
     if not pairs:
         raise SimPOError("there are no pairs to train on")
@@ -98,15 +96,14 @@ def train_steps(
     engine = engine or choose_engine(options.engine, model, config.logps.impl)
     steps = total_steps(options, len(pairs))
     state = state or TrainingState(model, config, steps)
-    compiled = engine.compiled if options.compile is None else options.compile
-    gradient_function = GradientFunction(model, asdict(config.objective), engine, compiled=compiled)
+    gradient_function = create_gradient_function(model, config, engine)
     batches = step_batches(pairs, config, engine, state.step, steps)
     batch = next(batches, None)
     while batch:
         started = time.perf_counter()
         model.train()
         state.seed_random_numbers()
-        means, nonfinite, next_batch = {}, None, None
+        means, nonfinite = {}, None
         try:
             with restore_on_error(model, state):
                 with gradient_checkpointing(model) if checkpointed else nullcontext():
@@ -127,13 +124,23 @@ def train_steps(
         model.eval()
         state.random = random_state()
         state.step += 1
-        means |= _size_metrics(batch)
-        means["traces"] = gradient_function.traces
-        means["learning_rate"] = float(state.optimizer.learning_rate)
-        means["seconds"] = time.perf_counter() - started
+        means |= _size_metrics(batch) | {
+            "traces": gradient_function.traces,
+            "learning_rate": float(state.optimizer.learning_rate),
+            "seconds": time.perf_counter() - started,
+        }
         epoch = state.step / steps_per_epoch(len(pairs), options.step_pairs)
         yield StepMetrics(state.step, steps, epoch, means, nonfinite)
         batch = next_batch
+
+
+def create_gradient_function(
+    model: nn.Module, config: SimPOConfig, engine: Engine
+) -> GradientFunction:
+    """Return the gradient function of these settings, compiled where they say so."""
+    compiled = config.train.compile
+    compiled = engine.compiled if compiled is None else compiled
+    return GradientFunction(model, asdict(config.objective), engine, compiled=compiled)
 
 
 def _skip(error: NonFiniteError, options: TrainConfig, state: TrainingState) -> dict[str, Any]:

@@ -170,14 +170,20 @@ def test_matrix_products_of_the_head() -> None:
 
 
 def test_chunks_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen chunks that wait for each other need far less memory than if they did not."""
+    """Sixty-four chunks need the memory of a few, because they wait for each other.
+
+    One chunk alone needs two arrays of logits. MLX runs ahead and allocates what later operations
+    return before the earlier ones have run: six or seven arrays, and one more or fewer with a few
+    operations per chunk (docs/kernel.md), so that a tighter bound would not hold.
+    """
     monkeypatch.setattr(module, "MAX_CHUNK_LOGITS", 64 * 10_000)
     model = HeadedModel(nn.Linear(16, 10_000, bias=False), 16)
-    hidden = mx.random.normal((64 * 16, 16))
+    hidden = mx.random.normal((64 * 64, 16))
     targets = mx.arange(len(hidden), dtype=mx.int32)
     mx.eval(model.lm_head.weight, hidden, targets)
 
-    def peak() -> int:
+    def logits_in_memory() -> float:
+        """The peak, in arrays of one chunk's logits."""
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
@@ -186,8 +192,8 @@ def test_chunks_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None
             return token_logps(model, PLAIN_HEAD, hidden, targets, training=True).sum()
 
         mx.eval(mx.value_and_grad(total)(hidden))
-        return mx.get_peak_memory() - before
+        return (mx.get_peak_memory() - before) / (64 * 10_000 * 4)
 
-    in_turn = peak()
+    assert logits_in_memory() < 10
     monkeypatch.setattr(mx, "depends", lambda inputs, dependencies: inputs)
-    assert in_turn < 0.5 * peak()
+    assert logits_in_memory() > 20
