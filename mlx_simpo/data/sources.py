@@ -80,7 +80,9 @@ def open_source(name: str, split: str | None = None, subset: str | None = None) 
     path = local_path(name)
     if not path.exists():
         if not looks_like_hub_id(name):
-            raise SimPOError(f"no such file, folder or dataset: {name!r}")
+            # A run may be resumed from another folder than the one where it was begun.
+            where = "" if path.is_absolute() else f" (in the current folder, {Path.cwd()})"
+            raise SimPOError(f"no such file, folder or dataset: {name!r}{where}")
         return open_hub(name, split, subset)
     if subset is not None:
         raise SimPOError(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -36,27 +36,38 @@ EVALUATION_ROWS = (
 SECONDS_BETWEEN_LINES = 5.0
 
 
+class _Stderr(Console):
+    """Standard error; if its reader has gone (``2>&1 | less``), nothing more is shown."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True  # rich would end the process
+
+
 class Display:
     """Writes to ``console``; default: stderr, so that stdout has nothing but results.
 
-    ``Display(Console(quiet=True))`` shows nothing.
+    ``Display(Console(quiet=True))`` shows nothing. A text that cannot be written, into a log on a
+    full disk, does not end what it is about: it is shown with the next one.
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or _Stderr()
         self._live: Progress | None = None
 
     def note(self, text: str | None) -> None:
         """Write one line; nothing for None (see `advice`)."""
         if text is not None:
             # Without soft_wrap, rich breaks long lines, which then cannot be searched for.
-            self.console.print(literal(text), soft_wrap=True)
+            self._print(literal(text), soft_wrap=True)
 
     def warn(self, text: str | None) -> None:
         """Write one line that begins with ``warning:``; nothing for None (see `advice`)."""
         if text is not None:
             line = Text.assemble(("warning:", "yellow"), " ", literal(text))
-            self.console.print(line, soft_wrap=True)
+            self._print(line, soft_wrap=True)
 
     @contextmanager
     def progress(self, title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
@@ -114,7 +125,11 @@ class Display:
 
     def evaluations(self, columns: Mapping[str, Evaluation], title: str = "") -> None:
         """Show evaluations of the same pairs side by side."""
-        self.console.print(evaluation_table(columns, title))
+        self._print(evaluation_table(columns, title))
+
+    def _print(self, content: Any, **options: Any) -> None:
+        with suppress(OSError):
+            self.console.print(content, **options)
 
 
 def literal(text: str) -> Text:

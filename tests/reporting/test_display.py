@@ -1,7 +1,10 @@
 """The terminal: stderr only, text as it is, and progress bars if it is a terminal."""
 
+import errno
 import io
+import os
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -187,6 +190,47 @@ def test_an_error_passes_through_and_the_next_bar_is_new(terminal: bool) -> None
         advance(4)
     assert ("After" in last_frame(text)) == terminal
     assert "Before" not in last_frame(text)
+
+
+# --- what cannot be written ------------------------------------------------------------------
+
+
+class FullDisk(io.StringIO):
+    """A log on a disk that is full for a while."""
+
+    is_full = True
+
+    def write(self, text: str) -> int:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+def test_a_log_on_a_full_disk_ends_nothing_and_has_its_lines_later() -> None:
+    log = FullDisk()
+    display = Display(Console(file=log, width=100))
+    display.warn("the checkpoint could not be written")
+    display.evaluations({"before": evaluation(0.5)})
+    with display.progress("Training", 2) as advance:
+        advance()
+    log.is_full = False
+    display.note("later")
+    lines = log.getvalue().splitlines()
+    assert (lines[0], lines[-1]) == ("warning: the checkpoint could not be written", "later")
+
+
+def test_a_reader_that_has_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-simpo train … 2>&1 | less, and less is quit."""
+    reading_end, writing_end = os.pipe()
+    os.close(reading_end)
+    with os.fdopen(writing_end, "w", buffering=1) as closed:
+        monkeypatch.setattr("sys.stderr", closed)
+        display = Display()
+        for _ in range(2):
+            display.note("step 1")
+        monkeypatch.undo()
+        with suppress(BrokenPipeError):
+            closed.close()
 
 
 # --- tables ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from helpers.settings import SETTINGS
 from helpers.tiny import some_pairs, tiny_folder, token_pair, write_jsonl
 
 from mlx_simpo import SimPOConfig, SimPOError, load_config, prepare
+from mlx_simpo.data.encode import TokenizedSequence
 from mlx_simpo.data.tokens import content_sha256
 from mlx_simpo.training import fingerprint as fingerprint_module
 from mlx_simpo.training.fingerprint import check_same_run, fingerprint
@@ -219,9 +220,9 @@ def test_the_hash_of_pairs_sees_every_token_and_the_order_and_not_where_they_are
     moved = [replace(p, source="elsewhere:9", index=77) for p in pairs]
     assert content_sha256(moved) == content_sha256(pairs)
     assert content_sha256(pairs[::-1]) != content_sha256(pairs)
-    other = replace(pairs[1].rejected, score_start=5)
+    other = TokenizedSequence(pairs[1].rejected.tokens, 5)
     assert content_sha256([pairs[0], replace(pairs[1], rejected=other)]) != content_sha256(pairs)
     tokens = np.array(pairs[0].chosen.tokens)
     tokens[-1] += 1
-    changed = replace(pairs[0], chosen=replace(pairs[0].chosen, tokens=tokens))
+    changed = replace(pairs[0], chosen=TokenizedSequence(tokens, pairs[0].chosen.score_start))
     assert content_sha256([changed, pairs[1]]) != content_sha256(pairs)

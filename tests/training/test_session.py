@@ -8,14 +8,13 @@ import mlx_lm
 import numpy as np
 import pytest
 from helpers.commands import arrays, assert_same_arrays, captured_display, small_run
-from helpers.tiny import CHATML, some_pairs, split_pairs, tiny_folder, tiny_tokenizer, write_jsonl
+from helpers.tiny import CHATML, some_pairs, tiny_folder, tiny_tokenizer, write_jsonl
 from mlx.utils import tree_flatten
 from rich.console import Console
 
 from mlx_simpo import (
     DataConfig,
     Session,
-    SimPOConfig,
     SimPOError,
     evaluate,
     evaluate_pairs,
@@ -27,7 +26,6 @@ from mlx_simpo import (
 from mlx_simpo.data.encode import Encoder
 from mlx_simpo.reporting.display import Display
 from mlx_simpo.training import session as session_module
-from mlx_simpo.training.datasets import open_dataset
 
 TOKENS = mx.random.randint(0, 500, (2, 16), key=mx.random.key(3))
 WEIGHTS = "adapters.safetensors"
@@ -152,71 +150,6 @@ def test_bad_records_are_an_error_before_the_model_is_read(
     for setting in ("data.train", "data.valid"):
         with pytest.raises(SimPOError, match="1 of 4 records are quarantined"):
             new_session(f"{setting}={data}")
-
-
-def test_a_second_start_reads_the_tokens_of_the_first(
-    new_session: Any, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLX_SIMPO_CACHE", str(tmp_path / "cache"))
-    first = new_session()
-    monkeypatch.setattr(Encoder, "encode", lambda *_: pytest.fail("was encoded again"))
-    second = new_session("seed=7", "data.valid_fraction=0.4", "data.max_quarantined=0")
-    assert indices(first) != indices(second)
-    train_indices, valid_indices = indices(second)
-    assert sorted(train_indices + valid_indices) == list(range(12))
-    notes = second.display.console.file.getvalue()
-    assert f"tokens are loaded from the cache in {tmp_path / 'cache' / 'tokens'}" in notes
-    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
-    (folder / "tokens.bin").write_bytes(b"")
-    monkeypatch.undo()
-    monkeypatch.setenv("MLX_SIMPO_CACHE", str(tmp_path / "cache"))
-    third = new_session()
-    assert "warning: the cached tokens in" in third.display.console.file.getvalue()
-    assert indices(third) == indices(first)
-
-
-@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.6])
-@pytest.mark.parametrize("seed", [0, 1, 42])
-def test_the_fraction_held_out_is_a_fraction_of_the_valid_pairs(
-    new_session: Any, tmp_path: Path, fraction: float, seed: int
-) -> None:
-    """With repeated prompts, and a pair that is quarantined only when it is encoded."""
-    same = "the same words again and again " * 12
-    bad = {"prompt": "P?", "chosen": f"{same}x", "rejected": f"{same}y"}
-    records = [r | {"prompt": f"q{i % 9}"} for i, r in enumerate(some_pairs(30))]
-    data = write_jsonl(tmp_path / "d.jsonl", [*records[:7], bad, *records[7:]])
-    limits = ("data.max_length=100", "data.max_prompt_length=60")
-    share = (f"data.valid_fraction={fraction}", f"seed={seed}")
-    session = new_session(f"data.train={data}", *limits, *share)
-    valid = [pair for pair in load_pairs(str(data)).pairs if pair.index != 7]
-    expected = split_pairs(valid, fraction, seed)
-    assert indices(session) == tuple([p.index for p in part] for part in expected)
-    assert [q.source for q in session.quarantined] == [f"{data}:8"]
-
-
-@pytest.mark.parametrize("setting", ["data.train", "data.valid"])
-def test_a_subset_of_local_data_is_an_error(
-    new_session: Any, pairs_file: Path, setting: str
-) -> None:
-    with pytest.raises(SimPOError, match=r"data\.subset is 'some', but .* is local"):
-        new_session("data.subset=some", f"{setting}={pairs_file}")
-
-
-@pytest.mark.parametrize(
-    ("train_from", "subset"), [("owner/name", None), ("FILE", "some"), (None, "some")]
-)
-def test_a_subset_of_a_hub_dataset_does_not_concern_a_local_file_beside_it(
-    pairs_file: Path, train_from: str | None, subset: str | None
-) -> None:
-    """But a subset that belongs to no dataset is an error, and never ignored."""
-    train_from = str(pairs_file) if train_from == "FILE" else train_from
-    data = DataConfig(train=train_from, valid=str(pairs_file), subset="some")
-    config = SimPOConfig(model="m", data=data)
-    if subset is None:
-        assert open_dataset(config, str(pairs_file), None).count() == 12
-    else:
-        with pytest.raises(SimPOError, match=r"data\.subset is 'some'"):
-            open_dataset(config, str(pairs_file), None)
 
 
 def test_training_data_is_needed(model_folder: Path) -> None:
