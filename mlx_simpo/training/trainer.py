@@ -92,7 +92,7 @@ def train_steps(
     """
     if not pairs:
         raise SimPOError("there are no pairs to train on")
-    options, checkpointed = config.train, config.train.gradient_checkpointing
+    options = config.train
     engine = engine or choose_engine(options.engine, model, config.logps.impl)
     steps = total_steps(options, len(pairs))
     state = state or TrainingState(model, config, steps)
@@ -103,21 +103,16 @@ def train_steps(
         started = time.perf_counter()
         model.train()
         state.seed_random_numbers()
-        means, nonfinite = {}, None
+        means, nonfinite, next_batch = {}, None, None
         try:
             with restore_on_error(model, state):
-                with gradient_checkpointing(model) if checkpointed else nullcontext():
-                    parts, gradients = step_gradients(gradient_function, batch)
-                # Without a limit, too: clip_grad_norm also returns the norm.
-                gradients, norm = optim.clip_grad_norm(gradients, options.max_grad_norm or math.inf)
-                state.optimizer.update(model, gradients)
-                results = (parts, norm, model.trainable_parameters(), state.optimizer.state)
-                mx.async_eval(results)
+                results = submit_update(model, state, options, gradient_function, batch)
                 next_batch = next(batches, None)  # collated while the device computes
                 mx.eval(results)
+                parts, norm, *_ = results
                 metrics = {k: np.concatenate([np.array(p[k]) for p in parts]) for k in parts[0]}
                 check_finite(state.step + 1, metrics["loss"], float(norm), batch.pairs)
-            means = {name: float(v.mean(dtype=np.float64)) for name, v in metrics.items()}
+            means = {k: float(v.mean(dtype=np.float64)) for k, v in metrics.items()}
             means["grad_norm"] = float(norm)
         except NonFiniteError as error:
             nonfinite = _skip(error, options, state)
@@ -132,6 +127,29 @@ def train_steps(
         epoch = state.step / steps_per_epoch(len(pairs), options.step_pairs)
         yield StepMetrics(state.step, steps, epoch, means, nonfinite)
         batch = next_batch
+
+
+def submit_update(
+    model: nn.Module,
+    state: TrainingState,
+    options: TrainConfig,
+    gradient_function: GradientFunction,
+    batch: StepBatch,
+) -> tuple[list[dict[str, mx.array]], mx.array, dict, dict]:
+    """Update model and optimizer by the gradient of one step, without waiting for the device.
+
+    Returns:
+        The metrics per pair, one dict per micro-batch; the gradient's norm before clipping, as a
+        scalar; the updated weights and optimizer state. All may still be being computed.
+    """
+    with gradient_checkpointing(model) if options.gradient_checkpointing else nullcontext():
+        parts, gradients = step_gradients(gradient_function, batch)
+    # Without a limit, too: clip_grad_norm also returns the norm.
+    gradients, norm = optim.clip_grad_norm(gradients, options.max_grad_norm or math.inf)
+    state.optimizer.update(model, gradients)
+    results = (parts, norm, model.trainable_parameters(), state.optimizer.state)
+    mx.async_eval(results)
+    return results
 
 
 def create_gradient_function(

@@ -158,6 +158,12 @@ def test_a_running_process_with_the_number_of_the_dead_one_does_not_matter(
     assert is_free(tmp_path)
 
 
+def test_a_longer_file_of_a_dead_process_is_replaced(tmp_path: Path) -> None:
+    write_lock(tmp_path, more="x" * 1000)
+    with lock_run(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
 def test_the_lock_of_another_host_is_respected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
