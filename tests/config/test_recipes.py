@@ -155,6 +155,13 @@ def resolved_settings(name: str) -> dict[str, Any]:
             "early_stopping": {"metric": "loss", "patience": None, "min_delta": 0.0},
             "sample_prompts": [],
             "sample_tokens": 100,
+            "on_nonfinite": "stop",
+            "max_skipped": 10,
+            "save_every": None,
+            "save_minutes": 10.0,
+            "keep_checkpoints": 2,
+            "resume": "never",
+            "keep_awake": None,
         },
         "logps": {"impl": "auto"},
     }
