@@ -12,8 +12,8 @@ best/                 the adapter with the lowest evaluation loss (with train.ev
 summary.json          the result of the run, see `training.result.TrainResult`
 """
 
+import itertools
 import json
-import os
 import re
 import shlex
 import shutil
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import SimPOError
-from ..files import write_durably, write_text
+from ..files import sync, write_durably, write_text
 from ..paths import local_path
 from .checkpoints import list_checkpoints
 from .disk import WRITABLE, check_space, check_writable
@@ -249,8 +249,8 @@ class _Log:
     def position(self) -> list[Any]:
         self._flush()
         if self._size:
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(self.path)
+            sync(self.path.parent)  # its name, too: the file may be new
         return [self._size, self._digest.hexdigest()]
 
     def rewind(self, size: int, digest: str) -> bool:
@@ -269,7 +269,8 @@ class _Log:
 
     def put_aside(self) -> Path:
         """Rename the file, if it is there, and begin a new one."""
-        aside = self.path.with_name(f"{self.path.stem}-damaged{self.path.suffix}")
+        names = (f"{self.path.stem}-damaged{n or ''}{self.path.suffix}" for n in itertools.count())
+        aside = next(path for name in names if not (path := self.path.with_name(name)).exists())
         if self.path.is_file():
             self.path.replace(aside)
         self._size, self._digest, self._waiting = 0, sha256(), b""
