@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .device import is_gpu, total_memory_bytes
+from .device import is_gpu, processor, total_memory_bytes
 from .errors import SimPOError
 from .kernels.built_in import IGNORE_INDEX
 from .kernels.choice import Implementation, choose_implementation
@@ -60,10 +60,8 @@ def examine() -> dict[str, Any]:
 
 def machine() -> dict[str, str]:
     """Return chip, memory, system and versions, in words."""
-    device = mx.device_info()
-
     description = {
-        "chip": str(device.get("device_name", platform.processor() or "unknown")),
+        "chip": processor(),
         "memory": f"{total_memory_bytes() / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
         "processor": platform.machine(),

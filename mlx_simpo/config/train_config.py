@@ -93,7 +93,7 @@ class TrainConfig(Section):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     sample_prompts: tuple[str, ...] = setting(
         (),
-        "prompts, such as [Why is the sky blue?], to respond to at each evaluation, to see what "
+        'prompts, such as ["Why is the sky blue?"], to respond to at each evaluation, to see what '
         "becomes of the responses",
         on_resume="free",
     )

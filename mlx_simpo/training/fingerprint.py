@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.schema import all_settings
 from ..config.simpo_config import SimPOConfig
 from ..data.tokens import content_sha256
+from ..device import processor
 from ..errors import SimPOError
 from ..model.record import base_record, content_hash, template_hash
 from ..version import __version__
@@ -19,7 +20,7 @@ PACKAGES = ("mlx", "mlx-lm")
 
 def fingerprint(session: "Session") -> dict[str, Any]:
     """Return what decides the result of a run, as plain values for JSON: its settings, the content
-    of pairs, model and chat template, and the versions of the packages."""
+    of pairs, model and chat template, the versions of the packages, and the processor."""
     return {
         "config": session.config.as_dict(),
         "training pairs": content_sha256(session.train),
@@ -29,7 +30,11 @@ def fingerprint(session: "Session") -> dict[str, Any]:
             "content": content_hash(session.loaded.folder),
         },
         "chat template": template_hash(session.encoder.renderer.text),
-        "versions": {"mlx-simpo": __version__, **{name: version(name) for name in PACKAGES}},
+        "versions": {
+            "mlx-simpo": __version__,
+            **{name: version(name) for name in PACKAGES},
+            "the processor": processor(),
+        },
     }
 
 

@@ -39,7 +39,8 @@ class Progress:
     evaluation, -1 before the first. best: loss and step of the best one. last: the metrics of the
     last step, as in metrics.jsonl. early_stopping, watch: the states of these two, if the run has
     begun. samples: the first responses to train.sample_prompts. logs: see
-    `RunFolder.log_positions`. seconds: of training so far.
+    `RunFolder.log_positions`. seconds: of training so far. save_cost: seconds that the
+    checkpoint before took.
     """
 
     step: int = 0
@@ -52,6 +53,7 @@ class Progress:
     samples: list[dict[str, Any]] = field(default_factory=list)
     logs: dict[str, list[Any]] = field(default_factory=dict)
     seconds: float = 0.0
+    save_cost: float = 0.0
 
 
 @dataclass

@@ -8,15 +8,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import SimPOError
-from ..evaluation import Evaluation
-from ..reporting import advice
 from ..reporting.display import step_note
 from ..runs.checkpoints import list_checkpoints
 from ..runs.folder import NONFINITE, RunFolder, resume_command
-from ..sampling.samples import Sample, sample_responses
-from .early_stopping import EarlyStopping
+from .evaluator import Evaluator
 from .fingerprint import fingerprint
-from .recording import record_samples, record_skipped
+from .recording import record_skipped
 from .result import TrainResult, recorded_step, verdict
 from .resuming import Evaluations, Progress, remove_remains, restore_checkpoint, write_checkpoint
 from .saver import Saver
@@ -62,16 +59,17 @@ class Run:
         remove_remains(folder)
         self.first_step = self.progress.step
         options = session.config.train
-        self.watch, self.early_stopping = CollapseWatch(), EarlyStopping(options.early_stopping)
-        if folder.resuming and self.progress.watch:
+        self.watch = CollapseWatch()
+        if self.progress.watch:
             self.watch.restore(self.progress.watch)
-            self.early_stopping.restore(self.progress.early_stopping)
-        self.saver = Saver(folder.checkpoints, options, self.display)
+        self.evaluator = Evaluator(
+            session, folder, self.progress, self.evaluations, self._check_stop
+        )
+        self.saver = Saver(folder.checkpoints, options, self.display, self.progress.save_cost)
         if checkpoint is None:
             self.saver.check_space(session.model)
         self._started = time.monotonic() - self.progress.seconds
         self._last: StepMetrics | None = None
-        self._has_fallen = False  # whether advice.collapse has been given
         self._is_unsaved = checkpoint is None  # whether no checkpoint holds the present state
 
     def finish(self) -> TrainResult:
@@ -104,15 +102,13 @@ class Run:
             self._end_interrupted(number)
         return self._result(number)
 
-    @property
-    def _is_over(self) -> bool:
-        """Whether no step is left: all are done, or the evaluations no longer improve."""
-        return self.session.state.step == self.session.total_steps or self.early_stopping.is_over
+    def _evaluate_if_due(self) -> None:
+        self._is_unsaved |= self.evaluator.evaluate_if_due()
 
     def _train(self) -> None:
         """Take the remaining steps, until the run is to stop."""
         session, progress = self.session, self.progress
-        if self._is_over:
+        if self.evaluator.is_over:
             if progress.step < session.total_steps:
                 self.display.note(
                     f"the run has stopped early, after step {progress.step}; to go on, raise "
@@ -131,80 +127,25 @@ class Run:
                     for warning in self.watch.add_step(step.metrics):
                         self.display.warn(f"step {step.step}: {warning}")
                 advance(1, step_note(step.metrics))
-                if self.stop or self._is_over:
+                if self.stop or self.evaluator.is_over:
                     return
                 self._evaluate_if_due()
-                if self._is_over:
+                if self.evaluator.is_over:
                     return
                 if self.saver.is_due(step.step):
                     self._save_checkpoint()
-
-    def _evaluate_if_due(self) -> None:
-        """Evaluate if it is the turn of it after the last finished step."""
-        session, progress, options = self.session, self.progress, self.session.config.train
-        step, every = session.state.step, options.eval_every
-        is_due = step == 0 or self._is_over or (every is not None and step % every == 0)
-        if not is_due or progress.evaluated == step:
-            return
-        result = samples = None
-        if session.valid:
-            title = "Before" if step == 0 else "After" if self._is_over else f"Step {step}"
-            result = session.evaluate(title, self._check_stop)
-        if options.sample_prompts:
-            samples = sample_responses(
-                session.model,
-                session.tokenizer,
-                session.encoder,
-                options.sample_prompts,
-                options.sample_tokens,
-            )
-        # Only now, when nothing can fail any more: a run that is resumed does all of it again.
-        if result is not None:
-            self._add_evaluation(step, result)
-        if samples is not None:
-            progress.samples = progress.samples or [sample.as_dict() for sample in samples]
-            first = [Sample(**sample) for sample in progress.samples]
-            record_samples(self.folder, self.display, step, samples, first)
-        progress.evaluated, self._is_unsaved = step, True
-
-    def _add_evaluation(self, step: int, result: Evaluation) -> None:
-        """Log the result, keep the adapter if it is the best one, and see whether to stop."""
-        every = self.session.config.train.eval_every
-        if every is not None and step > 0:
-            self._keep_if_best(step, result.metrics["loss"])
-        self.folder.log({"step": step, **{f"eval_{k}": v for k, v in result.as_dict().items()}})
-        self.evaluations.latest = result
-        if step == 0:
-            self.evaluations.before = result
-        if self.evaluations.before and not self._has_fallen:
-            fall = advice.collapse(self.evaluations.before, result)
-            self.display.warn(fall)
-            self._has_fallen = fall is not None
-        reason = self.early_stopping.add_evaluation(result.metrics)
-        if reason and step < self.session.total_steps:
-            self.display.note(f"stopping early, after step {step}: {reason}")
 
     def _check_stop(self) -> None:
         """End an evaluation, as KeyboardInterrupt would, if a signal has asked the run to stop."""
         if self.stop:
             raise _Stopped
 
-    def _keep_if_best(self, step: int, loss: float) -> None:
-        if self.progress.best is not None and loss >= self.progress.best[0]:
-            return
-        try:
-            self.session.save(self.folder.path / "best")
-        except SimPOError as error:
-            self.display.warn(f"the best adapter so far, of step {step}, is not kept: {error}")
-        else:
-            self.progress.best = (loss, step)
-
     # --- saving --------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
         self.progress.seconds = time.monotonic() - self._started
+        self.progress.save_cost = self.saver.cost
         self.progress.watch = self.watch.state()
-        self.progress.early_stopping = self.early_stopping.state()
         write = partial(
             write_checkpoint,
             session=self.session,

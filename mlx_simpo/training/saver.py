@@ -19,14 +19,17 @@ MAX_SHARE = 0.01  # of the time between two checkpoints, for writing one
 class Saver:
     """Writes a run's checkpoints at the cadence of its settings.
 
-    seconds: what all checkpoints together have taken.
+    seconds: what all checkpoints together have taken. cost: what the last one took, in seconds; of
+    a run that is resumed, before that.
     """
 
-    def __init__(self, root: Path, options: TrainConfig, display: Display) -> None:
+    def __init__(
+        self, root: Path, options: TrainConfig, display: Display, cost: float = 0.0
+    ) -> None:
         self.root, self._options, self._display = root, options, display
         self.seconds = 0.0
         self._last_end = time.monotonic()
-        self._cost = 0.0  # seconds that the last checkpoint took
+        self.cost = cost
         self._size = 0  # its bytes
         self._has_explained = False
 
@@ -48,18 +51,18 @@ class Saver:
         every, minutes = self._options.save_every, self._options.save_minutes
         elapsed = time.monotonic() - self._last_end
         if every is not None and step % every == 0:
-            if self._cost > MAX_SHARE * elapsed:
+            if self.cost > MAX_SHARE * elapsed:
                 self._explain(
-                    f"a checkpoint takes {self._cost:.1f} s, {self._cost / max(elapsed, 1e-9):.0%} "
+                    f"a checkpoint takes {self.cost:.1f} s, {self.cost / max(elapsed, 1e-9):.0%} "
                     f"of the time since the last one; a larger train.save_every costs less"
                 )
             return True
         if minutes is None or elapsed < 60 * minutes:
             return False
-        if elapsed < self._cost / MAX_SHARE:
+        if elapsed < self.cost / MAX_SHARE:
             self._explain(
-                f"a checkpoint takes {self._cost:.1f} s: one is saved every "
-                f"{self._cost / MAX_SHARE / 60:.0f} minutes and not every {minutes:g}, so that "
+                f"a checkpoint takes {self.cost:.1f} s: one is saved every "
+                f"{self.cost / MAX_SHARE / 60:.0f} minutes and not every {minutes:g}, so that "
                 f"saving takes no more than {MAX_SHARE:.0%} of the time"
             )
             return False
@@ -86,8 +89,8 @@ class Saver:
             return False
         finally:
             self._last_end = time.monotonic()
-            self._cost = self._last_end - started
-            self.seconds += self._cost
+            self.cost = self._last_end - started
+            self.seconds += self.cost
         return True
 
     def _write(self, step: int, write: Callable[[Path], None]) -> None:

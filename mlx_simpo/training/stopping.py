@@ -133,10 +133,10 @@ class _Listener:
         _Listener.active = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Raise KeyboardInterrupt if the thread asks for it, and do nothing otherwise.
+        """Do what only the main thread can: raise KeyboardInterrupt if the thread asks for it.
 
-        Counting is the thread's: Python calls this once for two signals that come during one call
-        of MLX.
+        Counting is the thread's: Python calls this once for two signals that come during one
+        call of MLX.
 
         Raises:
             KeyboardInterrupt: as above.
@@ -147,6 +147,8 @@ class _Listener:
             os.write(self._writing_end, bytes([number]))
             if current_fd >= 0:
                 signal.set_wakeup_fd(current_fd)
+        if number == signal.SIGHUP:
+            self._leave_closed_terminal()  # the thread may be later than this one's next line
         if self._must_raise:
             self._must_raise = False
             raise KeyboardInterrupt

@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo import DataConfig, LoRAConfig, SimPOConfig, SimPOError, TrainConfig, load_config
+from mlx_simpo.config.simpo_config import resume_config
 
 
 def test_a_section_as_a_dict_in_python_is_an_error() -> None:
@@ -323,3 +324,56 @@ def test_a_token_or_password_is_never_a_setting(name: str, secret: str, tmp_path
         assert message.endswith("log in with `hf auth login` or set HF_TOKEN")
         assert TOKEN not in message
         assert "pass1234" not in message
+
+
+# --- of a run that goes on ---------------------------------------------------------------------
+
+
+def run_with(folder: Path, *settings: str) -> SimPOConfig:
+    """Write the configuration of a run into its folder, and return it."""
+    config = load_config(None, ["model=x", f"output={folder}", *settings])
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    return config
+
+
+def test_a_run_goes_on_with_its_own_settings_and_those_that_change(tmp_path: Path) -> None:
+    config = run_with(tmp_path / "run", "lora.rank=3", "train.steps=7", "data.train=pairs.jsonl")
+    assert resume_config(tmp_path / "run") == config
+    more = resume_config(tmp_path / "run", ["train.steps=null", "train.epochs=2"])
+    assert more == replace(config, train=replace(config.train, steps=None, epochs=2.0))
+
+
+def test_the_output_of_a_run_that_goes_on_is_where_it_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_with(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "a run")
+    assert resume_config(tmp_path / "a run").output == str(tmp_path / "a run")
+    monkeypatch.chdir(tmp_path)
+    assert resume_config("a run").output == "a run"
+    assert resume_config("a run", ["output=a run"]).output == "a run"
+    message = error_of(lambda: resume_config("a run", ["output=other"]))
+    assert message == (
+        "output is 'other', but a run goes on in its own folder, a run; leave output=… away (the "
+        "folder may be moved before)"
+    )
+
+
+@pytest.mark.parametrize("state", ["absent", "empty", "file"])
+def test_a_folder_without_a_run_cannot_go_on(state: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    if state == "empty":
+        path.mkdir()
+    elif state == "file":
+        path.write_text("model: x")
+    assert error_of(lambda: resume_config(path)) == (
+        f"{path} holds no run that could be resumed (it has no config.yaml); name the output "
+        "folder of a run"
+    )
+
+
+def test_a_setting_that_does_not_exist_is_an_error_when_a_run_goes_on(tmp_path: Path) -> None:
+    run_with(tmp_path / "run")
+    message = error_of(lambda: resume_config(tmp_path / "run", ["train.step=9"]))
+    assert message.startswith("unknown setting 'train.step'; did you mean 'train.steps'?")

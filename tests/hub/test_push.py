@@ -196,6 +196,7 @@ def test_files_that_are_not_listed_stay(adapter: Path, tmp_path: Path, hub: Fake
         "best",
         ".cache",
         "checkpoint-10",
+        "checkpoints",
         "__pycache__",
     }
     assert stays["quarantined.jsonl"] == "may hold private text"
@@ -439,7 +440,10 @@ def test_json(adapter: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -
     assert seen["private"] is False
     names = {file["name"] for file in seen["files"]}
     assert names == SENT["run"] | {"README.md"}
-    assert {"name": "config.yaml", "why": seen["stays"][0]["why"]} in seen["stays"]
+    assert seen["stays"] == [
+        {"name": "checkpoints", "why": "a folder"},
+        {"name": "config.yaml", "why": "holds paths of this machine; the card has the settings"},
+    ]
     assert "content" not in seen["files"][0]
 
 

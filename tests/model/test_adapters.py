@@ -14,6 +14,7 @@ from helpers.tiny import tiny_config, tiny_folder, tiny_model
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_simpo import LoRAConfig, SimPOError
+from mlx_simpo.model import adapters as adapters_module
 from mlx_simpo.model.adapters import (
     CONFIG,
     WEIGHTS,
@@ -127,6 +128,38 @@ def test_a_failing_save_leaves_the_old_adapter(saved: Path, tmp_path: Path) -> N
         save_adapter(folder, model, {**moved(model, rank=2), "no JSON": object()})
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG}
     assert_same_arrays(arrays(folder / WEIGHTS), arrays(saved / WEIGHTS))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "notes.txt"])
+def test_a_disk_that_fills_up_at_any_file_leaves_the_old_adapter(
+    name: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = changed_copy(saved, tmp_path / "full"), tiny_model()
+    adapter = moved(model, rank=2)
+    save_adapter(folder, model, adapter, {"notes.txt": "old"})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(path: Path) -> None:
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapters_module, "sync", full)
+    moved_again = moved(tiny_model(), rank=4)
+    message = f"^the adapter cannot be written to {folder}: .*No space left on device"
+    with pytest.raises(SimPOError, match=message):
+        save_adapter(folder, model, moved_again, {"notes.txt": "new"})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_files_are_replaced_and_never_written_into(saved: Path, tmp_path: Path) -> None:
+    """A hard link to one, in a backup for example, keeps the old content."""
+    folder, model = changed_copy(saved, tmp_path / "again"), tiny_model()
+    adapter = moved(model, rank=4)
+    save_adapter(folder, model, adapter, {"notes.txt": "old, of half an emoji: \ud83d"})
+    (tmp_path / "link").hardlink_to(folder / "notes.txt")
+    save_adapter(folder, model, adapter, {"notes.txt": "new"})
+    assert (tmp_path / "link").read_text("utf-8") == "old, of half an emoji: \\ud83d"
+    assert (folder / "notes.txt").read_text("utf-8") == "new"
 
 
 def test_a_run_starts_from_an_existing_adapter(saved: Path) -> None:

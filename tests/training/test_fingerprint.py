@@ -169,7 +169,9 @@ def test_a_setting_that_the_older_version_did_not_have_is_not_compared() -> None
 
 
 @pytest.fixture
-def of_run(model_folder: Path, pairs_file: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def new_fingerprint(
+    model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> Callable[..., dict[str, Any]]:
     """A function that returns the fingerprint of a run with these settings."""
 
     def create(*settings: str) -> dict[str, Any]:
@@ -181,19 +183,19 @@ def of_run(model_folder: Path, pairs_file: Path, tmp_path: Path) -> Callable[...
 
 
 def test_content_counts_and_names_do_not(
-    of_run: Callable[..., dict[str, Any]], model_folder: Path, tmp_path: Path
+    new_fingerprint: Callable[..., dict[str, Any]], model_folder: Path, tmp_path: Path
 ) -> None:
-    first = of_run()
+    first = new_fingerprint()
     data = write_jsonl(tmp_path / "other.jsonl", some_pairs())
     model = tiny_folder(tmp_path / "other")
     template = tmp_path / "template.jinja"
     template.write_text((model / "chat_template.jinja").read_text("utf-8"), encoding="utf-8")
-    same = of_run(f"data.train={data}", f"model={model}", f"data.chat_template={template}")
+    same = new_fingerprint(f"data.train={data}", f"model={model}", f"data.chat_template={template}")
     assert check_same_run(first, same) == []
 
     def problems(*settings: str) -> str:
         with pytest.raises(SimPOError) as error:
-            check_same_run(first, of_run(*settings))
+            check_same_run(first, new_fingerprint(*settings))
         return str(error.value).partition("data: ")[2].partition(". Undo")[0]
 
     assert problems(f"model={tiny_folder(tmp_path / 'more', seed=1)}") == "the model changed"
@@ -206,11 +208,11 @@ def test_content_counts_and_names_do_not(
 
 
 def test_a_package_of_another_version_is_noticed(
-    of_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    new_fingerprint: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = of_run()
+    first = new_fingerprint()
     monkeypatch.setattr(fingerprint_module, "version", lambda name: f"9.{len(name)}")
-    (message,) = check_same_run(first, of_run())
+    (message,) = check_same_run(first, new_fingerprint())
     assert "mlx was " in message
     assert " and is 9.3; mlx-lm was " in message
 

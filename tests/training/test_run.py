@@ -239,8 +239,8 @@ def test_ctrl_c_as_an_exception_in_the_middle_of_a_save(
 ) -> None:
     write, calls = run_module.write_checkpoint, []
 
-    def interrupted(*arguments: Any) -> None:
-        write(*arguments)
+    def interrupted(*arguments: Any, **more: Any) -> None:
+        write(*arguments, **more)
         calls.append(None)
         if len(calls) == 2:  # of step 2
             raise KeyboardInterrupt
