@@ -28,6 +28,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 
+# First, before anything imports MLX: on a Linux CPU it loads a fast BLAS in place of MLX's own.
+import mlx_simpo  # noqa: E402, F401
+
+# isort: split
 from helpers.faults import Forks  # noqa: E402
 from helpers.kills import Ended, Runner, content, differences  # noqa: E402
 from helpers.tiny import some_pairs, tiny_folder, write_jsonl  # noqa: E402
