@@ -5,7 +5,7 @@ Every layer that trains saves the same arrays for the backward pass, and whateve
 line over the number of layers that train, whatever the engine, the lengths, gradient checkpointing
 or mx.compile make of one layer. The micro-batch runs twice, once with the gradient of the last
 layer alone and once with that of the last half; the line through the two peaks leads to all of
-them (within 2 % on SmolLM2-135M: benchmarks/memory_forecast.py).
+them (benchmarks/memory_forecast.py compares it with trainings of SmolLM2-135M).
 
 A micro-batch of long pairs may need too much even so. It runs with shortened pairs first, and the
 next length only if it fits in case that memory has grown with the square of the length so far.
@@ -42,8 +42,8 @@ class Peak:
 
     resident: weights, optimizer state, and a gradient that waits for that of another micro-batch.
     update: peak of the optimizer's update. lengths, activations: factors of the pairs' lengths, and
-    what the gradient of the micro-batch takes at each, both rising. The last length is 1 unless
-    that could not be run.
+    what the gradient of the micro-batch takes at each. The last length is 1 unless that could not
+    be run.
     """
 
     resident: int
@@ -65,7 +65,8 @@ class Peak:
         available = 0 if self.update > limit else limit - self.resident
         if available <= self.activations[0]:  # in proportion
             return max(0.0, self.lengths[0] * available / self.activations[0])
-        return float(np.interp(available, self.activations, self.lengths))
+        rising = np.maximum.accumulate(self.activations)
+        return float(np.interp(available, rising, self.lengths))
 
 
 def predict_peak(
@@ -95,6 +96,7 @@ def predict_peak(
     all_layers: list[float] = []
     with _unchanged(model):
         model.train()
+        gc.collect()  # arrays in reference cycles would be freed later, in the middle of a run
         model_bytes = _memory_in_use()
         resident = model_bytes + (COPIES_AT_ALL_TIMES + accumulates) * trainable
         for length in LENGTHS:
@@ -141,7 +143,8 @@ def _activations(
         return upper, upper
     with _frozen(adapted[: len(adapted) - few]):
         lower = _measure(run, pairs)
-    return upper, upper + (upper - lower) / (some - few) * (len(adapted) - some)
+    per_layer = max(0, upper - lower) / (some - few)
+    return upper, upper + per_layer * (len(adapted) - some)
 
 
 def _measure(run: RunMicroBatch, pairs: Sequence[EncodedPair]) -> int:
@@ -154,7 +157,6 @@ def _measure(run: RunMicroBatch, pairs: Sequence[EncodedPair]) -> int:
 
 def _memory_in_use() -> int:
     """Return the bytes of all arrays that something refers to."""
-    gc.collect()  # arrays in reference cycles would be freed at any time, during a run too
     mx.clear_cache()
     mx.synchronize()  # on a CPU, the thread that computes frees what it has read
     return mx.get_active_memory()

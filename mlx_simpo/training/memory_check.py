@@ -27,15 +27,15 @@ def check_memory(session: Session) -> MemoryForecast | None:
     setting = session.config.train.memory_check
     if setting == "off":
         return None
+    forecast = None
     try:
         check_weights(session.model)
         forecast = forecast_training(session.model, session.train, session.config, session.engine)
-        message = forecast.advice()
+        session.display.warn(forecast.advice())
     except SimPOError as error:
         if setting == "error":
             raise SimPOError(f"{error}. train.memory_check=warn begins all the same") from None
-        forecast, message = None, str(error)
-    session.display.warn(message)
+        session.display.warn(str(error))
     return forecast
 
 
