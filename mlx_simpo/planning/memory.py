@@ -24,6 +24,7 @@ ComputeGradient = Callable[[Sequence[EncodedPair], TrainConfig], None]
 COMFORTABLE_SHARE = 0.9
 TOKENS_MULTIPLE = 64  # a suggested train.max_tokens_per_step is one of this
 MIN_LENGTH = 32  # tokens; a data.max_length below it is no remedy
+SMALLER_MODEL = "use a smaller model, or one that is quantized to 4 bits"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class MemoryForecast:
         """
         if self.peak <= COMFORTABLE_SHARE * self.limit:
             return None
-        remedy = self.remedy or "use a smaller model, or one that is quantized to 4 bits"
+        remedy = self.remedy or f"{SMALLER_MODEL}, or lower lora.rank"
         if self.peak > self.limit:
             raise SimPOError(f"not enough memory: training needs {self.figures}; {remedy}")
         return f"memory will be tight: training needs {self.figures}; to be safe, {remedy}"
@@ -78,7 +79,7 @@ def check_weights(model: nn.Module) -> None:
     if size > limit:
         raise SimPOError(
             f"not enough memory: the model's weights take {gigabytes(size)} of "
-            f"{gigabytes(limit)}; use a smaller model, or one that is quantized to 4 bits"
+            f"{gigabytes(limit)}; {SMALLER_MODEL}"
         )
 
 
@@ -168,7 +169,7 @@ def _sentence(options: TrainConfig, config: SimPOConfig, max_length: int | None 
         settings.append("train.gradient_checkpointing=true")
     if options.max_tokens_per_step != config.train.max_tokens_per_step:
         settings.append(f"train.max_tokens_per_step={options.max_tokens_per_step}")
-    return f"set {' and '.join(settings)}"
+    return f"set {', '.join(settings)}"
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -1,11 +1,11 @@
 """Errors of MLX that are about memory or about the GPU's time, as messages that help.
 
-What MLX 0.32 raises (mlx/backend/*/allocator.cpp, mlx/backend/metal/device.cpp):
+What MLX 0.32.4 raises, by its source (mlx/backend/*/allocator.cpp, mlx/backend/metal/device.cpp):
 
 - Metal: ``[malloc] Unable to allocate``, ``[metal::malloc] Attempting to allocate`` (more than one
   buffer may have) and ``[metal::malloc] Resource limit`` (too many buffers) when memory is
   requested; ``[METAL] Command buffer execution failed: Insufficient Memory`` when a command has
-  failed. Since 0.32 it is raised where the result is waited for; before, it ended the process.
+  failed. That is raised where the result is waited for; it ended the process before MLX's #3523.
 - CUDA: ``cudaMallocAsync(…) failed: out of memory``.
 - A CPU: nothing. MLX does not look at what malloc returns, and writes to address 0 (a segmentation
   fault) where the address space is limited (ulimit -v); elsewhere Linux grants the memory and ends

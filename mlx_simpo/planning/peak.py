@@ -102,10 +102,10 @@ def predict_peak(
         for length in LENGTHS:
             if len(lengths) > 1:
                 room = limit - resident
-                if extrapolate(few_layers, length / lengths[-1]) > room:
+                if extrapolate(few_layers, length / lengths[-1], power=2) > room:
                     break
-                if length < 1 and extrapolate(few_layers, 1 / lengths[-1]) <= room:
-                    continue
+                if length < 1 and extrapolate(few_layers, 1 / lengths[-1], power=2) <= room:
+                    continue  # there is room for the pairs as they are
             some, every = _activations(run, model, [shorten(pair, length) for pair in pairs])
             lengths.append(length)
             few_layers.append(some)
@@ -114,18 +114,28 @@ def predict_peak(
     return Peak(resident, update, tuple(lengths), tuple(all_layers))
 
 
-def extrapolate(values: Sequence[float], factor: float) -> float:
+def extrapolate(values: Sequence[float], factor: float, power: float | None = None) -> float:
     """Continue values at lengths that double each time, up to ``factor`` times the last length.
 
-    Growth is a power of the length between 1 and 2: the one that three values have, and 2, the most
-    that it can be, where there are only two.
+    They grow by a power of the length, of 1 to 2.
+
+    Args:
+        power: of the growth, if there are two values only; default: as if they began at 0. Three
+            show it by themselves.
     """
     if factor == 1:
         return values[-1]
-    first, second = np.diff(values)[-2:] if len(values) > 2 else (1.0, 4.0)
-    power = np.clip(np.log2(max(second, 1.0) / max(first, 1.0)), 1.0, 2.0)
-    last_growth = max(values[-1] - values[-2], 0.0)
-    return values[-1] + last_growth * (factor**power - 1) / (1 - 0.5**power)
+    before, last = values[-2:]
+    if len(values) > 2:
+        power = _doublings(last - before, before - values[-3])
+    elif power is None:
+        power = _doublings(last, before)
+    return last + max(0.0, last - before) * (factor**power - 1) / (1 - 0.5**power)
+
+
+def _doublings(second: float, first: float) -> float:
+    """Return log2 of the ratio, at least 1 and at most 2."""
+    return float(np.clip(np.log2(max(second, 1.0) / max(first, 1.0)), 1, 2))
 
 
 def _activations(

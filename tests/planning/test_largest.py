@@ -1,6 +1,7 @@
 """The largest micro-batch, compared with those of all steps."""
 
 from itertools import count, islice
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +12,7 @@ from helpers.tiny import tiny_model, token_pair
 from mlx_simpo import SimPOConfig
 from mlx_simpo.data.encode import EncodedPair
 from mlx_simpo.data.order import epoch_steps
+from mlx_simpo.data.tokens import TokenizedPairs, TokenWriter
 from mlx_simpo.engine.choice import REFERENCE, Engine, shared_prefix_engine
 from mlx_simpo.planning import largest
 from mlx_simpo.planning.largest import ATTENTION_TOKENS, PLANNED_STEPS, largest_micro_batch
@@ -126,6 +128,28 @@ def test_runs_of_many_epochs_are_looked_at_from_their_beginning(
     monkeypatch.setattr(largest, "MAX_RANKED_PAIRS", 20)
     result = largest_micro_batch(some_pairs(12), step_config(), REFERENCE, 10**9)
     assert result.step <= 5
+
+
+def test_of_pairs_on_the_disk_one_steps_tokens_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = some_pairs(300)
+    with TokenWriter(tmp_path) as writer:
+        for pair in pairs:
+            writer.add(pair, b"")
+    read = []
+    get = TokenizedPairs.__getitem__
+
+    def counted(self: TokenizedPairs, index: int) -> EncodedPair:
+        read.append(index)
+        return get(self, index)
+
+    monkeypatch.setattr(TokenizedPairs, "__getitem__", counted)
+    config, engine = step_config(batch_size=4), ENGINES["shared_prefix"]
+    on_disk = largest_micro_batch(TokenizedPairs(tmp_path), config, engine, 75)
+    assert len(read) == 4
+    in_memory = largest_micro_batch(pairs, config, engine, 75)
+    assert (on_disk.step, on_disk.positions) == (in_memory.step, in_memory.positions)
 
 
 def test_nothing_is_computed() -> None:

@@ -78,6 +78,15 @@ def test_no_run_takes_more_than_the_limit(power: float) -> None:
     assert peak.total > limit
 
 
+def test_a_run_that_stops_early_still_has_a_fair_estimate() -> None:
+    model = model_of(8)
+    law = Law(model, per_layer=lambda tokens: 1e4 * tokens)
+    limit = resident(model, 2) + 0.5 * law.bytes(PAIRS, 4)
+    peak = predict_peak(law, model, PAIRS, limit, accumulates=False)
+    assert peak.lengths == (1 / 8, 1 / 4)
+    assert peak.total == pytest.approx(resident(model, 2) + law.bytes(PAIRS, 8), rel=0.1)
+
+
 @pytest.mark.parametrize("power", [1, 1.5, 2])
 def test_growth_is_continued_where_the_pairs_were_too_long(power: float) -> None:
     model = model_of(8)
@@ -105,10 +114,17 @@ def test_three_values_show_the_power_of_the_growth(factor: int, power: float) ->
     assert extrapolate(values, factor) == pytest.approx(5 + (4 * factor) ** power)
 
 
-def test_two_values_grow_with_the_square_and_none_shrink() -> None:
-    assert extrapolate([1, 4], 2) == pytest.approx(16)
-    assert extrapolate([8, 7], 4) == 7
-    assert extrapolate([1, 4, 5], 2) == pytest.approx(7)  # at least in proportion
+@pytest.mark.parametrize("power", [1, 1.3, 2])
+def test_two_values_show_it_if_they_begin_at_0(power: float) -> None:
+    assert extrapolate([1, 2**power], 4) == pytest.approx(8**power)
+    assert extrapolate([1, 2**power], 4, power=2) == pytest.approx(
+        2**power + (2**power - 1) * 15 / 0.75
+    )
+
+
+def test_growth_is_at_least_in_proportion_and_never_negative() -> None:
+    assert extrapolate([1, 4, 5], 2) == pytest.approx(7)
+    assert extrapolate([8, 7], 4) == extrapolate([8, 7], 4, power=2) == 7
 
 
 def test_the_length_within_a_limit_is_read_off_the_measured_ones() -> None:
