@@ -14,12 +14,14 @@ from .evaluation import Evaluation
 from .kernels.choice import choose_implementation
 from .model.adapters import check_adapter, check_fits, load_adapter
 from .model.record import RECORD_KEY, get_dict
+from .planning.memory_errors import explain
 from .reporting import advice
 from .reporting.display import Display, count_text
 from .runs.folder import open_run
 from .sampling.generate import generate_response
 from .training.datasets import create_encoder, encode_datasets
 from .training.keep_awake import keep_awake
+from .training.memory_check import check_memory
 from .training.result import TrainResult
 from .training.resuming import newest_checkpoint
 from .training.run import Run
@@ -57,11 +59,18 @@ def train(
         )
         if checkpoint is None:
             display.note(advice.starting_loss(config.objective))
+        forecast = check_memory(session)
         awake = keep_awake(options.keep_awake, display.note)
         with awake, stop_on_signals(display.warn) as stop:
             run = Run(session, folder, stop, checkpoint)
             folder.begin(config.to_yaml(), [q._asdict() for q in session.quarantined])
-            return run.finish()
+            try:
+                return run.finish()
+            except (RuntimeError, MemoryError) as error:
+                explained = explain(error, forecast)
+                if explained is None:
+                    raise
+                raise explained from error
 
 
 def evaluate(

@@ -38,7 +38,7 @@ FLOORS = [
     ["runs", "data", "model"],
     ["engine"],
     ["evaluation"],
-    ["reporting"],
+    ["reporting", "planning"],
     ["sampling"],
     ["training", "hub", "convert"],
     ["api"],
@@ -59,6 +59,8 @@ ROOMS = {
         ["tokenize", "keys", "inspection"],
         ["cache"],
     ],
+    # From a micro-batch to a message.
+    "planning": [["largest", "peak"], ["memory"], ["memory_errors"]],
     # What pairs of tokens go through.
     "engine": [
         ["reference", "attention", "plan", "head", "vocabulary"],

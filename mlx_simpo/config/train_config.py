@@ -118,6 +118,12 @@ class TrainConfig(Section):
         on_resume="free",
     )
 
+    memory_check: Literal["error", "warn", "off"] = setting(
+        "error",
+        "before training, forecast the peak memory from the largest micro-batch: error or warning "
+        "if it will not fit, or no forecast",
+        on_resume="free",
+    )
     keep_awake: bool | None = setting(
         None,
         "keep the Mac awake while it trains (macOS's caffeinate); null: if the command has a "

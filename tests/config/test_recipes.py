@@ -161,6 +161,7 @@ def resolved_settings(name: str) -> dict[str, Any]:
             "save_minutes": 10.0,
             "keep_checkpoints": 2,
             "resume": "never",
+            "memory_check": "error",
             "keep_awake": None,
         },
         "logps": {"impl": "auto"},
