@@ -126,6 +126,7 @@ def test_a_head_with_a_bias() -> None:
 def test_in_half_precision_the_targets_logit_comes_off_before_rounding(dtype: mx.Dtype) -> None:
     """Against the same weights and hidden states in float32: several times nearer than what is left
     of logits that were rounded first."""
+    mx.random.seed(0)  # of weights: the ratio below is 0.07 to 0.32, depending on them
     wide = nn.Linear(896, 5000, bias=False)
     narrow = nn.Linear(896, 5000, bias=False)
     narrow.weight = (12 * wide.weight).astype(dtype)
