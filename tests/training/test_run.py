@@ -269,7 +269,7 @@ def test_an_error_in_a_step_leaves_the_state_before_it(
         return raising(error)() if len(calls) == 4 else gradients(*arguments)
 
     monkeypatch.setattr(trainer, "step_gradients", failing)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(SimPOError, match=r"not enough memory \(\[malloc\] out of memory"):
         runs.begin("run")
     folder = runs.root / "run"
     newest = list_checkpoints(folder / "checkpoints")[0]
@@ -293,7 +293,7 @@ def test_an_error_between_an_evaluation_and_its_samples_leaves_no_double_line(
         return raising(error)() if len(calls) == 4 else generate(*arguments)  # the 2nd, after 2
 
     monkeypatch.setattr(samples, "_sample", failing)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(SimPOError, match=r"not enough memory \(\[malloc\] out of memory"):
         runs.begin("run", *more)
     monkeypatch.undo()
     runs.resume("run")
