@@ -84,7 +84,8 @@ class Runner:
 
 def content(folder: Path) -> dict[str, Any]:
     """Return what a run leaves behind, without its times: arrays, metrics, samples, summary."""
-    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    # Without step-…-replaced: a kill may leave the former checkpoint of a step beside the new one.
+    checkpoints = sorted((folder / "checkpoints").glob("step-" + "[0-9]" * 6))
     state = load_file(checkpoints[-1] / "state.safetensors")
     arrays = {f"state.{name}": value for name, value in state.items()}
     for name in ("adapters.safetensors", "best/adapters.safetensors"):
