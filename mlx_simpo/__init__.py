@@ -26,10 +26,12 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
         load_config,
         resume_config,
     )
+    from .config.sources import SourceConfig
     from .convert import Conversion, from_hf, from_peft, fuse, to_peft
     from .data.encode import EncodedPair, Encoder, encode_pairs
     from .data.pairs import load_pairs
-    from .errors import SimPOError
+    from .data.records import Pair
+    from .errors import InvalidSettingsError, SimPOError
     from .evaluation import Evaluation, evaluate_pairs
     from .hub import Push, push
     from .model.adapters import load_adapter
@@ -46,13 +48,16 @@ __all__ = [
     "EncodedPair",
     "Encoder",
     "Evaluation",
+    "InvalidSettingsError",
     "LoRAConfig",
     "LogpsConfig",
     "ObjectiveConfig",
+    "Pair",
     "Push",
     "Session",
     "SimPOConfig",
     "SimPOError",
+    "SourceConfig",
     "StepMetrics",
     "TrainConfig",
     "TrainResult",
@@ -90,10 +95,12 @@ _MODULES = {
         "load_config",
         "resume_config",
     ),
+    "config.sources": ("SourceConfig",),
     "convert": ("Conversion", "from_hf", "from_peft", "fuse", "to_peft"),
     "data.encode": ("EncodedPair", "Encoder", "encode_pairs"),
     "data.pairs": ("load_pairs",),
-    "errors": ("SimPOError",),
+    "data.records": ("Pair",),
+    "errors": ("InvalidSettingsError", "SimPOError"),
     "evaluation": ("Evaluation", "evaluate_pairs"),
     "hub": ("Push", "push"),
     "model.adapters": ("load_adapter",),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config.simpo_config import SimPOConfig
+from .config.sources import SourceConfig
 from .data.encode import EncodedPair, Encoder
 from .data.inspection import summarize
 from .engine.choice import choose_engine
@@ -88,13 +89,13 @@ def evaluate(
         SimPOError: data, a model or an adapter that cannot be read or used.
     """
     display, data = display or Display(), config.data
-    if data.valid is None:
+    if not data.valid_sources():
         raise SimPOError("data.valid is missing; name the pairs to evaluate on")
     # First, so that a kernel that cannot run here is reported before anything is read.
     choose_implementation(config.logps.impl)
     if adapter is not None:
         check_adapter(adapter)  # before the base model is scored, which takes minutes
-    encoder, (dataset,) = encode_datasets(config, [(data.valid, data.valid_split)], display)
+    encoder, (dataset,) = encode_datasets(config, [*data.valid_sources().values()][:1], display)
     pairs, loaded = dataset.pairs, load_base_model(config, display)
     model = loaded.model
     if adapter is not None:
@@ -166,5 +167,7 @@ def inspect(
         SimPOError: a dataset or tokenizer that cannot be read, or a dataset without a valid pair.
     """
     lenient = replace(config, data=replace(config.data, max_quarantined=1.0))
-    encoder, (dataset,) = encode_datasets(lenient, [(data, split)], display or Display())
+    encoder, (dataset,) = encode_datasets(
+        lenient, [SourceConfig(data, split=split)], display or Display()
+    )
     return Inspection(dataset.pairs, encoder, summarize(*dataset, encoder))

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 
 # A token of the Hugging Face Hub, and what stands before the host in an address: user:password@.
 _SECRETS = re.compile(r"hf_(?:oauth_[\w.-]+|[A-Za-z0-9]{20,})|(?<=://)[^\s/@'\"]+(?=@)")
@@ -26,6 +27,22 @@ class SimPOError(Exception):
 
     def __init__(self, message: object) -> None:
         super().__init__(redacted(str(message)))
+
+
+class InvalidSettingsError(SimPOError):
+    """Several mistakes in the settings, told at once.
+
+    messages: one sentence per mistake. The command line prints each on a line of its own.
+    """
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = tuple(map(redacted, messages))
+
+
+def messages_of(error: SimPOError) -> tuple[str, ...]:
+    """Return the mistakes that an error tells, one message each."""
+    return error.messages if isinstance(error, InvalidSettingsError) else (str(error),)
 
 
 def one_line(error: object, limit: int | None = None) -> str:

@@ -163,7 +163,7 @@ def test_mlx_lm_loads_the_folder_as_it_is(finished: Finished) -> None:
     """With mlx_lm's own loader, the metrics are those of the run."""
     config = finished.config
     model, tokenizer = mlx_lm.load(config.model, adapter_path=str(finished.folder))[:2]
-    assert config.data.valid is not None
+    assert isinstance(config.data.valid, str)
     pairs = load_pairs(config.data.valid).pairs
     encoded, _ = encode_pairs(Encoder(tokenizer, DataConfig()), pairs)
     result = evaluate_pairs(model, encoded, ObjectiveConfig())

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..errors import SimPOError
+from ..errors import SimPOError, messages_of
 from ..version import __version__
 from . import convert, doctor, evaluate, fuse, generate, inspect, interrupt, push, train
 from .arguments import Parser, config_and_settings
@@ -29,7 +29,8 @@ def run_command(arguments: Sequence[str]) -> int:
         options.config, options.settings = config_and_settings(rest)
         return options.run(options) or 0
     except SimPOError as error:
-        print_error(error)
+        for message in messages_of(error):
+            print_error(message)
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(interrupt.INTERRUPTED)

@@ -6,8 +6,9 @@ import shutil
 import textwrap
 from typing import Any
 
-from ..config.schema import all_settings, is_required
+from ..config.schema import all_settings
 from ..config.simpo_config import SimPOConfig, load_config, resume_config
+from ..config.value_types import is_required
 from ..errors import SimPOError
 from .arguments import add_command_with_settings
 from .interrupt import exit_on_interrupt

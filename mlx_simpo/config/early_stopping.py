@@ -1,9 +1,9 @@
 """The settings of the section train.early_stopping."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from ..errors import SimPOError
 from .schema import NON_NEGATIVE, POSITIVE, Section, setting
 
 
@@ -29,19 +29,14 @@ class EarlyStoppingConfig(Section):
         "free",
     )
 
-    def __post_init__(self) -> None:
-        """Check these settings one by one and against each other.
-
-        Raises:
-            SimPOError: a wrong type, a broken rule, or another setting without patience.
-        """
-        super().__post_init__()
+    def conflicts(self) -> Iterator[str]:
+        """Yield a message for all settings that exclude each other."""
         if self.patience is not None:
             return
         for item in fields(self):
             value = getattr(self, item.name)
             if value != item.default:
-                raise SimPOError(
+                yield (
                     f"{self.NAME}.{item.name} is {value!r}, but {self.NAME}.patience is null, so "
                     "that no run stops early; set patience to a number of evaluations"
                 )

@@ -8,16 +8,21 @@ A default, a help text and a rule are written there and nowhere else: YAML files
 overrides and Python keyword arguments all go through the same checks.
 """
 
-import math
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from ..errors import SimPOError, has_secret
+from ..errors import InvalidSettingsError, SimPOError, has_secret, messages_of
 from .aliases import hint_at_name, hint_at_section
-from .yaml import parse_yaml
+from .value_types import (
+    RawText,
+    describe,
+    is_of_type,
+    is_required,
+    parse_raw,
+    union_members,
+)
 
 
 class Rule(NamedTuple):
@@ -31,7 +36,7 @@ POSITIVE = Rule("greater than 0", lambda v: v > 0)
 NON_NEGATIVE = Rule("0 or greater", lambda v: v >= 0)
 FRACTION = Rule("at least 0 and less than 1", lambda v: 0 <= v < 1)
 SHARE = Rule("between 0 and 1", lambda v: 0 <= v <= 1)
-NON_EMPTY = Rule("not empty", lambda v: len(v) > 0)
+NON_EMPTY = Rule("not empty", lambda v: not isinstance(v, Sized) or len(v) > 0)
 
 
 # May a setting differ when a run is resumed? "same": no. "free": yes; the training stays the same,
@@ -56,63 +61,81 @@ class Section:
     NAME: ClassVar[str] = ""  # the name of the section in YAML; empty for the root
 
     def __post_init__(self) -> None:
-        """Convert and check every field.
+        """Convert and check every field, and then the fields against each other.
 
         Raises:
-            SimPOError: a value of the wrong type, one that breaks its rule, or a token.
+            InvalidSettingsError: values of a wrong type, that break their rule or hold a token; or
+                settings that exclude each other. It tells all of them.
         """
-        hints = typing.get_type_hints(type(self))
+        hints, mistakes = typing.get_type_hints(type(self)), []
         for item in fields(self):
-            path = f"{self.NAME}.{item.name}" if self.NAME else item.name
-            value = coerce(getattr(self, item.name), hints[item.name], path)
-            object.__setattr__(self, item.name, value)  # the dataclass is frozen
-            if isinstance(value, str) and has_secret(value):
-                raise SimPOError(
-                    f"{path} is {value!r}, which holds a token or password; settings are written "
-                    "to config.yaml, the adapter and its model card: remove it, and log in with "
-                    "`hf auth login` or set HF_TOKEN"
-                )
-            rule: Rule | None = item.metadata.get("rule")
-            if rule is not None and value is not None and not rule.holds(value):
-                raise SimPOError(f"{path} is {value!r}; it must be {rule.text}")
+            path = join(self.NAME, item.name)
+            try:
+                value = checked(getattr(self, item.name), item, hints[item.name], path)
+            except SimPOError as error:
+                mistakes += messages_of(error)
+            else:
+                object.__setattr__(self, item.name, value)  # the dataclass is frozen
+        if mistakes := mistakes or list(self.conflicts()):
+            raise InvalidSettingsError(mistakes)
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield a message for all settings that exclude each other; a subclass has its own."""
+        return iter(())
 
 
-class RawText(str):
-    """A value from the command line, not parsed yet: the setting's type decides how it is read."""
-
-
-def from_mapping(cls: type[Section], mapping: Mapping[str, Any], root: type[Section]) -> Any:
+def from_mapping(
+    cls: type[Section], mapping: Mapping[str, Any], root: type[Section], where: str | None = None
+) -> Any:
     """Build an instance of ``cls`` from nested mappings such as those of a YAML file.
 
     Args:
         root: the class of the whole configuration, whose names the hints suggest.
+        where: what the names of the settings begin with in messages; default: ``cls.NAME``.
 
     Raises:
-        SimPOError: an unknown or missing setting, a wrong type, or a value that breaks its rule.
+        InvalidSettingsError: unknown or missing settings, wrong types, or values that break their
+            rule. It tells all of them.
     """
+    prefix = cls.NAME if where is None else where
     hints = typing.get_type_hints(cls)
     known = {item.name: item for item in fields(cls)}
-    values = {}
+    values, mistakes = {}, []
     for name, value in mapping.items():
-        path = f"{cls.NAME}.{name}" if cls.NAME else str(name)
+        path = join(prefix, name)
         # Never ignored: with a typo in its name, a setting would silently have its default.
         if name not in known:
             hint = nearest_section(path, root) if isinstance(value, Mapping) else ""
-            raise SimPOError(f"unknown setting {path!r}{hint or nearest_name(path, root)}")
-        hint = hints[name]
-        if is_dataclass(hint):
-            value = {} if value is None else value  # YAML, when all its lines are commented out
-            if not isinstance(value, Mapping):
-                raise SimPOError(
-                    f"{path} is {value!r}; it must be a section of settings ({path}: …)"
-                )
-            value = from_mapping(typing.cast(type[Section], hint), value, root)
-        values[name] = value
-    for name, item in known.items():
-        if name not in values and is_required(item):
-            path = f"{cls.NAME}.{name}" if cls.NAME else name
-            raise SimPOError(f"{path} is missing; set it to the {item.metadata['help']}")
+            mistakes.append(f"unknown setting {path!r}{hint or nearest_name(path, root)}")
+            continue
+        try:
+            if is_dataclass(hints[name]):
+                values[name] = _read_section(value, hints[name], root, path)
+            else:
+                values[name] = checked(value, known[name], hints[name], path)
+        except SimPOError as error:
+            mistakes += messages_of(error)
+    mistakes += [
+        f"{join(prefix, name)} is missing; set it to the {item.metadata['help']}"
+        for name, item in known.items()
+        if name not in mapping and is_required(item)
+    ]
+    if mistakes:
+        raise InvalidSettingsError(mistakes)
     return cls(**values)
+
+
+def _read_section(value: Any, cls: Any, root: type[Section], path: str) -> Any:
+    """Return a section of settings; InvalidSettingsError if ``value`` is none."""
+    value = {} if value is None else value  # YAML, when all its lines are commented out
+    if not isinstance(value, Mapping):
+        raise SimPOError(f"{path} is {value!r}; it must be a section of settings ({path}: …)")
+    return from_mapping(cls, value, root)
+
+
+def join(prefix: str, name: object) -> str:
+    """Return the name of a setting with its section's name before it, if there is one."""
+    return f"{prefix}.{name}" if prefix else str(name)
 
 
 def all_settings(cls: type[Section]) -> Iterator[tuple[str, Field, Any]]:
@@ -123,12 +146,7 @@ def all_settings(cls: type[Section]) -> Iterator[tuple[str, Field, Any]]:
         if is_dataclass(hint):
             yield from all_settings(typing.cast(type[Section], hint))
         else:
-            yield (f"{cls.NAME}.{item.name}" if cls.NAME else item.name), item, hint
-
-
-def is_required(item: Field) -> bool:
-    """Whether a setting has no default."""
-    return item.default is MISSING and item.default_factory is MISSING
+            yield join(cls.NAME, item.name), item, hint
 
 
 def nearest_name(path: str, root: type[Section]) -> str:
@@ -138,24 +156,47 @@ def nearest_name(path: str, root: type[Section]) -> str:
 
 def nearest_section(name: str, root: type[Section]) -> str:
     """Return a hint at the section of ``root`` that ``name`` misspells, or an empty string."""
-    return hint_at_section(name, list(_section_names(root)))
+    return hint_at_section(name, list(section_names(root)))
 
 
-def _section_names(cls: type[Section]) -> Iterator[str]:
+def section_names(cls: type[Section]) -> Iterator[str]:
     """Yield the name of every section under ``cls``, those within sections too."""
     hints = typing.get_type_hints(cls)
     for inner in (hints[item.name] for item in fields(cls) if is_dataclass(hints[item.name])):
         yield inner.NAME
-        yield from _section_names(inner)
+        yield from section_names(inner)
+
+
+def checked(value: Any, item: Field, hint: Any, path: str) -> Any:
+    """Return a value as its field's type, after checking its rule.
+
+    Args:
+        path: the name of the setting, for messages.
+
+    Raises:
+        SimPOError: a wrong type, a broken rule, or a token in the value.
+    """
+    value = coerce(value, hint, path)
+    if isinstance(value, str | Mapping) and has_secret(str(value)):
+        raise SimPOError(
+            f"{path} is {value!r}, which holds a token or password; settings are written "
+            "to config.yaml, the adapter and its model card: remove it, and log in with "
+            "`hf auth login` or set HF_TOKEN"
+        )
+    rule: Rule | None = item.metadata.get("rule")
+    if rule is not None and value is not None and not rule.holds(value):
+        raise SimPOError(f"{path} is {value!r}; it must be {rule.text}")
+    return value
 
 
 def coerce(value: Any, hint: Any, path: str) -> Any:
     """Return ``value`` as an instance of the type ``hint``.
 
-    An integer is accepted for a float and a list for a tuple; nothing else is converted.
+    An integer is accepted for a float, a list for a tuple, and for a `Section` a mapping, or the
+    value of its one required setting. Nothing else is converted.
 
     Args:
-        path: the name of the setting, for the message.
+        path: the name of the setting, for messages.
 
     Raises:
         SimPOError: the value is not of that type.
@@ -165,59 +206,35 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
         value = parse_raw(value, options, path)
     for option in options:
         if is_of_type(value, option):
-            if option is float:
-                return float(value)
-            return tuple(value) if isinstance(value, list) else value
+            return convert(value, option, path)
     expected = " or ".join(describe(option) for option in options)
     raise SimPOError(f"{path} is {value!r}; it must be {expected}")
 
 
-def is_of_type(value: Any, option: Any) -> bool:
-    """Whether ``value`` is accepted for the type ``option``, which is not a union."""
-    if option is types.NoneType:
-        return value is None
-    if typing.get_origin(option) is Literal:
-        return value in typing.get_args(option)
-    if typing.get_origin(option) is tuple:
-        return isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+def convert(value: Any, option: Any, path: str) -> Any:
+    """Return a value that `is_of_type` accepts as the type itself; InvalidSettingsError for items
+    that do not fit."""
     if option is float:
-        return type(value) in (int, float) and is_finite(value)
-    return type(value) is option  # isinstance would accept True for an int
-
-
-def is_finite(value: int | float) -> bool:
-    """Whether a number is neither NaN nor infinite, however large."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int larger than any float
-        return False
-
-
-def union_members(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the hint itself as the only one."""
-    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    return typing.get_args(hint) if is_union else (hint,)
-
-
-def parse_raw(text: RawText, options: tuple[Any, ...], path: str) -> Any:
-    """Parse a command-line value: text for a text setting, YAML for all others (12, 1e-6, [a, b]).
-
-    A model named ``123`` or a revision ``1e5`` must stay text, so the type decides first.
-    """
-    is_text = all(o in (str, types.NoneType) or typing.get_origin(o) is Literal for o in options)
-    if is_text:
-        return None if text == "null" and types.NoneType in options else str(text)
-    return parse_yaml(text, path)
-
-
-def describe(option: Any) -> str:
-    """Describe a type in the words of a message."""
-    # YAML's words for the types, not Python's.
-    names = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
-    if option is types.NoneType:
-        return "null"
-    if typing.get_origin(option) is Literal:
-        return "one of " + ", ".join(repr(v) for v in typing.get_args(option))
-    if typing.get_origin(option) is tuple:
-        return "a list of texts"
-    return names.get(option, getattr(option, "__name__", str(option)))
+        return float(value)
+    if is_dataclass(option) and not isinstance(value, typing.cast(type, option)):
+        cls = typing.cast(type[Section], option)
+        required = next(item.name for item in fields(cls) if is_required(item))
+        value = value if isinstance(value, Mapping) else {required: value}
+        return from_mapping(cls, value, cls, where=path)
+    container = typing.get_origin(option)
+    if container not in (tuple, dict):
+        return value
+    is_list = container is tuple
+    items, mistakes = {}, []
+    for key, item in enumerate(value) if is_list else value.items():
+        where = f"{path}[{key}]" if is_list else f"{path}.{key}"
+        item_type = typing.get_args(option)[0 if is_list else 1]
+        try:
+            items[key] = (
+                convert(item, item_type, where) if is_list else coerce(item, item_type, where)
+            )
+        except SimPOError as error:
+            mistakes += messages_of(error)
+    if mistakes:
+        raise InvalidSettingsError(mistakes)
+    return tuple(items.values()) if is_list else items

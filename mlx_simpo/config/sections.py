@@ -3,100 +3,13 @@
 The help texts are what `mlx-simpo train --help` prints, after the setting's name and default.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..errors import SimPOError
-from .schema import FRACTION, NON_EMPTY, NON_NEGATIVE, POSITIVE, SHARE, Rule, Section, setting
+from .schema import FRACTION, NON_EMPTY, NON_NEGATIVE, POSITIVE, Rule, Section, setting
 
-_AT_LEAST_TWO = Rule("2 or greater", lambda v: v >= 2)
 _BELOW_HALF = Rule("at least 0 and less than 0.5", lambda v: 0 <= v < 0.5)
-
-
-@dataclass(frozen=True)
-class DataConfig(Section):
-    """Which pairs are read, and how they become tokens."""
-
-    NAME: ClassVar[str] = "data"
-
-    train: str | None = setting(
-        None,
-        "preference pairs to train on: a file (.jsonl, .jsonl.gz, .parquet), a folder or a Hub "
-        "dataset",
-        NON_EMPTY,
-        # A resumed run compares the pairs themselves.
-        on_resume="free",
-    )
-    train_split: str | None = setting(
-        None, "split to train on, of a folder or Hub dataset", on_resume="free"
-    )
-    valid: str | None = setting(
-        None,
-        "preference pairs to evaluate on; null: hold out data.valid_fraction",
-        NON_EMPTY,
-        on_resume="free",
-    )
-    valid_split: str | None = setting(
-        None, "split to evaluate on, of a folder or Hub dataset", on_resume="free"
-    )
-    subset: str | None = setting(
-        None,
-        "configuration of a Hub dataset that has several of them (load_dataset's name)",
-        on_resume="free",
-    )
-    valid_fraction: float = setting(
-        0.05, "fraction of the training prompts to hold out if data.valid is null", FRACTION
-    )
-    max_length: int = setting(
-        1024, "maximum number of tokens of prompt and response together", _AT_LEAST_TWO
-    )
-    max_prompt_length: int = setting(
-        512,
-        "minimum number of tokens that a prompt keeps if a pair is too long: first the prompt is "
-        "cut, on the left, then the responses, on the right",
-        POSITIVE,
-    )
-    chat_template: str = setting(
-        "auto",
-        "auto: the tokenizer's own, or plain text if it has none; none: plain text; anything else: "
-        "a template file, or the Jinja text itself",
-        NON_EMPTY,
-        on_resume="free",  # its text is compared
-    )
-    compat: Literal["official"] | None = setting(
-        None,
-        "official: tokenize as princeton-nlp/SimPO does, which scores the assistant header too",
-    )
-    implicit_string_prompts: bool = setting(
-        False,
-        "use the common beginning of chosen and rejected strings as their prompt if they have none",
-    )
-    max_quarantined: float = setting(
-        0.05, "stop if more than this fraction of the records has to be quarantined", SHARE, "free"
-    )
-
-    def __post_init__(self) -> None:
-        """Check these settings one by one and against each other.
-
-        Raises:
-            SimPOError: a wrong type, a broken rule, lengths that leave no room for a response, a
-                split without its dataset, or compat=official without a chat template.
-        """
-        super().__post_init__()
-        if self.max_prompt_length >= self.max_length:
-            raise SimPOError(
-                f"data.max_prompt_length is {self.max_prompt_length}; it must be less than "
-                f"data.max_length ({self.max_length}), so that there is room for the responses"
-            )
-        if self.valid_split is not None and self.valid is None:
-            raise SimPOError(
-                "data.valid_split is set without data.valid; set data.valid to the folder or "
-                "dataset that has this split (it may be the same as data.train)"
-            )
-        if self.compat == "official" and self.chat_template == "none":
-            raise SimPOError(
-                "data.compat=official needs a chat template; set data.chat_template=auto"
-            )
 
 
 @dataclass(frozen=True)
@@ -120,15 +33,10 @@ class ObjectiveConfig(Section):
         0.0, "weight of the chosen responses' cross-entropy (helps maths, hurts chat)", NON_NEGATIVE
     )
 
-    def __post_init__(self) -> None:
-        """Check these settings one by one and against each other.
-
-        Raises:
-            SimPOError: a wrong type, a broken rule, or label smoothing with the hinge loss.
-        """
-        super().__post_init__()
+    def conflicts(self) -> Iterator[str]:
+        """Yield a message for all settings that exclude each other."""
         if self.loss_type == "hinge" and self.label_smoothing:
-            raise SimPOError(
+            yield (
                 f"objective.label_smoothing is {self.label_smoothing}; it must be 0 with "
                 "objective.loss_type=hinge, which has no label smoothing"
             )
@@ -163,24 +71,18 @@ class LoRAConfig(Section):
         None, "folder of an mlx-lm adapter to start from", NON_EMPTY, on_resume="free"
     )
 
-    def __post_init__(self) -> None:
-        """Check these settings one by one and against each other.
-
-        Raises:
-            SimPOError: a wrong type, a broken rule, two settings of the scale, or no valid
-                target modules.
-        """
-        super().__post_init__()
+    def conflicts(self) -> Iterator[str]:
+        """Yield a message for all settings that exclude each other."""
         if self.scale is not None and (self.lora_alpha is not None or self.rslora):
             other = "lora.rslora" if self.rslora else "lora.lora_alpha"
-            raise SimPOError(f"lora.scale and {other} both set the scale; remove one of them")
+            yield (f"lora.scale and {other} both set the scale; remove one of them")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            raise SimPOError(
+            yield (
                 f"lora.target_modules is {self.target_modules!r}; it must be all-linear or a list, "
                 f"[{self.target_modules}]"
             )
         if not self.target_modules:
-            raise SimPOError("lora.target_modules is empty; name at least one module")
+            yield ("lora.target_modules is empty; name at least one module")
 
     @property
     def resolved_scale(self) -> float:

@@ -4,16 +4,26 @@ A configuration comes from a YAML file, ``name=value`` overrides or Python, and 
 way each time (see `schema`). ``configs/`` has one file per published recipe.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import SimPOError
+from ..errors import InvalidSettingsError, SimPOError, messages_of
 from ..paths import local_path
-from .schema import NON_EMPTY, RawText, Rule, Section, from_mapping, nearest_name, setting
-from .sections import DataConfig, LogpsConfig, LoRAConfig, ObjectiveConfig
+from .data_config import DataConfig
+from .schema import (
+    NON_EMPTY,
+    Rule,
+    Section,
+    from_mapping,
+    nearest_name,
+    section_names,
+    setting,
+)
+from .sections import LogpsConfig, LoRAConfig, ObjectiveConfig
 from .train_config import TrainConfig
+from .value_types import RawText
 from .yaml import dump_yaml, parse_yaml
 
 _SEED = Rule("0 or greater and less than 2**32", lambda v: 0 <= v < 2**32)
@@ -49,15 +59,10 @@ class SimPOConfig(Section):
     train: TrainConfig = TrainConfig()
     logps: LogpsConfig = LogpsConfig()
 
-    def __post_init__(self) -> None:
-        """Check the settings one by one and against each other.
-
-        Raises:
-            SimPOError: a wrong type, a broken rule, or settings that exclude each other.
-        """
-        super().__post_init__()
+    def conflicts(self) -> Iterator[str]:
+        """Yield a message for all settings that exclude each other."""
         if self.logps.impl != "auto" and self.train.engine == "reference":
-            raise SimPOError(
+            yield (
                 f"logps.impl is {self.logps.impl}, but train.engine=reference has only one "
                 "implementation; remove one of the two settings"
             )
@@ -77,29 +82,58 @@ class SimPOConfig(Section):
         return dump_yaml(self.as_dict())
 
 
-def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> SimPOConfig:
-    """Load a configuration from a YAML file and ``name=value`` overrides such as ``lora.rank=16``.
+def load_config(
+    settings: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()
+) -> SimPOConfig:
+    """Load a configuration from a YAML file or a mapping, and ``name=value`` overrides.
 
-    Overrides win over the file, later ones over earlier ones.
+    >>> load_config({"model": "mlx-community/Qwen2.5-1.5B-Instruct-4bit", "lora": {"rank": 8}})
+
+    Overrides such as ``lora.rank=16`` win over the file, later ones over earlier ones.
+
+    Args:
+        settings: the path of a YAML file, or what such a file holds: {"lora": {"rank": 16}}.
 
     Raises:
-        SimPOError: an unreadable file, an unknown or missing setting, a wrong type, or a value that
-            breaks its rule.
+        SimPOError: an unreadable file.
+        InvalidSettingsError: unknown or missing settings, wrong types, or values that break their
+            rule; it tells all of them.
     """
-    values: Any = {}
-    if path is not None:
-        try:
-            text = local_path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError, SimPOError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise SimPOError(f"cannot read the configuration {str(path)!r}: {reason}") from None
-        values = parse_yaml(text, str(path))
-        values = {} if values is None else values  # an empty file
-        if not isinstance(values, dict):
-            raise SimPOError(f"{path} must contain settings (name: value), not {values!r}")
+    values = _copy(settings) if isinstance(settings, Mapping) else _read_file(settings)
+    mistakes: list[str] = []
     for override in overrides:
-        _apply_override(values, override)
-    return from_mapping(SimPOConfig, values, SimPOConfig)
+        try:
+            _apply_override(values, override)
+        except SimPOError as error:
+            mistakes += messages_of(error)
+    try:
+        config = from_mapping(SimPOConfig, values, SimPOConfig)
+    except SimPOError as error:
+        raise InvalidSettingsError([*mistakes, *messages_of(error)]) from None
+    if mistakes:
+        raise InvalidSettingsError(mistakes)
+    return config
+
+
+def _copy(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of nested mappings, which overrides can change."""
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
+
+
+def _read_file(path: str | Path | None) -> dict[str, Any]:
+    """Return the settings in a YAML file; SimPOError if it cannot be read or has none."""
+    if path is None:
+        return {}
+    try:
+        text = local_path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, SimPOError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SimPOError(f"cannot read the configuration {str(path)!r}: {reason}") from None
+    values = parse_yaml(text, str(path))
+    values = {} if values is None else values  # an empty file
+    if not isinstance(values, dict):
+        raise SimPOError(f"{path} must contain settings (name: value), not {values!r}")
+    return values
 
 
 def _apply_override(values: dict, override: str) -> None:
@@ -120,7 +154,7 @@ def _apply_override(values: dict, override: str) -> None:
         if not isinstance(values, dict):
             raise SimPOError(f"unknown setting {key!r}{nearest_name(key, SimPOConfig)}")
     section = values.get(name)
-    if section and isinstance(section, dict):
+    if section and isinstance(section, dict) and key in section_names(SimPOConfig):
         raise SimPOError(
             f"{key} is {value!r}, but {key}.{next(iter(section))} is set, too; remove one of them"
         )

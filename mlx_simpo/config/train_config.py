@@ -1,10 +1,10 @@
 """The settings of the section train: engine, batches, optimizer, and what keeps a run from being
 lost."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..errors import SimPOError
 from .early_stopping import EarlyStoppingConfig
 from .schema import FRACTION, NON_NEGATIVE, POSITIVE, Section, setting
 
@@ -131,27 +131,21 @@ class TrainConfig(Section):
         on_resume="free",
     )
 
-    def __post_init__(self) -> None:
-        """Check these settings one by one and against each other.
-
-        Raises:
-            SimPOError: a wrong type, a broken rule, both epochs and steps, an engine that cannot be
-                compiled, or early stopping without evaluations.
-        """
-        super().__post_init__()
+    def conflicts(self) -> Iterator[str]:
+        """Yield a message for all settings that exclude each other."""
         if self.epochs is not None and self.steps is not None:
-            raise SimPOError(
+            yield (
                 "train.epochs and train.steps both set the length; remove one of them, or set it "
                 "to null"
             )
         if self.compile and self.engine == "shared_prefix":
-            raise SimPOError(
+            yield (
                 "train.compile is true, but only the reference engine can be compiled; remove it, "
                 "or set train.engine=reference"
             )
         patience = self.early_stopping.patience
         if patience is not None and self.eval_every is None:
-            raise SimPOError(
+            yield (
                 f"train.early_stopping.patience is {patience}, but there are no evaluations during "
                 "training; set train.eval_every"
             )

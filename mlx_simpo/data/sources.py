@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..config.sources import SourceConfig
 from ..errors import SimPOError, one_line
 from ..paths import local_path
 
@@ -61,22 +62,24 @@ class Source:
 
 def read_rows(name: str, split: str | None = None, subset: str | None = None) -> Iterator[Row]:
     """Read a file, a folder of files, or a Hugging Face dataset; see `open_source`."""
-    return open_source(name, split, subset).rows()
+    return open_source(SourceConfig(name, split=split, subset=subset)).rows()
 
 
-def open_source(name: str, split: str | None = None, subset: str | None = None) -> Source:
+def open_source(source: SourceConfig | str) -> Source:
     """Open a file, a folder of files, or a Hugging Face dataset, without reading rows yet.
 
     Args:
-        name: a path, or a Hub id ("owner/name") if no such path exists.
-        split: of a folder, the files whose path contains this word ("train" selects train.jsonl,
-            train-00000-of-00002.parquet and train/a.jsonl); of a Hub dataset, its split.
-        subset: configuration name of a Hub dataset.
+        source: path: a path, or a Hub id ("owner/name") if no such path exists. split: of a folder,
+            the files whose path contains this word ("train" selects train.jsonl,
+            train-00000-of-00002.parquet and train/a.jsonl); of a Hub dataset, its split. subset:
+            configuration name of a Hub dataset. Text is a path alone.
 
     Raises:
         SimPOError: there is no such source, it cannot be read, or it has several splits and none is
             named.
     """
+    source = SourceConfig(source) if isinstance(source, str) else source
+    name, split, subset = source.path, source.split, source.subset
     path = local_path(name)
     if not path.exists():
         if not looks_like_hub_id(name):

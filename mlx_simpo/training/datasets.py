@@ -1,12 +1,14 @@
 """The datasets of a run as tokens: opened, encoded or read from the cache, and split."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..config.simpo_config import SimPOConfig
+from ..config.sources import SourceConfig
 from ..data.cache import load_or_tokenize
 from ..data.encode import Encoder
 from ..data.pairs import Quarantined, check_share, held_out
@@ -26,37 +28,34 @@ class EncodedDataset(NamedTuple):
 
 
 def encode_datasets(
-    config: SimPOConfig, datasets: Sequence[tuple[str, str | None]], display: Display
+    config: SimPOConfig, sources: Sequence[SourceConfig], display: Display
 ) -> tuple[Encoder, list[EncodedDataset]]:
     """Load the model's tokenizer and encode datasets with it.
-
-    Args:
-        datasets: (name, split) of each.
 
     Raises:
         SimPOError: a dataset or the tokenizer cannot be read, or too many records are quarantined.
     """
     # A misspelt name is an error before the tokenizer is downloaded.
-    sources = [open_dataset(config, name, split) for name, split in datasets]
+    opened = [open_dataset(config, source) for source in sources]
     tokenizer = load_only_tokenizer(
         config.model, config.revision, trust_remote_code=config.trust_remote_code
     )
     encoder = create_encoder(tokenizer, config, display)
-    names = [name for name, _ in datasets]
-    return encoder, [encode(encoder, *both, display) for both in zip(sources, names, strict=True)]
+    return encoder, [encode(encoder, source, source.name, display) for source in opened]
 
 
-def open_dataset(config: SimPOConfig, name: str, split: str | None) -> Source:
+def open_dataset(config: SimPOConfig, source: SourceConfig) -> Source:
     """Open a dataset; its records are read when they are encoded.
 
     Raises:
         SimPOError: there is no such dataset, or it needs another split or subset.
     """
+    # data.subset is for the Hub datasets, if there are any; a local file beside them has none.
     data = config.data
-    # data.subset is for the Hub dataset, if there is one; a local file beside it has no subsets.
-    beside_hub_data = name == data.valid and data.train is not None and not is_local(data.train)
-    subset = None if beside_hub_data and is_local(name) else data.subset
-    return open_source(name, split, subset)
+    everything = (*data.train_sources(), *data.valid_sources().values())
+    beside_hub_data = any(not is_local(other.path) for other in everything)
+    inherits = source.subset is None and not (beside_hub_data and is_local(source.path))
+    return open_source(replace(source, subset=data.subset) if inherits else source)
 
 
 def is_local(name: str) -> bool:

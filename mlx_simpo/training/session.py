@@ -122,15 +122,14 @@ def prepare(
     """
     display = display or Display()
     data = config.data
-    if data.train is None:
+    sources = [*data.train_sources(), *data.valid_sources().values()]
+    if not data.train_sources():
         raise SimPOError("data.train is missing; name a file, a folder or a Hugging Face dataset")
     # First, so that a kernel that cannot run here is reported before anything is read.
     choose_implementation(config.logps.impl)
-    datasets = [(data.train, data.train_split)]
-    datasets += [] if data.valid is None else [(data.valid, data.valid_split)]
     # All records are checked before a model of gigabytes is downloaded.
-    encoder, encoded = encode_datasets(config, datasets, display)
-    if data.valid is None:
+    encoder, encoded = encode_datasets(config, sources, display)
+    if len(encoded) == 1:
         train, valid = hold_out(encoded[0].pairs, config)
     else:
         train, valid = (dataset.pairs for dataset in encoded)

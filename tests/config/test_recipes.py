@@ -220,6 +220,6 @@ def test_the_gemma_template(generation: bool) -> None:
 def test_the_demo_trains_on_the_examples() -> None:
     config = load_config(CONFIGS / "demo.yaml")
     for name in (config.data.train, config.data.valid):
-        assert name is not None
+        assert isinstance(name, str)
         assert (CONFIGS.parent / name).is_file()
     assert config.train.step_pairs * (config.train.steps or 0) == 112

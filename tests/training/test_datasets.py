@@ -7,7 +7,14 @@ import pytest
 from helpers.commands import captured_display
 from helpers.tiny import some_pairs, split_pairs, write_jsonl
 
-from mlx_simpo import DataConfig, SimPOConfig, SimPOError, load_config, load_pairs
+from mlx_simpo import (
+    DataConfig,
+    SimPOConfig,
+    SimPOError,
+    SourceConfig,
+    load_config,
+    load_pairs,
+)
 from mlx_simpo.data.encode import Encoder
 from mlx_simpo.training import datasets as datasets_module
 from mlx_simpo.training.datasets import EncodedDataset, encode_datasets, hold_out, open_dataset
@@ -20,7 +27,7 @@ class Encoded:
         display, text = captured_display()
         display.console.width = 1000
         self.config = load_config(None, [f"model={model}", f"data.train={data}", *settings])
-        _, (self.dataset,) = encode_datasets(self.config, [(str(data), None)], display)
+        _, (self.dataset,) = encode_datasets(self.config, [SourceConfig(str(data))], display)
         self.text = text.getvalue()
 
     def parts(self) -> tuple[list[int], list[int]]:
@@ -91,7 +98,7 @@ def test_every_dataset_is_opened_before_the_tokenizer_is_loaded(
         datasets_module, "load_only_tokenizer", lambda *a, **k: pytest.fail("it is")
     )
     config = SimPOConfig(model="nobody/nothing")
-    names: list[tuple[str, str | None]] = [(str(pairs_file), None), (str(tmp_path / "no"), None)]
+    names = [SourceConfig(str(pairs_file)), SourceConfig(str(tmp_path / "no"))]
     with pytest.raises(SimPOError, match=r"no such file, folder or dataset: .*no'"):
         encode_datasets(config, names, captured_display()[0])
 
@@ -99,7 +106,9 @@ def test_every_dataset_is_opened_before_the_tokenizer_is_loaded(
 def test_datasets_are_encoded_in_their_order(model_folder: Path, tmp_path: Path) -> None:
     files = [write_jsonl(tmp_path / f"{n}.jsonl", some_pairs(n)) for n in (5, 3)]
     results: list[EncodedDataset] = encode_datasets(
-        SimPOConfig(model=str(model_folder)), [(str(f), None) for f in files], captured_display()[0]
+        SimPOConfig(model=str(model_folder)),
+        [SourceConfig(str(f)) for f in files],
+        captured_display()[0],
     )[1]
     assert [len(result.pairs) for result in results] == [5, 3]
 
@@ -109,7 +118,7 @@ def test_a_subset_of_local_data_is_an_error(pairs_file: Path, setting: str) -> N
     names: dict[str, Any] = {"train": str(pairs_file), setting: str(pairs_file)}
     config = SimPOConfig(model="m", data=DataConfig(**names, subset="some"))
     with pytest.raises(SimPOError, match=r"data\.subset is 'some', but .* is local"):
-        open_dataset(config, str(pairs_file), None)
+        open_dataset(config, SourceConfig(str(pairs_file)))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +132,7 @@ def test_a_subset_of_a_hub_dataset_does_not_concern_a_local_file_beside_it(
     data = DataConfig(train=train_from, valid=str(pairs_file), subset="some")
     config = SimPOConfig(model="m", data=data)
     if subset is None:
-        assert open_dataset(config, str(pairs_file), None).count() == 12
+        assert open_dataset(config, SourceConfig(str(pairs_file))).count() == 12
     else:
         with pytest.raises(SimPOError, match=r"data\.subset is 'some'"):
-            open_dataset(config, str(pairs_file), None)
+            open_dataset(config, SourceConfig(str(pairs_file)))
