@@ -4,6 +4,7 @@
 from mlx_simpo import load_config, train
 
 # isort: split
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from helpers.tiny import some_pairs, tiny_folder, write_jsonl
 from smollm2 import cache_folder, smollm2
 
 USERS_CACHE = cache_folder()
+
+# A shell starts commands in the background with SIGINT ignored, and nohup ignores SIGHUP: the runs
+# of the tests, and the processes that they start, would never receive theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -107,7 +107,9 @@ def send(number: int) -> None:
     listener = stopping._Listener.active
     assert listener is not None, "no run is listening"
     os.kill(os.getpid(), number)
+    deadline = time.monotonic() + 60
     while not listener.request:
+        assert time.monotonic() < deadline, "the run does not know of the signal"
         time.sleep(0.001)
 
 
