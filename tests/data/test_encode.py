@@ -126,7 +126,10 @@ def test_tokens_merged_across_the_boundary_are_scored(smollm2_folder: Path, row:
     encoded = encoder.encode(Pair(prompt, a, b))
     assert response_tokens(encoded.chosen, encoder.tokenizer)[:-1] == chosen
     assert response_tokens(encoded.rejected, encoder.tokenizer)[:-1] == rejected
-    assert (encoded.chosen.tokens[-1], encoded.rejected.tokens[-1]) == (encoder.eos, encoder.eos)
+    assert (encoded.chosen.tokens[-1], encoded.rejected.tokens[-1]) == (
+        encoder.special.eos,
+        encoder.special.eos,
+    )
     assert encoded.boundary_tokens == boundary_tokens
 
 
