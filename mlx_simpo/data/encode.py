@@ -222,14 +222,16 @@ class Encoder:
             starts = [score_start(before[texts[0]], *tokens)] * 2
         else:
             starts = [score_start(before[t], s) for t, s in zip(texts, tokens, strict=True)]
-        # The template may write a token that the end of the prompt merges into.
-        template_tokens = [
-            start - common_prefix(before[prompt_text], sequence)
-            for start, sequence, boundary in zip(starts, tokens, boundaries, strict=True)
-            if boundary.template_text
-        ]
-        boundary_tokens = [len(before[t]) - start for t, start in zip(texts, starts, strict=True)]
-        start = _Start(max(0, *boundary_tokens), max([0, *template_tokens]), dropped)
+        prompt = before[prompt_text]
+        # As many tokens as the prompt has that are scored, or that follow it and are not.
+        boundary_tokens = template_tokens = 0
+        for start, sequence, boundary in zip(starts, tokens, boundaries, strict=True):
+            if boundary.continues_prompt:
+                boundary_tokens = max(boundary_tokens, len(prompt) - start)
+            if boundary.template_text:
+                after_prompt = start - common_prefix(prompt, sequence)
+                template_tokens = max(template_tokens, after_prompt)
+        start = _Start(boundary_tokens, template_tokens, dropped)
         return ((tokens[0], starts[0]), (tokens[1], starts[1])), start
 
     def _dropped_parts(self, pair: Pair) -> Dropped:
