@@ -22,8 +22,9 @@ from ..config.simpo_config import DataConfig
 from ..errors import SimPOError
 from .official import official_tokens
 from .pairs import Quarantined
-from .records import InvalidRecordError, Message, Pair, as_messages
+from .records import Pair, as_messages
 from .render import Renderer, token_ids
+from .rows import InvalidRecordError, Message
 
 
 class TokenizedSequence(NamedTuple):

@@ -6,7 +6,8 @@ from jinja2 import TemplateError
 
 from ..errors import SimPOError, one_line
 from ..paths import local_path
-from .records import InvalidRecordError, Message, Pair, as_messages
+from .records import Pair, as_messages
+from .rows import InvalidRecordError, Message
 
 # Expressions in a template run on a record's content: they raise whatever Python's operators raise.
 TEMPLATE_ERRORS = (
