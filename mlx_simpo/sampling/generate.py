@@ -6,7 +6,7 @@ import mlx.nn as nn
 from mlx_lm import generate
 
 from ..data.encode import Encoder
-from ..data.records import InvalidRecordError
+from ..data.rows import InvalidRecordError
 from ..engine.vocabulary import check_prompt_ids
 from ..errors import SimPOError
 
