@@ -31,7 +31,7 @@ FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 # room; modules and rooms that share a floor do not know each other.
 FLOORS = [
     ["errors", "version"],
-    ["objectives", "paths", "device"],
+    ["objectives", "paths", "device", "randomness"],
     ["files", "blas"],
     ["kernels"],
     ["config", "doctor"],
