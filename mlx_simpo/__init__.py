@@ -14,7 +14,7 @@ from . import blas as _blas
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same to Python
-    from .api import evaluate, generate, inspect, stream_responses, train
+    from .api import evaluate, inspect, train
     from .config.early_stopping import EarlyStoppingConfig
     from .config.simpo_config import (
         DataConfig,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
     from .data.records import Pair
     from .errors import InvalidSettingsError, SimPOError
     from .evaluation import Evaluation, evaluate_pairs
+    from .generation import generate, stream_responses
     from .hub import Push, push
     from .model.adapters import load_adapter
     from .model.loading import load_model
@@ -90,7 +91,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("evaluate", "generate", "inspect", "stream_responses", "train"),
+    "api": ("evaluate", "inspect", "train"),
     "config.early_stopping": ("EarlyStoppingConfig",),
     "config.simpo_config": (
         "DataConfig",
@@ -109,6 +110,7 @@ _MODULES = {
     "data.records": ("Pair",),
     "errors": ("InvalidSettingsError", "SimPOError"),
     "evaluation": ("Evaluation", "evaluate_pairs"),
+    "generation": ("generate", "stream_responses"),
     "hub": ("Push", "push"),
     "model.adapters": ("load_adapter",),
     "model.loading": ("load_model",),

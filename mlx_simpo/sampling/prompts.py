@@ -31,6 +31,11 @@ def named(prompts: Sequence[Prompt]) -> list[NamedPrompt]:
     return [NamedPrompt(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
 
 
+def last_text(prompt: Prompt) -> str:
+    """Return the text that a model responds to: a prompt's, or that of its last message."""
+    return prompt if isinstance(prompt, str) else text_of(prompt[-1].get("content"))
+
+
 def check_prompt(prompt: Any, name: str = "the prompt") -> None:
     """Check that a prompt is text or messages that a model can respond to.
 

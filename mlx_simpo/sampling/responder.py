@@ -92,15 +92,22 @@ class Responder:
     def _parts(
         self, encoded: list[list[int]], settings: SamplingSettings, base: bool
     ) -> Iterator[ResponsePart]:
-        responds: dict[Source, bool] = {"base": base, "adapter": self.switch is not None}
-        sources = [source for source, does in responds.items() if does]
         for number, tokens in enumerate(encoded):
             seed = draw_seed() if settings.seed is None else settings.seed
-            for source in sources:
+            for source in self.sources(base=base):
                 self.use(source)
                 stream = stream_response(self.model, self.tokenizer, tokens, settings, seed=seed)
                 for part in stream:
                     yield ResponsePart(number, source, part.text, part.response)
+
+    def sources(self, *, base: bool = True) -> list[Source]:
+        """Return whose responses there are to each prompt, in their order.
+
+        Args:
+            base: whether the base model responds beside an adapter.
+        """
+        responds: dict[Source, bool] = {"base": base, "adapter": self.switch is not None}
+        return [source for source, does in responds.items() if does]
 
     def use(self, source: Source) -> None:
         """Let the base model or the adapter respond from now on."""
