@@ -33,11 +33,20 @@ class Template(NamedTuple):
 CHATML = ("<|im_start|>",)
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "[gMASK]", "<sop>")
 R1 = tuple(
-    f"<｜{name}｜>"  # noqa: RUF001
-    for name in (
-        "User Assistant tool▁calls▁begin tool▁calls▁end tool▁call▁begin tool▁call▁end tool▁sep "
-        "tool▁outputs▁begin tool▁outputs▁end tool▁output▁begin tool▁output▁end"
-    ).split()
+    f"<｜{name}｜>"
+    for name in [
+        "User",
+        "Assistant",
+        "tool▁calls▁begin",
+        "tool▁calls▁end",
+        "tool▁call▁begin",
+        "tool▁call▁end",
+        "tool▁sep",
+        "tool▁outputs▁begin",
+        "tool▁outputs▁end",
+        "tool▁output▁begin",
+        "tool▁output▁end",
+    ]
 )
 HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>")
 INST = ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]")
@@ -49,8 +58,8 @@ TEMPLATES = {
         Template("smollm3", "<|im_end|>", None, CHATML, True),
         Template(
             "deepseek_r1",
-            "<｜end▁of▁sentence｜>",  # noqa: RUF001
-            "<｜begin▁of▁sentence｜>",  # noqa: RUF001
+            "<｜end▁of▁sentence｜>",
+            "<｜begin▁of▁sentence｜>",
             R1,
             True,
         ),
@@ -58,7 +67,10 @@ TEMPLATES = {
         Template("glm4_5", "<|endoftext|>", None, ROLES, True),
         Template("gpt_oss", "<|return|>", None, HARMONY),
         Template(
-            "llama3", "<|eot_id|>", "<|begin_of_text|>", ("<|start_header_id|>", "<|end_header_id|>")
+            "llama3",
+            "<|eot_id|>",
+            "<|begin_of_text|>",
+            ("<|start_header_id|>", "<|end_header_id|>"),
         ),
         Template("gemma2", "<end_of_turn>", "<bos>", ("<start_of_turn>",)),
         Template("gemma3", "<end_of_turn>", "<bos>", ("<start_of_turn>",)),
