@@ -61,6 +61,7 @@ def count_jsonl(text: TextInput) -> int:
 
 
 def _line_rows(text: TextInput) -> Iterator[Row]:
+    """Yield a row per line; SimPOError if the text cannot be read, or is not UTF-8 at all."""
     num_invalid = num_valid = 0  # of the lines with more than ASCII: as UTF-8
     for number, line in _lines(text):
         value, problem = None, None
