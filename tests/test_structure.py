@@ -51,12 +51,12 @@ ROOMS = {
     # What a record goes through.
     "data": [
         ["sources", "order"],
-        ["records"],
+        ["records", "memory", "sampling"],
         ["pairs", "render"],
         ["official"],
         ["encode"],
         ["tokens"],
-        ["tokenize", "keys", "inspection"],
+        ["tokenize", "keys", "inspection", "mixing"],
         ["cache"],
     ],
     # From a micro-batch to a message.

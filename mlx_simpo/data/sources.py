@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,17 +117,23 @@ def number_rows(rows: Iterator[Row]) -> Iterator[Row]:
         yield row._replace(number=number)
 
 
+def data_files(folder: Path) -> list[Path]:
+    """Return the data files under ``folder``, sorted by name; SimPOError if there are none."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name.endswith(SUFFIXES)]
+    if not files:
+        raise SimPOError(
+            f"{folder} holds no data; it must contain files ending in {', '.join(SUFFIXES)}"
+        )
+    return files
+
+
 def folder_files(folder: Path, split: str | None) -> list[Path]:
     """Return the data files of one split under ``folder``, sorted by name.
 
     Raises:
         SimPOError: there are none, or there are several splits and none is named.
     """
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name.endswith(SUFFIXES)]
-    if not files:
-        raise SimPOError(
-            f"{folder} holds no data; it must contain files ending in {', '.join(SUFFIXES)}"
-        )
+    files = data_files(folder)
     if split is not None:
         pattern = re.compile(rf"(?:^|[-_./]){re.escape(split)}(?=[-_./]|$)")
         split_files = [f for f in files if pattern.search(f.relative_to(folder).as_posix())]
@@ -135,14 +141,20 @@ def folder_files(folder: Path, split: str | None) -> list[Path]:
             names = ", ".join(f.relative_to(folder).as_posix() for f in files[:5])
             raise SimPOError(f"{folder} has no files of the split {split!r}; it has {names}")
         return split_files
-    words = {w for f in files for w in _SPLIT_WORDS.findall(f.relative_to(folder).as_posix())}
+    words = split_names(folder, files)
     if len(words) > 1:
         example = "train" if "train" in words else min(words)
         raise SimPOError(
             f"{folder} holds several splits ({', '.join(sorted(words))}); name one, e.g. "
-            f"data.train_split={example}"
+            f"data.train_split={example}, or set data.folder={folder} instead of data.train and "
+            "data.valid"
         )
     return files
+
+
+def split_names(folder: Path, files: Iterable[Path]) -> set[str]:
+    """Return the names of splits that occur in the paths of files under ``folder``."""
+    return {w for f in files for w in _SPLIT_WORDS.findall(f.relative_to(folder).as_posix())}
 
 
 def select_reader(path: Path) -> Callable[[Path], Iterator[Row]]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.schema import all_settings
 from ..config.simpo_config import SimPOConfig
+from ..data.mixing import Mixture
 from ..data.tokens import content_sha256
 from ..device import processor
 from ..errors import SimPOError
@@ -24,7 +25,9 @@ def fingerprint(session: "Session") -> dict[str, Any]:
     return {
         "config": session.config.as_dict(),
         "training pairs": content_sha256(session.train),
-        "validation pairs": content_sha256(session.valid),
+        "validation pairs": _validation_pairs(session),
+        "main validation set": session.valid_main,
+        "training sources": _sources(session),
         "model": {
             "quantization": base_record(session.loaded)["quantization"],
             "content": content_hash(session.loaded.folder),
@@ -36,6 +39,25 @@ def fingerprint(session: "Session") -> dict[str, Any]:
             "the processor": processor(),
         },
     }
+
+
+def _validation_pairs(session: "Session") -> str | dict[str, str]:
+    """Return the hash of the validation pairs; of named sets, by their names."""
+    if session.valid_main:
+        return {name: content_sha256(pairs) for name, pairs in session.valid_sets.items()}
+    return content_sha256(session.valid)
+
+
+def _sources(session: "Session") -> str:
+    """Return names, sizes and weights of several training sources in words; "" for one."""
+    pairs = session.train
+    if not isinstance(pairs, Mixture) or len(pairs.names) == 1:
+        return ""
+    weights = pairs.weights or [None] * len(pairs.names)
+    return ", ".join(
+        f"{name} ({size} pairs" + (")" if weight is None else f", weight {weight!r})")
+        for (name, size), weight in zip(pairs.sizes.items(), weights, strict=True)
+    )
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -58,6 +80,15 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
             f"train.batch_size × train.gradient_accumulation_steps was {pairs_then} and is "
             f"{pairs_now}"
         )
+    problems += [
+        f"the {name} {verb[0]} {saved[name] or 'a single one'} and {verb[1]} "
+        f"{current[name] or 'a single one'}"
+        for name, verb in (
+            ("training sources", ("were", "are")),
+            ("main validation set", ("was", "is")),
+        )
+        if name in saved and saved[name] != current[name]
+    ]
     problems += [
         f"the {name} changed"
         for name in ("training pairs", "validation pairs", "model", "chat template")
