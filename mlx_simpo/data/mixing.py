@@ -72,7 +72,7 @@ class Mixture(StoredPairs):
 
     def largest_token_ids(self) -> np.ndarray:
         """Return the largest token id of each pair, uint32 [N]."""
-        return self._gather(StoredPairs.largest_token_ids)
+        return self._gather(lambda part: part.largest_token_ids())
 
     def _gather(self, values_of: Callable[[StoredPairs], np.ndarray]) -> np.ndarray:
         """Return the values that a function has for the pairs of a part, int [N] for all pairs."""
