@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .order import draw_sample
-from .sources import Row, Source
+from .rows import Row, Source
 
 
 def sample_records(source: Source, count: int, size: int, seed: int) -> Source:

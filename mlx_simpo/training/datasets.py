@@ -12,7 +12,7 @@ from ..data.encode import Encoder
 from ..data.mixing import Mixture, SourceCounts, epoch_order
 from ..data.order import draw_sample
 from ..data.pairs import Quarantined, check_share, held_out
-from ..data.sources import Source
+from ..data.rows import Source
 from ..data.tokens import StoredPairs, TokenizedPairs
 from ..errors import SimPOError
 from ..model.loading import load_only_tokenizer
@@ -98,6 +98,7 @@ def encode(encoder: Encoder, source: Source, name: str, display: Display) -> Enc
     Raises:
         SimPOError: it cannot be read, or too many of its records are quarantined.
     """
+    display.note(source.note)
     result = load_or_tokenize(encoder, source, partial(display.progress, "Tokenizing"))
     for warning in result.warnings:
         display.warn(warning)

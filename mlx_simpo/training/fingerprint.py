@@ -69,38 +69,13 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     Raises:
         SimPOError: something differs that must not; the message names all of it.
     """
-    then, now = saved["config"], current["config"]
-    problems = [
-        f"{name} was {_setting(then, name)!r} and is {_setting(now, name)!r}"
-        for name in changed_settings(then, now, "same")
-    ]
-    pairs_then, pairs_now = _step_pairs(then), _step_pairs(now)
-    if pairs_then != pairs_now:
-        problems.append(
-            f"train.batch_size × train.gradient_accumulation_steps was {pairs_then} and is "
-            f"{pairs_now}"
-        )
-    problems += [
-        f"the {name} {verb[0]} {saved[name] or 'a single one'} and {verb[1]} "
-        f"{current[name] or 'a single one'}"
-        for name, verb in (
-            ("training sources", ("were", "are")),
-            ("main validation set", ("was", "is")),
-        )
-        if name in saved and saved[name] != current[name]
-    ]
-    problems += [
-        f"the {name} changed"
-        for name in ("training pairs", "validation pairs", "model", "chat template")
-        if saved[name] != current[name]
-    ]
-    if problems:
+    if problems := _problems(saved, current):
         raise SimPOError(
             f"this run cannot go on with other settings or data: {'; '.join(problems)}. Undo these "
             "changes, or begin a new run in another output folder; docs/long_runs.md lists what "
             "may change"
         )
-    messages = []
+    then, now, messages = saved["config"], current["config"], []
     if changed := changed_settings(then, now, "rounding"):
         messages.append(
             f"{', '.join(changed)} changed: the run goes on, but not bit for bit as it would have"
@@ -123,6 +98,36 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
             f"{'; '.join(versions)}: the run goes on, but not bit for bit as it would have"
         )
     return messages
+
+
+def _problems(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Return what differs and must not, each in a few words."""
+    then, now = saved["config"], current["config"]
+    problems = [
+        f"{name} was {_setting(then, name)!r} and is {_setting(now, name)!r}"
+        for name in changed_settings(then, now, "same")
+    ]
+    pairs_then, pairs_now = _step_pairs(then), _step_pairs(now)
+    if pairs_then != pairs_now:
+        problems.append(
+            f"train.batch_size × train.gradient_accumulation_steps was {pairs_then} and is "
+            f"{pairs_now}"
+        )
+    problems += [
+        f"the {name} {was} {saved[name] or 'a single one'} and {now_is} "
+        f"{current[name] or 'a single one'}"
+        for name, was, now_is in (
+            ("training sources", "were", "are"),
+            ("main validation set", "was", "is"),
+        )
+        # What an older version did not record is not compared.
+        if name in saved and saved[name] != current[name]
+    ]
+    return problems + [
+        f"the {name} changed"
+        for name in ("training pairs", "validation pairs", "model", "chat template")
+        if saved[name] != current[name]
+    ]
 
 
 def changed_settings(then: dict[str, Any], now: dict[str, Any], on_resume: str) -> list[str]:

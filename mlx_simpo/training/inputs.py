@@ -8,8 +8,9 @@ from ..config.data_config import DataConfig
 from ..config.simpo_config import SimPOConfig
 from ..config.sources import NAME, SourceConfig
 from ..data.memory import memory_source
+from ..data.rows import Source
 from ..data.sampling import sample_records
-from ..data.sources import Source, data_files, looks_like_hub_id, open_source, split_names
+from ..data.sources import data_files, looks_like_hub_id, open_source, split_names
 from ..errors import SimPOError
 from ..paths import local_path
 from ..reporting.display import Display, count_text

@@ -30,7 +30,10 @@ class Mixed:
         self.sources: list[str] = []
         parts = {}
         for name, size in SIZES.items():
-            pairs, prompts = make_pairs(size, name), [b"%s%d" % (name.encode(), i) for i in range(size)]
+            pairs, prompts = (
+                make_pairs(size, name),
+                [f"{name}{i}".encode() for i in range(size)],
+            )
             parts[name] = write_and_open(folder / name, pairs, prompts)
             self.pairs += pairs
             self.prompts += prompts

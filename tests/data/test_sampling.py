@@ -8,8 +8,9 @@ from helpers.tiny import some_pairs, tiny_tokenizer, write_jsonl
 from mlx_simpo import DataConfig
 from mlx_simpo.data.encode import Encoder
 from mlx_simpo.data.keys import token_key
+from mlx_simpo.data.rows import Source
 from mlx_simpo.data.sampling import sample_records
-from mlx_simpo.data.sources import Source, open_source
+from mlx_simpo.data.sources import open_source
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ from mlx_simpo.data.tokens import (
     COLUMNS,
     FILES,
     RECORD_DTYPE,
-    TokenizedPairs,
-    TokenWriter,
     column,
     largest_token_ids,
     lengths,

@@ -19,10 +19,10 @@ ROWS = some_pairs(4)
 class Opened:
     """What is opened with these settings and rows: the number of records per name, and notes."""
 
-    def __init__(self, train: Any = None, valid: Any = None, **data: Any) -> None:
+    def __init__(self, settings: dict[str, Any], train: Any = None, valid: Any = None) -> None:
         display, text = captured_display()
         display.console.width = 1000
-        config = SimPOConfig(model="m", data=DataConfig(**data))
+        config = SimPOConfig(model="m", data=DataConfig(**settings))
         self.train = open_train(config, train, display)
         self.valid = open_valid(config, valid, display)
         self.text = text.getvalue()
@@ -34,11 +34,6 @@ class Opened:
             for sources in (self.train.sources, self.valid)
         )
         return train, valid
-
-
-def opened(settings: dict[str, Any], train: Any = None, valid: Any = None) -> Opened:
-    """Open the data of these settings (of the section data) or rows."""
-    return Opened(train, valid, **settings)
 
 
 def files(folder: Path, **sizes: int) -> dict[str, str]:
@@ -53,7 +48,7 @@ def files(folder: Path, **sizes: int) -> dict[str, str]:
 def test_sources_and_sets_have_their_names(tmp_path: Path) -> None:
     paths = files(tmp_path, a=5, b=4, c=3)
     train = [paths["a"], SourceConfig(paths["b"], name="code")]
-    data = opened({"train": train, "valid": {"chat": paths["c"], "safety": {"path": paths["a"]}}})
+    data = Opened({"train": train, "valid": {"chat": paths["c"], "safety": {"path": paths["a"]}}})
     assert data.sizes == ({"a": 5, "code": 4}, {"chat": 3, "safety": 5})
     assert data.train.weights is None
 
@@ -62,19 +57,19 @@ def test_sources_and_sets_have_their_names(tmp_path: Path) -> None:
 def test_every_form_of_validation_sets(form: str, tmp_path: Path) -> None:
     path = files(tmp_path, c=3)["c"]
     valid = {"path": path, "source": SourceConfig(path), "named": {"c": path}}[form]
-    assert opened({"valid": valid}, ROWS).sizes[1] == {"c" if form == "named" else "": 3}
+    assert Opened({"valid": valid}, ROWS).sizes[1] == {"c" if form == "named" else "": 3}
 
 
 def test_weights_are_those_of_the_sources(tmp_path: Path) -> None:
     paths = files(tmp_path, a=5, b=4)
     train = [{"path": paths["a"], "weight": 2}, {"path": paths["b"], "weight": 0.5}]
-    assert opened({"train": train}).train.weights == (2.0, 0.5)
+    assert Opened({"train": train}).train.weights == (2.0, 0.5)
 
 
 def test_a_sample_is_taken_of_each_training_source_and_is_told(tmp_path: Path) -> None:
     paths = files(tmp_path, a=50, b=40, c=3, d=60)
     train = [paths["a"], {"path": paths["b"], "max_samples": 7}, paths["c"]]
-    data = opened({"train": train, "valid": paths["d"], "max_samples": 20})
+    data = Opened({"train": train, "valid": paths["d"], "max_samples": 20})
     assert data.sizes == ({"a": 20, "b": 7, "c": 3}, {"": 60})
     assert data.text.splitlines() == [
         f"using 20 of 50 records of {paths['a']} (max_samples)",
@@ -86,7 +81,7 @@ def test_a_sample_is_taken_of_each_training_source_and_is_told(tmp_path: Path) -
 def test_a_validation_set_has_a_sample_if_it_asks_for_one(tmp_path: Path) -> None:
     paths = files(tmp_path, a=50)
     valid = {"chat": {"path": paths["a"], "max_samples": 6}}
-    assert opened({"valid": valid, "max_samples": 2}, ROWS).sizes == ({"train": 2}, {"chat": 6})
+    assert Opened({"valid": valid, "max_samples": 2}, ROWS).sizes == ({"train": 2}, {"chat": 6})
 
 
 def test_everything_is_opened_before_the_tokenizer_is_loaded(
@@ -149,37 +144,39 @@ def test_a_subset_that_every_hub_dataset_overrides_is_an_error() -> None:
 @pytest.mark.parametrize("name", ["valid", "validation", "val", "dev"])
 def test_a_folder_has_training_and_validation_files(name: str, tmp_path: Path) -> None:
     files(tmp_path, train=5, test=4, **{name: 3})
-    assert opened({"folder": str(tmp_path)}).sizes == ({tmp_path.name.split(".")[0]: 5}, {"": 3})
-    assert opened({"folder": str(tmp_path), "valid_split": "test"}).sizes[1] == {"": 4}
+    assert Opened({"folder": str(tmp_path)}).sizes == ({tmp_path.name.split(".")[0]: 5}, {"": 3})
+    assert Opened({"folder": str(tmp_path), "valid_split": "test"}).sizes[1] == {"": 4}
 
 
 def test_a_folder_may_have_folders_of_its_splits(tmp_path: Path) -> None:
     files(tmp_path / "train", part=5)
     files(tmp_path / "validation", part=3)
-    sizes = opened({"folder": str(tmp_path)}).sizes
+    sizes = Opened({"folder": str(tmp_path)}).sizes
     assert [list(counts.values()) for counts in sizes] == [[5], [3]]
 
 
 def test_a_folder_without_a_validation_file_has_no_set(tmp_path: Path) -> None:
     files(tmp_path, train=5, test=4)
-    assert opened({"folder": str(tmp_path)}).valid == {}
+    assert Opened({"folder": str(tmp_path)}).valid == {}
 
 
 def test_a_folder_without_a_training_file_is_an_error_that_has_what_is_there(
     tmp_path: Path,
 ) -> None:
     files(tmp_path, learn=5, valid=4)
-    message = error_of(lambda: opened({"folder": str(tmp_path)}))
-    assert message == f"{tmp_path} has no files of the split 'train'; it has learn.jsonl, valid.jsonl"
+    message = error_of(lambda: Opened({"folder": str(tmp_path)}))
+    assert (
+        message == f"{tmp_path} has no files of the split 'train'; it has learn.jsonl, valid.jsonl"
+    )
 
 
 def test_two_validation_files_are_an_error(tmp_path: Path) -> None:
     files(tmp_path, train=5, dev=3, valid=4)
-    assert error_of(lambda: opened({"folder": str(tmp_path)})) == (
+    assert error_of(lambda: Opened({"folder": str(tmp_path)})) == (
         f"data.folder is '{tmp_path}', which has the splits dev and valid; say which one to "
         "evaluate on: data.valid_split=dev"
     )
-    assert opened({"folder": str(tmp_path), "valid_split": "valid"}).sizes[1] == {"": 4}
+    assert Opened({"folder": str(tmp_path), "valid_split": "valid"}).sizes[1] == {"": 4}
 
 
 @pytest.mark.parametrize(
@@ -187,7 +184,7 @@ def test_two_validation_files_are_an_error(tmp_path: Path) -> None:
     [("nowhere", ""), ("owner/name", "; for a Hub dataset, set data.train=owner/name")],
 )
 def test_a_folder_must_be_one(folder: str, hint: str) -> None:
-    assert error_of(lambda: opened({"folder": folder})) == (
+    assert error_of(lambda: Opened({"folder": folder})) == (
         f"data.folder is {folder!r}, which is no folder; it must be one with train.jsonl and "
         f"valid.jsonl{hint}"
     )
@@ -195,7 +192,7 @@ def test_a_folder_must_be_one(folder: str, hint: str) -> None:
 
 def test_a_folder_with_several_splits_as_training_data_names_the_setting(tmp_path: Path) -> None:
     files(tmp_path, train=5, valid=4)
-    message = error_of(lambda: opened({"train": str(tmp_path)}))
+    message = error_of(lambda: Opened({"train": str(tmp_path)}))
     assert "holds several splits (train, valid); name one, e.g. data.train_split=train" in message
     assert message.endswith(f"or set data.folder={tmp_path} instead of data.train and data.valid")
 
@@ -204,19 +201,19 @@ def test_a_folder_with_several_splits_as_training_data_names_the_setting(tmp_pat
 
 
 def test_rows_take_the_place_of_the_settings() -> None:
-    assert opened({}, ROWS, ROWS[:2]).sizes == ({"train": 4}, {"": 2})
+    assert Opened({}, ROWS, ROWS[:2]).sizes == ({"train": 4}, {"": 2})
     named = {"chat": ROWS[:1], "safety": ROWS[:3]}
-    assert opened({}, ROWS, named).sizes[1] == {"chat": 1, "safety": 3}
+    assert Opened({}, ROWS, named).sizes[1] == {"chat": 1, "safety": 3}
 
 
 def test_rows_of_the_training_alone_leave_the_others_to_the_settings(tmp_path: Path) -> None:
     paths = files(tmp_path, a=5, b=4)
-    assert opened({"valid": paths["a"]}, ROWS).sizes == ({"train": 4}, {"": 5})
-    assert opened({"train": paths["b"]}, None, ROWS).sizes == ({"b": 4}, {"": 4})
+    assert Opened({"valid": paths["a"]}, ROWS).sizes == ({"train": 4}, {"": 5})
+    assert Opened({"train": paths["b"]}, None, ROWS).sizes == ({"b": 4}, {"": 4})
 
 
 def test_a_sample_is_taken_of_rows_too() -> None:
-    data = opened({"max_samples": 3}, some_pairs(30))
+    data = Opened({"max_samples": 3}, some_pairs(30))
     assert data.sizes[0] == {"train": 3}
     assert data.text == "using 3 of 30 records of train (max_samples)\n"
 
@@ -245,13 +242,13 @@ def test_rows_and_settings_for_the_same_are_an_error(
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "é", 3])
 def test_names_of_validation_rows_are_checked(name: Any) -> None:
-    message = error_of(lambda: opened({}, ROWS, {"chat": ROWS, name: ROWS}))
+    message = error_of(lambda: Opened({}, ROWS, {"chat": ROWS, name: ROWS}))
     assert message.startswith(f"valid is a mapping with the name {name!r}; several validation sets")
     assert "need names of letters, digits, - and _: {'chat': rows" in message
 
 
 def test_no_training_data_is_an_error_that_names_the_ways() -> None:
-    assert error_of(lambda: opened({})) == (
+    assert error_of(lambda: Opened({})) == (
         "data.train is missing; name a file, a folder or a Hugging Face dataset, or pass rows from "
         "memory: train(config, train=rows)"
     )
