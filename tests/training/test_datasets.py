@@ -1,23 +1,15 @@
 """The datasets of a run: opened, encoded or read from the cache, split."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.commands import captured_display
 from helpers.tiny import some_pairs, split_pairs, write_jsonl
 
-from mlx_simpo import (
-    DataConfig,
-    SimPOConfig,
-    SimPOError,
-    SourceConfig,
-    load_config,
-    load_pairs,
-)
+from mlx_simpo import SimPOError, SourceConfig, load_config, load_pairs
 from mlx_simpo.data.encode import Encoder
-from mlx_simpo.training import datasets as datasets_module
-from mlx_simpo.training.datasets import EncodedDataset, encode_datasets, hold_out, open_dataset
+from mlx_simpo.training.datasets import encode_datasets, hold_out
+from mlx_simpo.training.inputs import open_dataset
 
 
 class Encoded:
@@ -27,12 +19,13 @@ class Encoded:
         display, text = captured_display()
         display.console.width = 1000
         self.config = load_config(None, [f"model={model}", f"data.train={data}", *settings])
-        _, (self.dataset,) = encode_datasets(self.config, [SourceConfig(str(data))], display)
+        source = open_dataset(self.config, SourceConfig(str(data)), display)
+        _, (self.dataset,) = encode_datasets(self.config, [source], display)
         self.text = text.getvalue()
 
     def parts(self) -> tuple[list[int], list[int]]:
         """The indices of the training pairs and of those held out."""
-        train, valid = hold_out(self.dataset.pairs, self.config)
+        train, valid = hold_out(self.dataset.pairs, self.config, captured_display()[0])
         return [p.index for p in train], [p.index for p in valid]
 
 
@@ -89,50 +82,3 @@ def test_quarantined_records_are_counted_and_the_first_one_is_shown(
     assert len(encoded.dataset.pairs) == 3
     with pytest.raises(SimPOError, match="2 of 5 records are quarantined"):
         Encoded(model_folder, data)
-
-
-def test_every_dataset_is_opened_before_the_tokenizer_is_loaded(
-    pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        datasets_module, "load_only_tokenizer", lambda *a, **k: pytest.fail("it is")
-    )
-    config = SimPOConfig(model="nobody/nothing")
-    names = [SourceConfig(str(pairs_file)), SourceConfig(str(tmp_path / "no"))]
-    with pytest.raises(SimPOError, match=r"no such file, folder or dataset: .*no'"):
-        encode_datasets(config, names, captured_display()[0])
-
-
-def test_datasets_are_encoded_in_their_order(model_folder: Path, tmp_path: Path) -> None:
-    files = [write_jsonl(tmp_path / f"{n}.jsonl", some_pairs(n)) for n in (5, 3)]
-    results: list[EncodedDataset] = encode_datasets(
-        SimPOConfig(model=str(model_folder)),
-        [SourceConfig(str(f)) for f in files],
-        captured_display()[0],
-    )[1]
-    assert [len(result.pairs) for result in results] == [5, 3]
-
-
-@pytest.mark.parametrize("setting", ["train", "valid"])
-def test_a_subset_of_local_data_is_an_error(pairs_file: Path, setting: str) -> None:
-    names: dict[str, Any] = {"train": str(pairs_file), setting: str(pairs_file)}
-    config = SimPOConfig(model="m", data=DataConfig(**names, subset="some"))
-    with pytest.raises(SimPOError, match=r"data\.subset is 'some', but .* is local"):
-        open_dataset(config, SourceConfig(str(pairs_file)))
-
-
-@pytest.mark.parametrize(
-    ("train_from", "subset"), [("owner/name", None), ("FILE", "some"), (None, "some")]
-)
-def test_a_subset_of_a_hub_dataset_does_not_concern_a_local_file_beside_it(
-    pairs_file: Path, train_from: str | None, subset: str | None
-) -> None:
-    """But a subset that belongs to no dataset is an error, and never ignored."""
-    train_from = str(pairs_file) if train_from == "FILE" else train_from
-    data = DataConfig(train=train_from, valid=str(pairs_file), subset="some")
-    config = SimPOConfig(model="m", data=data)
-    if subset is None:
-        assert open_dataset(config, SourceConfig(str(pairs_file))).count() == 12
-    else:
-        with pytest.raises(SimPOError, match=r"data\.subset is 'some'"):
-            open_dataset(config, SourceConfig(str(pairs_file)))
