@@ -87,8 +87,7 @@ class _Comparison:
         self, num_queries: int, only_earlier: bool
     ) -> Iterator[Iterator[tuple[int, int]]]:
         """Yield the candidates, once or twice: see `_candidates`."""
-        no_row = np.zeros(len(self._has_preamble), bool)
-        yield _candidates(self._bodies, num_queries, only_earlier, no_row)
+        yield _candidates(self._bodies, num_queries, only_earlier)
         # Where the preamble itself differs in a word, it is part of the body of one of the two.
         if self._has_preamble.any():
             yield _candidates(self._whole, num_queries, only_earlier, self._has_preamble)
@@ -107,12 +106,15 @@ class _Comparison:
 
 
 def _candidates(
-    sets: ShingleSets, num_queries: int, only_earlier: bool, not_both: np.ndarray
+    sets: ShingleSets,
+    num_queries: int,
+    only_earlier: bool,
+    differ_in: np.ndarray | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (query, other) whose sketches have enough in common, those with the most first.
 
     The first ``num_queries`` rows are the queries; the other rows are the others, or with
-    ``only_earlier`` the queries before. Of the rows in ``not_both`` (bool [N]), no two are yielded.
+    ``only_earlier`` the queries before. If there is ``differ_in`` (bool [N]), the two differ in it.
     """
     first = 0 if only_earlier else num_queries
     hashes = sets.sketches[first:, :BUCKET_HASHES].ravel()
@@ -136,9 +138,11 @@ def _candidates(
             queries[which] * len(sets.sizes) + rows[(low + offset)[which]]
             for offset, which in enumerate(is_one)
         ]
-        a, b = np.divmod(np.unique(np.concatenate(pairs)), len(sets.sizes))
+        a, b = np.divmod(_unique(np.concatenate(pairs)), len(sets.sizes))
         smaller, larger = np.sort([sets.sizes[a], sets.sizes[b]], axis=0)
-        is_possible = (smaller >= THRESHOLD * larger) & ~(not_both[a] & not_both[b])
+        is_possible = smaller >= THRESHOLD * larger
+        if differ_in is not None:
+            is_possible &= differ_in[a] != differ_in[b]
         yield from _similar_sketches(sets.sketches, a[is_possible], b[is_possible])
 
 
@@ -154,3 +158,11 @@ def _similar_sketches(
         order = np.lexsort((-shared, a))
         order = order[(shared >= MIN_SHARED * sizes)[order]]
         yield from zip(a[order].tolist(), b[order].tolist(), strict=True)
+
+
+def _unique(values: np.ndarray) -> np.ndarray:
+    """Return the distinct values, sorted; for so many, faster than np.unique."""
+    values.sort()
+    is_new = np.ones(len(values), bool)
+    is_new[1:] = values[1:] != values[:-1]
+    return values[is_new]

@@ -26,7 +26,9 @@ class ShingleSets:
         count = len(spans.starts)
         self.sizes = np.zeros(count, np.int64)
         self.sketches = np.full((count, SKETCH_SIZE), NO_HASH)
-        parts = [np.zeros(0, np.uint64)]
+        # As many as there are if no shingle is repeated; what is not written takes no memory.
+        self._hashes = np.empty(int((spans.ends - spans.starts + 2).sum()), np.uint64)
+        filled = 0
         for start in range(0, count, _CHUNK):
             part = spans.take(slice(start, start + _CHUNK))
             hashes, rows = shingles(words, part)
@@ -34,10 +36,11 @@ class ShingleSets:
             rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
             smallest = rank < SKETCH_SIZE
             self.sketches[start + rows[smallest], rank[smallest]] = hashes[smallest]
-            parts.append(hashes)
-        self._hashes, self._ends = np.concatenate(parts), np.cumsum(self.sizes)
-        # A text is compared with several others in a row, which are often alike.
-        self._set = lru_cache(maxsize=8192)(self._read_set)
+            self._hashes[filled : filled + len(hashes)] = hashes
+            filled += len(hashes)
+        self._ends = np.cumsum(self.sizes)
+        # A text is compared with several others in a row.
+        self._set = lru_cache(maxsize=256)(self._read_set)
 
     def similarity(self, a: int, b: int) -> float:
         """Return the Jaccard similarity of two texts."""
