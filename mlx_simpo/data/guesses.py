@@ -65,8 +65,10 @@ def guess_columns(record: Mapping[str, Any]) -> dict[str, str]:
         remaining = [name for name in names if name not in guess.values()]
         exact = [name for name in remaining if name == ours]
         similar = [name for word in words for name in remaining if _suggests(name, word)]
-        if exact or similar:
-            guess[ours] = (exact or similar)[0]
+        # The one column that nothing else takes is the prompt, whatever its name.
+        last = remaining if ours == "prompt" and len(remaining) == 1 else []
+        if exact or similar or last:
+            guess[ours] = (exact or similar or last)[0]
     return {
         ours: guess[ours] for ours in ("prompt", "chosen", "rejected", "system") if ours in guess
     }

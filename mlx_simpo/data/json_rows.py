@@ -42,9 +42,26 @@ def _lines(text: TextInput) -> Iterator[tuple[int, bytes]]:
 def jsonl_rows(text: TextInput) -> Iterator[Row]:
     """Yield the rows of JSON Lines; an invalid line is a row with a problem.
 
+    A list of records under the ending of JSON Lines is read as what it is.
+
     Raises:
         SimPOError: the text cannot be read, or is not UTF-8 at all.
     """
+    first, is_only = _first_line(text)
+    is_document = first.startswith(b"[") and (is_only or _object_in(first) is None)
+    return _document_rows(text) if is_document else _line_rows(text)
+
+
+def count_jsonl(text: TextInput) -> int:
+    """Return the number of rows that `jsonl_rows` yields."""
+    first, _ = _first_line(text)
+    if first.startswith(b"["):
+        return sum(1 for _ in jsonl_rows(text))
+    return sum(1 for _ in _lines(text))
+
+
+def _line_rows(text: TextInput) -> Iterator[Row]:
+    """Yield a row per line; SimPOError if the text cannot be read, or is not UTF-8 at all."""
     num_invalid = num_valid = 0  # of the lines with more than ASCII: as UTF-8
     for number, line in _lines(text):
         value, problem = None, None
@@ -61,11 +78,6 @@ def jsonl_rows(text: TextInput) -> Iterator[Row]:
         raise encoding_error(text)
 
 
-def count_jsonl(text: TextInput) -> int:
-    """Return the number of lines that are not blank."""
-    return sum(1 for _ in _lines(text))
-
-
 # --- documents -------------------------------------------------------------------------------
 
 
@@ -75,9 +87,12 @@ def json_rows(text: TextInput) -> Iterator[Row]:
     Raises:
         SimPOError: it cannot be read, is neither, or has no list of records.
     """
-    if _is_json_lines(text):
-        yield from jsonl_rows(text)
-        return
+    first, is_only = _first_line(text)
+    is_lines = not is_only and isinstance(_object_in(first), dict)
+    return _line_rows(text) if is_lines else _document_rows(text)
+
+
+def _document_rows(text: TextInput) -> Iterator[Row]:
     with _open_document(text) as document:
         for line, value in _records(text, document):
             yield Row(0, f"{text.name}:{line}", value)
@@ -90,17 +105,22 @@ def count_json(text: TextInput) -> int:
     return sum(1 for _ in json_rows(text))
 
 
-def _is_json_lines(text: TextInput) -> bool:
-    """Return whether the first line is a JSON object by itself, and not the only line."""
+def _first_line(text: TextInput) -> tuple[bytes, bool]:
+    """Return (first line that is not blank, whether it is the only one)."""
     with open_bytes(text) as stream:
         first = stream.readline(_MAX_FIRST_LINE).removeprefix(codecs.BOM_UTF8)
         while first and not first.strip():
             first = stream.readline(_MAX_FIRST_LINE)
-        try:
-            is_object = isinstance(json.loads(first.decode("utf-8")), dict)
-        except (ValueError, RecursionError):
-            return False
-        return is_object and any(line.strip() for line in stream)
+        return first.strip(), not any(line.strip() for line in stream)
+
+
+def _object_in(line: bytes) -> Any:
+    """Return the object or list that a line is by itself, or None."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict | list) else None
 
 
 class _Document:
@@ -155,8 +175,9 @@ class _Document:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self.position)
             except json.JSONDecodeError as error:
+                offset = error.pos - self.position
                 if not self._read_more():
-                    self.fail(error.msg, error.pos)
+                    self.fail(error.msg, self.position + offset)
             except (ValueError, RecursionError) as error:  # a huge integer; deeply nested brackets
                 self.fail(str(error), self.position)
             else:
@@ -223,25 +244,29 @@ def _list_of_records(text: TextInput) -> str | None:
     """Return the key of the one list of objects in a JSON object; None if it is a record itself.
 
     Raises:
-        SimPOError: it has no such list, or several.
+        SimPOError: it has several such lists, or is a table written column by column.
     """
-    keys, lists = [], []
+    lists, objects, other = [], [], []  # keys, by their values
     with _open_document(text) as document:
         for key in document.object_keys():
-            keys.append(key)
             if document.next_character() != "[":
-                document.value()
+                (objects if isinstance(document.value(), dict) else other).append(key)
                 continue
             # Element by element: the list may be most of a large file.
             are_objects = [isinstance(value, dict) for _, value in document.elements()]
-            if are_objects and all(are_objects):
-                lists.append(key)
-    if not RESPONSE_COLUMNS.isdisjoint(keys):
+            (lists if are_objects and all(are_objects) else other).append(key)
+    keys = [*lists, *objects, *other]
+    if len(objects) > 1 and objects == keys:
+        what = "with one object per column"
+    elif not RESPONSE_COLUMNS.isdisjoint(keys):
         return None
-    if len(lists) == 1:
+    elif len(lists) == 1:
         return lists[0]
-    what = f"several lists ({', '.join(lists)})" if lists else "no list of records"
+    elif lists == keys and lists:
+        what = f"with several lists of records ({', '.join(lists)})"
+    else:
+        return None
     raise SimPOError(
-        f"{text.name} is a JSON object with {what}; it must be {_EXPECTED} (pandas writes them "
-        'with to_json(FILE, orient="records", lines=True))'
+        f"{text.name} is a JSON object {what}; it must be {_EXPECTED} (pandas writes them with "
+        'to_json(FILE, orient="records", lines=True))'
     )
