@@ -22,7 +22,7 @@ from .reporting import advice
 from .reporting.display import Display, count_text
 from .runs.folder import open_run
 from .training.datasets import encode_datasets
-from .training.inputs import open_dataset, open_valid
+from .training.inputs import open_dataset, open_valid, sample
 from .training.keep_awake import keep_awake
 from .training.memory_check import check_memory
 from .training.result import TrainResult
@@ -178,13 +178,13 @@ def inspect(
         SimPOError: a dataset or tokenizer that cannot be read, or a dataset without a valid pair.
     """
     lenient = replace(config, data=replace(config.data, max_quarantined=1.0))
-    display = display or Display()
+    display, columns, size = display or Display(), config.data.columns, config.data.max_samples
     if isinstance(data, str | Path):
-        named = SourceConfig(str(data), split=split, columns=config.data.columns)
+        named = SourceConfig(str(data), split=split, columns=columns, max_samples=size)
         source = open_dataset(lenient, named, display)
     elif split is not None:
         raise SimPOError(f"the split is {split!r}, but rows from memory have none; leave it away")
     else:
-        source = memory_source(data, "rows", config.data.columns)
+        source = sample(memory_source(data, "rows", columns), size, config, display)
     encoder, (dataset,) = encode_datasets(lenient, [source], display)
     return Inspection(dataset.pairs, encoder, summarize(*dataset, encoder))

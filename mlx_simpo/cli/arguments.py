@@ -142,7 +142,8 @@ def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
     folder = local_path(options.adapter) if options.adapter else None
     if folder and (folder / "config.yaml").is_file():
         # The data of that run is not what is evaluated now.
-        run = ["data.valid=null", "data.valid_split=null", "data.subset=null"]
+        names = ("train", "train_split", "folder", "valid", "valid_split", "valid_main", "subset")
+        run = [f"data.{name}=null" for name in (*names, "columns", "max_samples")]
         template = folder / "chat_template.jinja"
         run += [f"data.chat_template={template}"] if template.is_file() else []
         file = folder / "config.yaml"
