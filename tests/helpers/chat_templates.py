@@ -58,7 +58,10 @@ TEMPLATES = {
         Template("glm4_5", "<|endoftext|>", None, ROLES, True),
         Template("gpt_oss", "<|return|>", None, HARMONY),
         Template(
-            "llama3", "<|eot_id|>", "<|begin_of_text|>", ("<|start_header_id|>", "<|end_header_id|>")
+            "llama3",
+            "<|eot_id|>",
+            "<|begin_of_text|>",
+            ("<|start_header_id|>", "<|end_header_id|>"),
         ),
         Template("gemma2", "<end_of_turn>", "<bos>", ("<start_of_turn>",)),
         Template("gemma3", "<end_of_turn>", "<bos>", ("<start_of_turn>",)),
