@@ -106,8 +106,8 @@ def test_messages_in_pythons_notation_are_quarantined_with_the_remedy(tmp_path: 
     assert result.pairs == []
     assert result.quarantined[0][1:] == (
         "messages in Python's notation",
-        "prompt begins with \"[{'role': 'user'\"; write the cell with json.dumps(messages), or save "
-        "the data as JSON Lines or Parquet",
+        "prompt begins with \"[{'role': 'user'\"; write the cell with json.dumps(messages), or "
+        "save the data as JSON Lines or Parquet",
     )
 
 
