@@ -33,11 +33,20 @@ class Template(NamedTuple):
 CHATML = ("<|im_start|>",)
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "[gMASK]", "<sop>")
 R1 = tuple(
-    f"<｜{name}｜>"  # noqa: RUF001
-    for name in (
-        "User Assistant tool▁calls▁begin tool▁calls▁end tool▁call▁begin tool▁call▁end tool▁sep "
-        "tool▁outputs▁begin tool▁outputs▁end tool▁output▁begin tool▁output▁end"
-    ).split()
+    f"<｜{name}｜>"
+    for name in [
+        "User",
+        "Assistant",
+        "tool▁calls▁begin",
+        "tool▁calls▁end",
+        "tool▁call▁begin",
+        "tool▁call▁end",
+        "tool▁sep",
+        "tool▁outputs▁begin",
+        "tool▁outputs▁end",
+        "tool▁output▁begin",
+        "tool▁output▁end",
+    ]
 )
 HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>")
 INST = ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]")
@@ -49,8 +58,8 @@ TEMPLATES = {
         Template("smollm3", "<|im_end|>", None, CHATML, True),
         Template(
             "deepseek_r1",
-            "<｜end▁of▁sentence｜>",  # noqa: RUF001
-            "<｜begin▁of▁sentence｜>",  # noqa: RUF001
+            "<｜end▁of▁sentence｜>",
+            "<｜begin▁of▁sentence｜>",
             R1,
             True,
         ),
