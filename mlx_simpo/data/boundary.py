@@ -10,8 +10,8 @@ template's.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .records import InvalidRecordError, Message
 from .render import Renderer
+from .rows import InvalidRecordError, Message
 from .thinking import (
     Thinking,
     thinking_of,

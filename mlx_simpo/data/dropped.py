@@ -11,8 +11,9 @@ from enum import IntFlag
 from typing import Any
 
 from .boundary import unused_character, write_again
-from .records import Message, text_of
+from .records import text_of
 from .render import Renderer
+from .rows import Message
 from .thinking import Thinking, thinking_of, with_text, with_thinking
 
 # A longer text that is part of the conversation's is not there by accident.

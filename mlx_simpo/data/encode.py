@@ -28,8 +28,9 @@ from .boundary import Boundary, BoundaryFinder
 from .dropped import Dropped, dropped_parts
 from .official import official_tokens
 from .pairs import Quarantined
-from .records import InvalidRecordError, Message, Pair, as_messages
+from .records import Pair, as_messages
 from .render import Renderer, token_ids
+from .rows import InvalidRecordError, Message
 from .special_tokens import SpecialTokens
 from .truncation import Sequences, truncate
 

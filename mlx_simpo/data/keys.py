@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .encode import Encoder
-from .sources import Source
+from .rows import Source
 
 # Raise FORMAT when the files of `tokens` change, and RULES when a record can give other tokens, or
 # be quarantined for another reason, than before (records to encode and official): tokens cached

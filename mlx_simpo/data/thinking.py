@@ -6,7 +6,7 @@ between tags, before what the user reads.
 
 from typing import Any, NamedTuple
 
-from .records import Message
+from .rows import Message
 
 KEYS = ("reasoning_content", "thinking", "reasoning")
 TAGS = (

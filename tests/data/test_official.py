@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mlx_simpo import DataConfig, SimPOError
 from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence
-from mlx_simpo.data.records import InvalidRecordError, Pair
+from mlx_simpo.data.records import Pair
+from mlx_simpo.data.rows import InvalidRecordError
 from mlx_simpo.model.loading import load_only_tokenizer
 
 TINY = tiny_tokenizer(bos="<s>")
