@@ -1,22 +1,50 @@
 """The command line: ``mlx-simpo train | evaluate | generate | data | fuse | convert | push | …``.
 
-Results go to stdout, everything else to stderr. Settings are written as ``section.name=value``,
-with the same names as in the YAML files. A command imports what it needs when it runs: MLX and
-mlx-lm take more than a second, which --help and --version need not wait for.
+Results go to stdout, everything else to stderr. `words` reads what was typed. A command imports
+what it needs when it runs: MLX and mlx-lm take more than a second, which --help and --version need
+not wait for.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from typing import cast
 
-from ..errors import SimPOError, messages_of
+from ..config.simpo_config import load_config
+from ..errors import InvalidSettingsError, SimPOError, messages_of
 from ..version import __version__
-from . import convert, doctor, evaluate, fuse, generate, inspect, interrupt, push, train
-from .arguments import Parser, config_and_settings
-from .output import print_error
+from . import (
+    completion,
+    config,
+    convert,
+    doctor,
+    evaluate,
+    fuse,
+    generate,
+    inspect,
+    interrupt,
+    push,
+    train,
+)
+from .arguments import Parser
+from .mistakes import unknown_command
+from .output import print_error, print_note, print_text
+from .overview import OVERVIEW
+from .words import CommandLine, read_words
 
 # In the order of --help.
-COMMANDS = (train, evaluate, generate, inspect, fuse, convert, push, doctor)
+COMMANDS = (
+    train,
+    evaluate,
+    generate,
+    inspect,
+    fuse,
+    convert,
+    push,
+    doctor,
+    config,
+    completion,
+)
+_HELP = ("-h", "--help")
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -24,10 +52,23 @@ def run_command(arguments: Sequence[str]) -> int:
 
     `train` has some of its own.
     """
+    words = list(arguments)
+    if words in ([], ["help"]):
+        print_text(OVERVIEW)
+        return 0
+    if words[0] == "help":
+        words = [*words[1:], _HELP[-1]]
     try:
-        options, rest = build_parser().parse_known_args(arguments)
-        options.config, options.settings = config_and_settings(rest)
-        return options.run(options) or 0
+        parser, words = _command_of(build_parser(), words)
+        if any(word in words for word in _HELP):
+            parser.print_help()
+            return 0
+        line = read_words(parser, words)
+        if line.mistakes:
+            raise InvalidSettingsError([*line.mistakes, *_mistakes_of_settings(parser, line)])
+        for note in line.notes:
+            print_note(note)
+        return line.options.run(line.options) or 0
     except SimPOError as error:
         for message in messages_of(error):
             print_error(message)
@@ -37,7 +78,7 @@ def run_command(arguments: Sequence[str]) -> int:
         return interrupt.STATUS
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of the command line with all its commands."""
     parser = Parser(
         prog="mlx-simpo", description="SimPO LoRA fine-tuning of language models with MLX."
@@ -47,3 +88,34 @@ def build_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add(commands)
     return parser
+
+
+def _command_of(parser: Parser, words: list[str]) -> tuple[Parser, list[str]]:
+    """Return the parser of the command that the first words name, and the words after them.
+
+    Raises:
+        SimPOError: there is no such command.
+    """
+    while parser.commands:
+        first, *rest = words or [""]
+        if first in parser.commands:
+            parser, words = cast(Parser, parser.commands[first]), rest
+        elif first in (*_HELP, "--version") or not first:
+            parser.parse_args(words)  # which ends here
+        else:
+            raise SimPOError(unknown_command(words, list(parser.commands), parser.prog))
+    return parser, words
+
+
+def _mistakes_of_settings(parser: Parser, line: CommandLine) -> list[str]:
+    """Return what else is wrong with the settings, beside the mistakes of the words.
+
+    A model that is missing is not told: it may be one of the words that could not be read.
+    """
+    if not parser.takes_settings:
+        return []
+    try:
+        load_config(line.options.config, ["model=model", *line.options.settings])
+    except SimPOError as error:
+        return [message for message in messages_of(error) if message not in line.mistakes]
+    return []
