@@ -14,7 +14,7 @@ from . import blas as _blas
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same to Python
-    from .api import evaluate, generate, inspect, train
+    from .api import evaluate, inspect, train
     from .config.early_stopping import EarlyStoppingConfig
     from .config.simpo_config import (
         DataConfig,
@@ -33,10 +33,14 @@ if TYPE_CHECKING:  # what type checkers and editors read; _MODULES says the same
     from .data.records import Pair
     from .errors import InvalidSettingsError, SimPOError
     from .evaluation import Evaluation, evaluate_pairs
+    from .generation import generate, stream_responses
     from .hub import Push, push
     from .model.adapters import load_adapter
     from .model.loading import load_model
     from .objectives import simpo_loss
+    from .sampling.generate import Response
+    from .sampling.responder import ResponsePart
+    from .sampling.settings import SamplingSettings
     from .training.result import TrainResult
     from .training.session import Session, prepare
     from .training.trainer import StepMetrics, train_steps
@@ -54,6 +58,9 @@ __all__ = [
     "ObjectiveConfig",
     "Pair",
     "Push",
+    "Response",
+    "ResponsePart",
+    "SamplingSettings",
     "Session",
     "SimPOConfig",
     "SimPOError",
@@ -77,13 +84,14 @@ __all__ = [
     "push",
     "resume_config",
     "simpo_loss",
+    "stream_responses",
     "to_peft",
     "train",
     "train_steps",
 ]
 
 _MODULES = {
-    "api": ("evaluate", "generate", "inspect", "train"),
+    "api": ("evaluate", "inspect", "train"),
     "config.early_stopping": ("EarlyStoppingConfig",),
     "config.simpo_config": (
         "DataConfig",
@@ -102,10 +110,14 @@ _MODULES = {
     "data.records": ("Pair",),
     "errors": ("InvalidSettingsError", "SimPOError"),
     "evaluation": ("Evaluation", "evaluate_pairs"),
+    "generation": ("generate", "stream_responses"),
     "hub": ("Push", "push"),
     "model.adapters": ("load_adapter",),
     "model.loading": ("load_model",),
     "objectives": ("simpo_loss",),
+    "sampling.generate": ("Response",),
+    "sampling.responder": ("ResponsePart",),
+    "sampling.settings": ("SamplingSettings",),
     "training.result": ("TrainResult",),
     "training.session": ("Session", "prepare"),
     "training.trainer": ("StepMetrics", "train_steps"),

@@ -1,4 +1,4 @@
-"""The Python API behind the commands: train, evaluate, generate, inspect."""
+"""The Python API behind the commands: train, evaluate, inspect (and `generation`)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,8 +19,7 @@ from .planning.memory_errors import explain
 from .reporting import advice
 from .reporting.display import Display, count_text
 from .runs.folder import open_run
-from .sampling.generate import generate_response
-from .training.datasets import create_encoder, encode_datasets
+from .training.datasets import encode_datasets
 from .training.keep_awake import keep_awake
 from .training.memory_check import check_memory
 from .training.result import TrainResult
@@ -110,41 +109,6 @@ def evaluate(
             model, pairs, config, engine, display, "Adapter"
         )
     return results
-
-
-def generate(
-    config: SimPOConfig,
-    prompt: str,
-    adapter: str | Path | None = None,
-    *,
-    max_tokens: int = 200,
-    display: Display | None = None,
-) -> dict[str, str]:
-    """Generate the base model's response to one user turn, and the adapter's if there is one.
-
-    Args:
-        adapter: folder of an mlx-lm adapter. max_tokens: maximum length of a response.
-
-    Returns:
-        The base model's response as "base"; with an adapter, the adapter's as "adapter".
-
-    Raises:
-        SimPOError: a model, adapter or prompt that cannot be read or used.
-    """
-    display = display or Display()
-    if adapter is not None:
-        check_adapter(adapter)
-    loaded = load_base_model(config, display)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    if adapter is not None:
-        check_fits(model, adapter)
-    encoder = create_encoder(tokenizer, config, display)
-    responses = {"base": generate_response(model, tokenizer, encoder, prompt, max_tokens)}
-    if adapter is not None:
-        record = get_dict(load_adapter(model, adapter), RECORD_KEY)
-        display.warn(advice.adapter_mismatch(record, loaded, encoder.renderer.text))
-        responses["adapter"] = generate_response(model, tokenizer, encoder, prompt, max_tokens)
-    return responses
 
 
 class Inspection(NamedTuple):

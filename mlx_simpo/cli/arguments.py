@@ -15,6 +15,12 @@ SETTINGS_HELP = (
 # The keys of `model.loading.DTYPES`, which cannot be imported without MLX.
 DTYPES = ("float32", "bfloat16", "float16")
 
+# What a run's settings say of its data, which is not what its adapter is used on.
+_OF_THE_RUN = (
+    *("train", "train_split", "folder", "valid", "valid_split", "valid_main", "subset"),
+    *("columns", "max_samples"),
+)
+
 # Returns the exit status; None is 0.
 Run = Callable[[argparse.Namespace], int | None]
 
@@ -165,7 +171,7 @@ def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
     folder = local_path(options.adapter) if options.adapter else None
     if folder and (folder / "config.yaml").is_file():
         # The data of that run is not what is evaluated now.
-        run = ["data.valid=null", "data.valid_split=null", "data.subset=null"]
+        run = [f"data.{name}=null" for name in _OF_THE_RUN]
         template = folder / "chat_template.jinja"
         run += [f"data.chat_template={template}"] if template.is_file() else []
         file = folder / "config.yaml"

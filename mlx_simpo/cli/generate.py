@@ -1,38 +1,210 @@
 """``mlx-simpo generate``."""
 
 import argparse
-from typing import Any
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
+from ..errors import InvalidSettingsError, SimPOError
+from ..sampling.settings import SamplingSettings, Spelling
 from .arguments import adapter_config, add_command_with_settings, add_model_and_adapter
 from .interrupt import exit_on_interrupt
-from .output import announce, print_json, print_text
+from .output import announce, print_json
+from .responses import (
+    cut_note,
+    fits_side_by_side,
+    response_records,
+    stream_columns,
+    stream_text,
+    wait_for_responses,
+)
+
+STDIN = "-"
+
+if TYPE_CHECKING:
+    from ..config.simpo_config import SimPOConfig
+    from ..sampling.prompts import NamedPrompt
+
+_DEFAULTS = SamplingSettings()
+_PROMPTS = "--prompt TEXT | --prompts FILE | --chat"
+
+
+def option_name(setting: str) -> str:
+    """Return the option for a setting; its name is mlx_lm's."""
+    return "--temp" if setting == "temperature" else f"--{setting.replace('_', '-')}"
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    summary = "generate a response to a prompt"
-    parser = add_command_with_settings(commands, "generate", run, summary, "--prompt TEXT")
+    summary = "generate responses to prompts, or chat"
+    parser = add_command_with_settings(commands, "generate", run, summary, f"({_PROMPTS})")
     add_model_and_adapter(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message")
-    parser.add_argument(
+    what = parser.add_argument_group("what to respond to")
+    what.add_argument(
+        "-p",
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="the user's message, or - for standard input; may be repeated",
+    )
+    what.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a .txt file with one prompt per line, or records with prompt (text or messages) or "
+        "messages, as .jsonl for example; - for standard input",
+    )
+    what.add_argument("--chat", action="store_true", help="talk to the model in the terminal")
+    what.add_argument("--system-prompt", metavar="TEXT", help="a system turn before each prompt")
+    how = parser.add_argument_group("how to respond")
+    how.add_argument(
+        "-m",
         "--max-tokens",
         type=int,
-        default=200,
+        default=_DEFAULTS.max_tokens,
         metavar="N",
-        help="maximum length of a response; default: 200",
+        help="maximum length of a response; default: %(default)s",
+    )
+    how.add_argument(
+        "--temp",
+        "--temperature",
+        dest="temperature",
+        type=float,
+        default=_DEFAULTS.temperature,
+        metavar="T",
+        help="0, the default, takes the likeliest token each time; 1 draws them as they are likely",
+    )
+    how.add_argument(
+        "--top-p",
+        type=float,
+        default=_DEFAULTS.top_p,
+        metavar="P",
+        help="draw among the likeliest tokens that have this probability together",
+    )
+    how.add_argument(
+        "--top-k",
+        type=int,
+        default=_DEFAULTS.top_k,
+        metavar="K",
+        help="draw among the K likeliest tokens",
+    )
+    how.add_argument(
+        "--min-p",
+        type=float,
+        default=_DEFAULTS.min_p,
+        metavar="P",
+        help="draw among the tokens that are at least P times as likely as the likeliest one",
+    )
+    how.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of the random numbers, for each prompt; default: another one each time",
+    )
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument(
+        "--no-base", action="store_true", help="leave out the base model beside an adapter"
+    )
+    shown.add_argument(
+        "--side-by-side",
+        action=argparse.BooleanOptionalAction,
+        help="base model and adapter in two columns; default: in a terminal of 100 columns or more",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the model's response; with an adapter that of the base model and the adapter's."""
-    config = adapter_config(options)
-    announce(f"generating with {options.adapter or config.model}")
-    with exit_on_interrupt():
-        from ..api import generate
+    """Print responses as they are generated, or with --json all of them at the end; or chat.
 
-    responses = generate(config, options.prompt, options.adapter, max_tokens=options.max_tokens)
-    if options.json:
-        print_json({"prompt": options.prompt, **responses})
+    Raises:
+        SimPOError: options that exclude each other or have no effect, a prompt that cannot be used.
+    """
+    settings = SamplingSettings(**{name: getattr(options, name) for name in _DEFAULTS.as_dict()})
+    problems = [*_conflicts(options), *settings.problems(Spelling(option_name, " "))]
+    if problems:
+        raise InvalidSettingsError(problems)
+    config = adapter_config(options)
+    doing = "chatting" if options.chat else "generating"
+    announce(f"{doing} with {options.adapter or config.model}")
+    with exit_on_interrupt():
+        from ..generation import load_responder
+        from ..reporting.display import Display
+        from ..sampling.chat import Chat
+        from ..sampling.prompts import check_prompt, last_text
+        from .chat import run_chat
+
+    if options.chat:
+        responder = load_responder(config, options.adapter)
+        run_chat(Chat(responder, settings, options.system_prompt), settings.max_tokens)
         return
-    for name, text in responses.items():
-        print_text(f"{name}: {text}\n" if len(responses) > 1 else f"{text}\n")
+    prompts = _read_prompts(options, config)
+    for prompt in prompts:
+        check_prompt(*prompt[:2])  # before a model is loaded
+    responder = load_responder(config, options.adapter)
+    parts = responder.respond(
+        prompts, settings, system_prompt=options.system_prompt, base=not options.no_base
+    )
+    sources = responder.sources(base=not options.no_base)
+    show = stream_text
+    if options.json:
+        show = wait_for_responses
+    elif len(sources) > 1 and (
+        fits_side_by_side() if options.side_by_side is None else options.side_by_side
+    ):
+        show = stream_columns
+    responses = show(parts, [last_text(prompt.prompt) for prompt in prompts], sources)
+    if options.json:
+        result = {
+            "model": config.model,
+            "adapter": options.adapter,
+            "system_prompt": options.system_prompt,
+            "sampling": settings.as_dict(),
+            "responses": response_records([p.prompt for p in prompts], sources, responses),
+        }
+        print_json(result)
+    Display().note(cut_note([r.finish_reason for r in responses], settings.max_tokens))
+
+
+def _conflicts(options: argparse.Namespace) -> Iterator[str]:
+    """Yield what is missing, and options that have no effect together."""
+    if options.chat:
+        unused = {
+            "--prompt": options.prompt,
+            "--prompts": options.prompts,
+            "--json": options.json,
+            "--no-base": options.no_base,
+            "--side-by-side": options.side_by_side,
+        }
+        for name in (name for name, value in unused.items() if value):
+            yield f"{name} has no effect in a chat; leave out {name} or --chat"
+        return
+    if not options.prompt and options.prompts is None:
+        yield ('there is no prompt; add --prompt "What is a comet?", --prompts FILE or --chat')
+    if options.prompt.count(STDIN) + (options.prompts == STDIN) > 1:
+        yield "- is there twice, and standard input can be read only once; leave one of them out"
+    if options.no_base and not options.adapter:
+        yield "--no-base leaves nobody to respond; leave it out, or add --adapter FOLDER"
+    if options.side_by_side:
+        if not options.adapter:
+            yield "--side-by-side has no effect without an adapter; add --adapter FOLDER"
+        for name, is_there in (("--no-base", options.no_base), ("--json", options.json)):
+            if is_there:
+                yield f"--side-by-side has no effect with {name}; leave one of them out"
+
+
+def _read_prompts(options: argparse.Namespace, config: "SimPOConfig") -> "list[NamedPrompt]":
+    """Return the prompts of --prompt, and after them those of --prompts."""
+    from ..sampling.prompt_files import read_prompts
+    from ..sampling.prompts import named
+
+    prompts = named([_stdin_text() if text == STDIN else text for text in options.prompt])
+    if options.prompts is not None:
+        lines = _stdin_text().splitlines() if options.prompts == STDIN else ()
+        prompts += read_prompts(options.prompts, config.data.columns, lines)
+    return prompts
+
+
+def _stdin_text() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise SimPOError(f"standard input is not UTF-8 text ({error}); send it as UTF-8") from None

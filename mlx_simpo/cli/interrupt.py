@@ -1,8 +1,8 @@
-"""Ctrl-C while modules load; `training.stopping` has the one for runs."""
+"""Ctrl-C while modules load, and in a chat; `training.stopping` has the one for runs."""
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -29,6 +29,32 @@ def exit_on_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def noticed_interrupt(is_enabled: bool) -> Iterator[Callable[[], bool]]:
+    """Notice the first Ctrl-C while the context lasts; the second one raises KeyboardInterrupt.
+
+    The context's value tells whether there was one. KeyboardInterrupt in the middle of a token
+    would leave a model's cache half written.
+
+    Args:
+        is_enabled: False: Ctrl-C does what it did before.
+    """
+    received: list[int] = []
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    is_ours = is_enabled and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_ours:
+        signal.signal(signal.SIGINT, notice)
+    try:
+        yield lambda: bool(received)
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:

@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm import stream_generate
 
 from ..data.encode import Encoder
 from ..reporting.advice import COLLAPSE_REMEDY
-from .generate import check_max_tokens, prompt_tokens
+from .generate import generate_response
+from .prompts import named, prompt_tokens
 from .repetition import repeated_share
+from .settings import SamplingSettings
 
 MOST_REPEATED = 0.5
 
@@ -42,7 +43,7 @@ class Sample:
 def sample_responses(
     model: nn.Module, tokenizer: Any, encoder: Encoder, prompts: Sequence[str], max_tokens: int
 ) -> list[Sample]:
-    """Generate a response to each prompt by greedy decoding, as `generate.generate_response` does.
+    """Generate a response to each prompt by greedy decoding, as the command generate does.
 
     The model's mode is left as it was, and MLX's random state as well, because greedy decoding
     draws nothing: a training goes on as if nothing had been generated.
@@ -50,13 +51,14 @@ def sample_responses(
     Raises:
         SimPOError: a prompt is empty, the template rejects it, or ``max_tokens`` is below 1.
     """
-    check_max_tokens(max_tokens)
-    encoded = [prompt_tokens(encoder, prompt) for prompt in prompts]
+    settings = SamplingSettings(max_tokens)
+    settings.check()
+    encoded = [prompt_tokens(encoder, prompt) for prompt in named(prompts)]
     was_training = model.training
     model.eval()  # without LoRA dropout
     try:
         return [
-            _sample(model, tokenizer, prompt, tokens, max_tokens)
+            _sample(model, tokenizer, prompt, tokens, settings)
             for prompt, tokens in zip(prompts, encoded, strict=True)
         ]
     finally:
@@ -64,14 +66,11 @@ def sample_responses(
 
 
 def _sample(
-    model: nn.Module, tokenizer: Any, prompt: str, prompt_tokens: list[int], max_tokens: int
+    model: nn.Module, tokenizer: Any, prompt: str, tokens: list[int], settings: SamplingSettings
 ) -> Sample:
-    parts = list(stream_generate(model, tokenizer, prompt_tokens, max_tokens=max_tokens))
-    is_complete = parts[-1].finish_reason == "stop"
-    tokens = [part.token for part in parts]
-    tokens = tokens[:-1] if is_complete else tokens  # the last one ends the response
-    text = "".join(part.text for part in parts).strip()
-    return Sample(prompt, text, len(tokens), is_complete, repeated_share(tokens))
+    response = generate_response(model, tokenizer, tokens, settings)
+    length, repetition = len(response.tokens), repeated_share(response.tokens)
+    return Sample(prompt, response.text, length, response.is_complete, repetition)
 
 
 def sample_warning(before: Sequence[Sample], now: Sequence[Sample]) -> str | None:

@@ -23,7 +23,7 @@ from ..model.lora import attach_lora
 from ..model.record import RECORD_KEY, get_dict, training_record
 from ..reporting import advice
 from ..reporting.display import Display
-from ..sampling.generate import prompt_tokens
+from ..sampling.prompts import named, prompt_tokens
 from .datasets import encode_datasets, hold_out
 from .state import TrainingState
 from .trainer import StepMetrics, total_steps, train_steps
@@ -142,7 +142,7 @@ def prepare(
     model, template = loaded.model, encoder.renderer.text
     for pairs in (train, valid):
         check_token_ids(pairs, model, config.model)
-    for prompt in config.train.sample_prompts:
+    for prompt in named(config.train.sample_prompts):
         check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
     lora = replace(config.lora, init_from=None) if resuming else config.lora
     if lora.init_from is not None:

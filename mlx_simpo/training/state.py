@@ -17,6 +17,7 @@ from mlx.utils import tree_map, tree_map_with_path
 from ..config.simpo_config import SimPOConfig
 from ..errors import SimPOError
 from ..model.adapters import flat_arrays
+from ..randomness import set_random_state
 from .optimizer import build_optimizer
 
 RANDOM = "random"
@@ -77,18 +78,6 @@ class TrainingState:
         # smaller than those of a schedule with a counter of its own.
         self.optimizer.state["step"] = self.optimizer.step + 1
         self.skipped += 1
-
-
-def random_state() -> np.ndarray:
-    """Return MLX's random state, uint32 [2]."""
-    return np.array(mx.random.state[0])  # type: ignore[index]
-
-
-def set_random_state(state: np.ndarray) -> None:
-    """Set MLX's random state, uint32 [2]."""
-    # mx.random.state cannot be assigned to; seed(n) makes it [n >> 32, n & (2³² − 1)].
-    high, low = map(int, state)
-    mx.random.seed((high << 32) | low)
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from ..data.order import epoch_steps, steps_per_epoch
 from ..engine.choice import Engine, choose_engine
 from ..engine.gradient_checkpointing import gradient_checkpointing
 from ..errors import SimPOError
-from .state import TrainingState, random_state, restore_on_error
+from ..randomness import random_state
+from .state import TrainingState, restore_on_error
 from .step import (
     GradientFunction,
     NonFiniteError,

@@ -10,12 +10,8 @@ import pytest
 from helpers.steps import encoded_pairs, model_with_lora, step_config, weights
 
 from mlx_simpo import SimPOConfig, SimPOError
-from mlx_simpo.training.state import (
-    TrainingState,
-    random_state,
-    restore_on_error,
-    set_random_state,
-)
+from mlx_simpo.randomness import random_state, set_random_state
+from mlx_simpo.training.state import TrainingState, restore_on_error
 from mlx_simpo.training.trainer import StepMetrics, total_steps, train_steps
 
 PAIRS = encoded_pairs()
