@@ -1,15 +1,14 @@
 """The command line: ``mlx-simpo train | evaluate | generate | data | fuse | convert | push | …``.
 
-Results go to stdout, everything else to stderr. `words` reads what was typed. A command imports
-what it needs when it runs: MLX and mlx-lm take more than a second, which --help and --version need
-not wait for.
+Results go to stdout, everything else to stderr. `command_line` reads what was typed. A command
+imports what it needs when it runs: MLX and mlx-lm take more than a second, which --help and
+--version need not wait for.
 """
 
 import sys
 from collections.abc import Sequence
 from typing import cast
 
-from ..config.simpo_config import load_config
 from ..errors import InvalidSettingsError, SimPOError, messages_of
 from ..version import __version__
 from . import (
@@ -26,10 +25,10 @@ from . import (
     train,
 )
 from .arguments import Parser
+from .command_line import mistakes_of_settings, read_command_line
 from .mistakes import unknown_command
 from .output import print_error, print_note, print_text
 from .overview import OVERVIEW
-from .words import CommandLine, read_words
 
 # In the order of --help.
 COMMANDS = (
@@ -52,23 +51,8 @@ def run_command(arguments: Sequence[str]) -> int:
 
     `train` has some of its own.
     """
-    words = list(arguments)
-    if words in ([], ["help"]):
-        print_text(OVERVIEW)
-        return 0
-    if words[0] == "help":
-        words = [*words[1:], _HELP[-1]]
     try:
-        parser, words = _command_of(build_parser(), words)
-        if any(word in words for word in _HELP):
-            parser.print_help()
-            return 0
-        line = read_words(parser, words)
-        if line.mistakes:
-            raise InvalidSettingsError([*line.mistakes, *_mistakes_of_settings(parser, line)])
-        for note in line.notes:
-            print_note(note)
-        return line.options.run(line.options) or 0
+        return _run(list(arguments))
     except SimPOError as error:
         for message in messages_of(error):
             print_error(message)
@@ -76,6 +60,30 @@ def run_command(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(interrupt.INTERRUPTED)
         return interrupt.STATUS
+
+
+def _run(words: list[str]) -> int:
+    """Run the command that these words are, and return its exit status.
+
+    Raises:
+        InvalidSettingsError: the words have mistakes; it tells all of them.
+        SimPOError: the command fails.
+    """
+    if words in ([], ["help"]):
+        print_text(OVERVIEW)
+        return 0
+    if words[0] == "help":
+        words = [*words[1:], _HELP[-1]]
+    parser, words = _command_of(build_parser(), words)
+    if any(word in words for word in _HELP):
+        parser.print_help()
+        return 0
+    line = read_command_line(parser, words)
+    if line.mistakes:
+        raise InvalidSettingsError([*line.mistakes, *mistakes_of_settings(parser, line)])
+    for note in line.notes:
+        print_note(note)
+    return line.options.run(line.options) or 0
 
 
 def build_parser() -> Parser:
@@ -105,17 +113,3 @@ def _command_of(parser: Parser, words: list[str]) -> tuple[Parser, list[str]]:
         else:
             raise SimPOError(unknown_command(words, list(parser.commands), parser.prog))
     return parser, words
-
-
-def _mistakes_of_settings(parser: Parser, line: CommandLine) -> list[str]:
-    """Return what else is wrong with the settings, beside the mistakes of the words.
-
-    A model that is missing is not told: it may be one of the words that could not be read.
-    """
-    if not parser.takes_settings:
-        return []
-    try:
-        load_config(line.options.config, ["model=model", *line.options.settings])
-    except SimPOError as error:
-        return [message for message in messages_of(error) if message not in line.mistakes]
-    return []

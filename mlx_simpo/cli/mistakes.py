@@ -10,7 +10,7 @@ from ..config.aliases import as_text, as_words, meaning
 from ..config.hints import hint_at_name
 from ..config.schema import all_settings, setting_names
 from ..config.simpo_config import SimPOConfig
-from ..config.value_types import RawText, is_required, plain_value
+from ..config.value_types import RawText, is_required
 from ..errors import SimPOError
 from ..paths import local_path
 from .setting_names import is_setting, kinds, setting_named
@@ -26,7 +26,7 @@ def fix(name: str, value: str) -> str | None:
     known = setting_named(name)
     if is_setting(name) or known:
         return f"write {_setting(name if is_setting(name) or not known else known.name, value)}"
-    here = meaning(name, plain_value(RawText(value)), {})
+    here = meaning(name, RawText(value), {})
     return as_words(here) if here else None
 
 
@@ -53,10 +53,11 @@ def no_value(name: str, typed: str) -> str:
 
 def example(name: str) -> str:
     """Return a value that a setting may have: its default."""
-    for other, item, _ in all_settings(SimPOConfig):
-        if other == name and not is_required(item) and item.default is not None:
-            return as_text(list(item.default) if item.default == () else item.default)
-    return "VALUE" if name not in kinds() or kinds()[name] != "flag" else "true"
+    items = {setting: item for setting, item, _ in all_settings(SimPOConfig)}
+    default = items[name].default if name in items and not is_required(items[name]) else None
+    if default is None:
+        return "true" if kinds().get(name) == "flag" else "VALUE"
+    return as_text(list(default) if isinstance(default, tuple) else default)
 
 
 def unknown_option(typed: str, options: Iterable[str], *, takes_settings: bool) -> str:

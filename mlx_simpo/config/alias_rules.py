@@ -97,6 +97,11 @@ def schedule(value: Any, others: Others) -> Here:
     return Here({"train.schedule": "cosine"}, False, "cosine, linear or constant, after a warm-up")
 
 
+def clipping(value: Any, others: Others) -> Here:
+    """Translate the norm that gradients are clipped to, which is 0 elsewhere if they are not."""
+    return Here({"train.max_grad_norm": None if value == 0 else value}, True)
+
+
 def modules(value: Any, others: Others) -> Here:
     """Translate the modules to adapt: all of them, or a list, which may be text with commas."""
     if value in ("all", "all-linear", ["all"], ["all-linear"], True):
@@ -110,7 +115,8 @@ def lora_parameters(value: Any, others: Others) -> Here:
     """Translate mlx_lm's section of LoRA settings."""
     names = {"keys": "target_modules", "alpha": "lora_alpha"}
     values = value if isinstance(value, Mapping) else {"rank": 16}
-    return Here({f"lora.{names.get(name, name)}": v for name, v in values.items()}, False)
+    settings = {f"lora.{names.get(name, name)}": v for name, v in values.items()}
+    return Here(settings, False, "settings of the section lora")
 
 
 # --- values that are computed ----------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import alias_rules as rules
 from .alias_rules import Here, Others, omit, same
+from .value_types import RawText, plain_value
 from .yaml import dump_inline
 
 _LOGGED = "every step is in metrics.jsonl in the output folder"
@@ -88,7 +89,7 @@ _TABLE = [
     ("lr_scheduler_type lr_scheduler lr_schedule", rules.schedule),
     ("warmup_steps num_warmup_steps", rules.warmup),
     ("optim optimizer", omit("AdamW", "adamw", "adamw_torch", "adamw_torch_fused")),
-    ("max_grad_norm", same("train.max_grad_norm", **{"0": None, "0.0": None})),
+    ("max_grad_norm", rules.clipping),
     # memory and speed
     (
         "grad_checkpoint use_gradient_checkpointing gradient_checkpointing",
@@ -138,9 +139,19 @@ def plain_name(text: str) -> str:
 
 
 def meaning(name: str, value: Any, others: Others) -> Here | None:
-    """Return what a setting of another tool is here; None if no tool has it."""
+    """Return what a setting of another tool is here; None if no tool has it.
+
+    A number that is text of a command line stays as it was typed.
+    """
     rule = ALIASES.get(plain_name(name))
-    return rule(value, others) if rule else None
+    if rule is None:
+        return None
+    plain = plain_value(value)
+    here = rule(plain, others)
+    if isinstance(value, RawText) and isinstance(plain, int | float) and type(plain) is not bool:
+        typed = {n: str(value) if v == plain else v for n, v in here.settings.items()}
+        return here._replace(settings=typed)
+    return here
 
 
 def as_words(here: Here) -> str:

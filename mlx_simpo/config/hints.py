@@ -19,7 +19,7 @@ def hint_at_setting(path: str, names: Sequence[str], value: Any, others: Mapping
     is_raw = isinstance(value, RawText)
     plain = {name: plain_value(v) for name, v in others.items()}
     is_ours = plain_name(path) in {plain_name(name) for name in names}
-    here = None if is_ours else meaning(path, plain_value(value), plain)
+    here = None if is_ours else meaning(path, value, plain)
     if here is None:
         return hint_at_name(path, names)
     return f"; {as_words(here) if is_raw else as_yaml(here)}"

@@ -23,7 +23,6 @@ from .value_types import (
     is_of_type,
     is_required,
     parse_raw,
-    plain_value,
     required_name,
     union_members,
 )
@@ -145,7 +144,7 @@ def _read_section(value: Any, cls: Any, root: type[Section], path: str) -> Any:
     """Return a section of settings; InvalidSettingsError if ``value`` is none."""
     value = {} if value is None else value  # YAML, when all its lines are commented out
     if not isinstance(value, Mapping):
-        here = meaning(path, plain_value(value), {})
+        here = meaning(path, value, {})
         way = as_words if isinstance(value, RawText) else as_yaml
         hint = f"; {way(here)}" if here else ""
         message = f"{path} is {value!r}; it must be a section of settings ({path}: …)"
