@@ -35,7 +35,7 @@ def with_random_adapter(model: Any, **lora: Any) -> None:
         (tiny_model, {}),
         (tiny_model, {"dora": True}),
         (tiny_model, {"target_modules": "all-linear", "num_layers": 1}),
-        (lambda: quantized(hidden_size=64), {}),
+        (lambda: quantized(hidden_size=64, intermediate_size=64), {}),
         (
             lambda: tiny_model(
                 "mixtral", num_local_experts=4, num_experts_per_tok=2, attention_bias=False

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_simpo import DataConfig, SamplingSettings, SimPOError
+from mlx_simpo.config.simpo_config import SimPOConfig
 from mlx_simpo.data.encode import Encoder
 from mlx_simpo.generation import load_responder
-from mlx_simpo.config.simpo_config import SimPOConfig
 from mlx_simpo.sampling import generate as generation_module
 from mlx_simpo.sampling.generate import generate_response, stream_response
 from mlx_simpo.sampling.prompts import NamedPrompt, prompt_tokens
@@ -187,8 +187,8 @@ def test_the_options_reach_mlx_lm(monkeypatch: pytest.MonkeyPatch) -> None:
         raise SimPOError("seen")
 
     monkeypatch.setattr(generation_module, "stream_generate", stream_generate)
+    cache: list[Any] = []
     with pytest.raises(SimPOError, match="seen"):
-        cache: list[Any] = []
         list(stream_response(tiny_model(), TOKENIZER, [1], SHORT, prompt_cache=cache))
     assert received["max_tokens"] == 12
     assert received["prompt_cache"] is cache

@@ -26,7 +26,11 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 RECORDS: list[tuple[dict[str, Any], Any, list | None]] = [
     ({"prompt": "Why?"}, "Why?", None),
     ({"prompt": [user("Why?")]}, [user("Why?")], None),
-    ({"messages": [user("a"), assistant("b"), user("c")]}, [user("a"), assistant("b"), user("c")], None),
+    (
+        {"messages": [user("a"), assistant("b"), user("c")]},
+        [user("a"), assistant("b"), user("c")],
+        None,
+    ),
     ({"prompt": "Why?", "chosen": "x", "rejected": "y"}, "Why?", None),
     ({"prompt": "Why?", "messages": None, "system": None}, "Why?", None),
     ({"prompt": "Why?", "system": "Be kind."}, [system("Be kind."), user("Why?")], None),
@@ -83,9 +87,7 @@ def test_standard_input_is_text_or_records(lines: list[str], prompts: list[Any])
         ("p.docx", b"", "has an unknown type"),
     ],
 )  # fmt: skip
-def test_files_that_cannot_be_used(
-    name: str, content: bytes, message: str, tmp_path: Path
-) -> None:
+def test_files_that_cannot_be_used(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SimPOError) as raised:
         read_prompts(str(tmp_path / name))
