@@ -1,5 +1,6 @@
 """Commands in a terminal of their own (a pseudo-terminal), which a test reads and types into."""
 
+import codecs
 import fcntl
 import os
 import pty
@@ -24,7 +25,7 @@ class Terminal:
         self.process = process
         self.text = ""
         self._descriptor = descriptor
-        self._pending = b""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def type(self, text: str) -> None:
         """Type characters; a line ends with a newline."""
@@ -34,7 +35,7 @@ class Terminal:
         """Read until ``text`` has appeared since the last call; return what was written."""
         deadline = time.monotonic() + seconds
         while text not in self.text:
-            if not self._read(deadline):
+            if not self.read(deadline):
                 pytest.fail(f"{text!r} has not appeared: {self.text!r}")
         before, _, self.text = self.text.partition(text)
         return before + text
@@ -42,22 +43,24 @@ class Terminal:
     def finish(self, seconds: float = 60) -> tuple[int, str]:
         """Read to the end; return the exit status and what was written since the last call."""
         deadline = time.monotonic() + seconds
-        while self._read(deadline):
+        while self.read(deadline):
             pass
         return self.process.wait(timeout=10), self.text
 
-    def _read(self, deadline: float) -> bool:
-        """Read what is there; return whether there may be more."""
-        if not select.select([self._descriptor], [], [], max(0, deadline - time.monotonic()))[0]:
+    def read(self, deadline: float | None = None) -> bool:
+        """Read what is there, or what comes until the deadline; return whether there may be more.
+
+        Args:
+            deadline: of time.monotonic(); default: in a minute.
+        """
+        left = 60.0 if deadline is None else max(0.0, deadline - time.monotonic())
+        if not select.select([self._descriptor], [], [], left)[0]:
             return False
         try:
             content = os.read(self._descriptor, 65536)
         except OSError:  # Linux: the last process that had the terminal is gone
             return False
-        self._pending += content
-        decoded = self._pending.decode("utf-8", "ignore")
-        self._pending = b""
-        self.text += decoded.replace("\r\n", "\n")
+        self.text += self._decoder.decode(content).replace("\r\n", "\n")
         return bool(content)
 
 
