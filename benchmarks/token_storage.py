@@ -143,7 +143,7 @@ def build_arrow_map(encoder: Any, source: Any, folder: Path, key: str) -> Any:
     """The rows in a first Arrow file, as JSON; encoded by `Dataset.map` into others."""
     from datasets import Dataset, Features, Value
 
-    from mlx_simpo.data.sources import Row
+    from mlx_simpo.data.rows import Row
     from mlx_simpo.data.tokenize import encode_row
 
     names = ("number", "source", "value")

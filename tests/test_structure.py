@@ -50,13 +50,16 @@ FLOORS = [
 ROOMS = {
     # What a record goes through.
     "data": [
-        ["sources", "order"],
-        ["records"],
-        ["pairs", "render"],
+        ["rows", "order"],
+        ["text_files", "tables", "forms", "guesses"],
+        ["json_rows", "csv_rows", "columns"],
+        ["sources", "records"],
+        ["memory", "render"],
+        ["pairs"],
         ["official"],
         ["encode"],
         ["tokens"],
-        ["tokenize", "keys", "inspection"],
+        ["tokenize", "keys", "inspection", "export"],
         ["cache"],
     ],
     # From a micro-batch to a message.

@@ -13,10 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def add(commands: Any) -> None:
-    """Add ``data`` with the action ``inspect``."""
-    data = commands.add_parser("data", help="look at data", description="Look at data.")
-    actions = data.add_subparsers(metavar="ACTION", required=True)
+def add(actions: Any) -> None:
+    """Add the action to the command ``data``."""
     summary = "show what would be trained on, and how it is tokenized"
     parser = add_command_with_settings(actions, "inspect", run, summary, "DATA")
     parser.add_argument("data", help="file, folder or Hub dataset of pairs")

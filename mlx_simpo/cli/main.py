@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from ..errors import SimPOError, messages_of
 from ..version import __version__
-from . import convert, doctor, evaluate, fuse, generate, inspect, interrupt, push, train
+from . import convert, data, doctor, evaluate, fuse, generate, interrupt, push, train
 from .arguments import Parser, config_and_settings
 from .output import print_error
 
 # In the order of --help.
-COMMANDS = (train, evaluate, generate, inspect, fuse, convert, push, doctor)
+COMMANDS = (train, evaluate, generate, data, fuse, convert, push, doctor)
 
 
 def run_command(arguments: Sequence[str]) -> int:

@@ -18,9 +18,11 @@ from .aliases import hint_at_name, hint_at_section
 from .value_types import (
     RawText,
     describe,
+    is_item,
     is_of_type,
     is_required,
     parse_raw,
+    required_name,
     union_members,
 )
 
@@ -106,7 +108,8 @@ def from_mapping(
         # Never ignored: with a typo in its name, a setting would silently have its default.
         if name not in known:
             hint = nearest_section(path, root) if isinstance(value, Mapping) else ""
-            mistakes.append(f"unknown setting {path!r}{hint or nearest_name(path, root)}")
+            names = setting_names(root) if where is None else [join(where, n) for n in known]
+            mistakes.append(f"unknown setting {path!r}{hint or hint_at_name(path, names)}")
             continue
         try:
             if is_dataclass(hints[name]):
@@ -149,9 +152,14 @@ def all_settings(cls: type[Section]) -> Iterator[tuple[str, Field, Any]]:
             yield join(cls.NAME, item.name), item, hint
 
 
+def setting_names(cls: type[Section]) -> list[str]:
+    """Return the names of all settings under ``cls``, in order."""
+    return [name for name, _, _ in all_settings(cls)]
+
+
 def nearest_name(path: str, root: type[Section]) -> str:
     """Return a hint at the setting under ``root`` that ``path`` probably means."""
-    return hint_at_name(path, [name for name, _, _ in all_settings(root)])
+    return hint_at_name(path, setting_names(root))
 
 
 def nearest_section(name: str, root: type[Section]) -> str:
@@ -177,15 +185,16 @@ def checked(value: Any, item: Field, hint: Any, path: str) -> Any:
         SimPOError: a wrong type, a broken rule, or a token in the value.
     """
     value = coerce(value, hint, path)
-    if isinstance(value, str | Mapping) and has_secret(str(value)):
+    shown = list(value) if isinstance(value, tuple) else value
+    if has_secret(str(value)):
         raise SimPOError(
-            f"{path} is {value!r}, which holds a token or password; settings are written "
+            f"{path} is {shown!r}, which holds a token or password; settings are written "
             "to config.yaml, the adapter and its model card: remove it, and log in with "
             "`hf auth login` or set HF_TOKEN"
         )
     rule: Rule | None = item.metadata.get("rule")
     if rule is not None and value is not None and not rule.holds(value):
-        raise SimPOError(f"{path} is {value!r}; it must be {rule.text}")
+        raise SimPOError(f"{path} is {shown!r}; it must be {rule.text}")
     return value
 
 
@@ -212,29 +221,38 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
 
 
 def convert(value: Any, option: Any, path: str) -> Any:
-    """Return a value that `is_of_type` accepts as the type itself; InvalidSettingsError for items
-    that do not fit."""
+    """Return a value that `is_of_type` or `is_item` accepts as an instance of the type.
+
+    Raises:
+        InvalidSettingsError: items of a list or mapping do not fit. It tells all of them.
+    """
     if option is float:
         return float(value)
     if is_dataclass(option) and not isinstance(value, typing.cast(type, option)):
         cls = typing.cast(type[Section], option)
-        required = next(item.name for item in fields(cls) if is_required(item))
-        value = value if isinstance(value, Mapping) else {required: value}
-        return from_mapping(cls, value, cls, where=path)
+        mapping = value if isinstance(value, Mapping) else {required_name(cls): value}
+        return from_mapping(cls, mapping, cls, where=path)
     container = typing.get_origin(option)
-    if container not in (tuple, dict):
-        return value
-    is_list = container is tuple
-    items, mistakes = {}, []
-    for key, item in enumerate(value) if is_list else value.items():
-        where = f"{path}[{key}]" if is_list else f"{path}.{key}"
-        item_type = typing.get_args(option)[0 if is_list else 1]
+    if container is tuple:
+        item_type = typing.get_args(option)[0]
+        return tuple(_convert_items({f"{path}[{i}]": v for i, v in enumerate(value)}, item_type))
+    if container is dict:
+        item_type = typing.get_args(option)[1]
+        items = _convert_items({f"{path}.{key}": v for key, v in value.items()}, item_type)
+        return dict(zip(value, items, strict=True))
+    return value
+
+
+def _convert_items(items: Mapping[str, Any], item_type: Any) -> list[Any]:
+    """Return items, by their paths, as ``item_type``; InvalidSettingsError if some do not fit."""
+    results, mistakes = [], []
+    for path, item in items.items():
         try:
-            items[key] = (
-                convert(item, item_type, where) if is_list else coerce(item, item_type, where)
-            )
+            item = parse_raw(item, (item_type,), path) if isinstance(item, RawText) else item
+            as_item = is_dataclass(item_type) and is_item(item, item_type)
+            results.append((convert if as_item else coerce)(item, item_type, path))
         except SimPOError as error:
             mistakes += messages_of(error)
     if mistakes:
         raise InvalidSettingsError(mistakes)
-    return tuple(items.values()) if is_list else items
+    return results

@@ -81,7 +81,7 @@ class LoRAConfig(Section):
                 f"lora.target_modules is {self.target_modules!r}; it must be all-linear or a list, "
                 f"[{self.target_modules}]"
             )
-        if not self.target_modules:
+        elif not self.target_modules:
             yield ("lora.target_modules is empty; name at least one module")
 
     @property

@@ -4,24 +4,17 @@ A configuration comes from a YAML file, ``name=value`` overrides or Python, and 
 way each time (see `schema`). ``configs/`` has one file per published recipe.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import InvalidSettingsError, SimPOError, messages_of
 from ..paths import local_path
 from .data_config import DataConfig
-from .schema import (
-    NON_EMPTY,
-    Rule,
-    Section,
-    from_mapping,
-    nearest_name,
-    section_names,
-    setting,
-)
+from .schema import NON_EMPTY, Rule, Section, from_mapping, nearest_name, setting, setting_names
 from .sections import LogpsConfig, LoRAConfig, ObjectiveConfig
+from .sources import SourceConfig
 from .train_config import TrainConfig
 from .value_types import RawText
 from .yaml import dump_yaml, parse_yaml
@@ -68,14 +61,21 @@ class SimPOConfig(Section):
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the configuration as nested dicts of plain values, for YAML and JSON."""
+        """Return the configuration as nested dicts of plain values, for YAML and JSON.
+
+        A source has only those of its settings that are not the default.
+        """
 
         def plain(value: Any) -> Any:
+            if isinstance(value, Section):
+                short = isinstance(value, SourceConfig)
+                values = {item: getattr(value, item.name) for item in fields(value)}
+                return {i.name: plain(v) for i, v in values.items() if not short or v != i.default}
             if isinstance(value, dict):
                 return {k: plain(v) for k, v in value.items()}
-            return list(value) if isinstance(value, tuple) else value
+            return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
-        return plain(asdict(self))
+        return plain(self)
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML that `load_config` reads back as an equal one."""
@@ -100,10 +100,10 @@ def load_config(
             rule; it tells all of them.
     """
     values = _copy(settings) if isinstance(settings, Mapping) else _read_file(settings)
-    mistakes: list[str] = []
+    mistakes, earlier = [], []
     for override in overrides:
         try:
-            _apply_override(values, override)
+            earlier.append(_apply_override(values, override, earlier))
         except SimPOError as error:
             mistakes += messages_of(error)
     try:
@@ -136,29 +136,38 @@ def _read_file(path: str | Path | None) -> dict[str, Any]:
     return values
 
 
-def _apply_override(values: dict, override: str) -> None:
+def _apply_override(values: dict, override: str, earlier: Sequence[str]) -> str:
     """Write one ``section.name=value`` into the nested dicts ``values``, in place.
 
+    Args:
+        earlier: the names that other overrides have set.
+
+    Returns:
+        The setting's name.
+
     Raises:
-        SimPOError: it has no ``=``, its section does not exist, or it would replace a section.
+        SimPOError: it has no ``=``, its section does not exist, or another override sets a part of
+            its value.
     """
     key, equals, value = override.partition("=")
     if not equals:
         hint = nearest_name(key, SimPOConfig)
         raise SimPOError(f"{override!r} is not a setting of the form name=value{hint}")
     *sections, name = key.split(".")
-    for section in sections:
-        if values.get(section) is None:  # absent, or all its lines are commented out
+    for depth, section in enumerate(sections, 1):
+        if values.get(section) in (None, "null"):  # absent, or all its lines are commented out
             values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
+        if not isinstance(values[section], dict):
+            whole = ".".join(sections[:depth])
+            if whole in setting_names(SimPOConfig):
+                value = values[section]
+                raise SimPOError(f"{whole} is {value!r}, but {key} is set, too; remove one of them")
             raise SimPOError(f"unknown setting {key!r}{nearest_name(key, SimPOConfig)}")
-    section = values.get(name)
-    if section and isinstance(section, dict) and key in section_names(SimPOConfig):
-        raise SimPOError(
-            f"{key} is {value!r}, but {key}.{next(iter(section))} is set, too; remove one of them"
-        )
+        values = values[section]
     values[name] = RawText(value)
+    if part := next((other for other in earlier if other.startswith(f"{key}.")), None):
+        raise SimPOError(f"{key} is {value!r}, but {part} is set, too; remove one of them")
+    return key
 
 
 def resume_config(run: str | Path, overrides: Iterable[str] = ()) -> SimPOConfig:

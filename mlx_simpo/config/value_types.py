@@ -19,6 +19,14 @@ def is_required(item: Field) -> bool:
     return item.default is MISSING and item.default_factory is MISSING
 
 
+def required_name(cls: Any) -> str | None:
+    """Return the name of the first setting of a section that has no default, if there is one.
+
+    Text stands for a section that has one: a source is written as its path.
+    """
+    return next((item.name for item in fields(cls) if is_required(item)), None)
+
+
 def is_of_type(value: Any, option: Any) -> bool:
     """Whether ``value`` is accepted for the type ``option``, which is not a union."""
     if option is Any:
@@ -30,23 +38,24 @@ def is_of_type(value: Any, option: Any) -> bool:
         return value in typing.get_args(option)
     if container is tuple:
         item_type = typing.get_args(option)[0]
-        return isinstance(value, list | tuple) and all(_is_item(v, item_type) for v in value)
+        return isinstance(value, list | tuple) and all(is_item(v, item_type) for v in value)
     if container is dict:
         return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
     if is_dataclass(option):
-        required = [item.name for item in fields(option) if is_required(item)]
-        is_mapping = isinstance(value, Mapping) and any(name in value for name in required)
+        # Without its required setting, a mapping may be one of sections by name.
+        is_mapping = isinstance(value, Mapping) and required_name(option) in value
         return is_mapping or isinstance(value, typing.cast(type, option))
     if option is float:
         return type(value) in (int, float) and is_finite(value)
     return type(value) is option  # isinstance would accept True for an int
 
 
-def _is_item(value: Any, option: Any) -> bool:
-    """Whether ``value`` is accepted in a list; a section as its one required text, too."""
+def is_item(value: Any, option: Any) -> bool:
+    """Whether ``value`` is accepted in a list or mapping of ``option``; for a section also its
+    required setting alone, and any mapping, whose mistakes are told one by one."""
     if is_dataclass(option):
         return isinstance(value, str | Mapping | typing.cast(type, option))
-    return isinstance(value, str) if option is str else is_of_type(value, option)
+    return is_of_type(value, option)
 
 
 def is_finite(value: int | float) -> bool:
@@ -90,7 +99,6 @@ def describe(option: Any) -> str:
         return "a list of texts" if items is str else f"a list of {describe(items)}"
     if typing.get_origin(option) is dict:
         return "names with their values ({name: value})"
-    if is_dataclass(option):
-        required = next(item.name for item in fields(option) if is_required(item))
+    if is_dataclass(option) and (required := required_name(option)):
         return f"settings with their values ({{{required}: …}})"
     return names.get(option, getattr(option, "__name__", str(option)))

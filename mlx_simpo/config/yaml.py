@@ -5,6 +5,7 @@ and the last of two equal keys wins silently. Its safe loader creates no objects
 aliases of aliases can stand for more values than fit into memory: there are no aliases here.
 """
 
+import math
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -73,10 +74,12 @@ class StrictDumper(yaml.SafeDumper):
         """Write a value that appears twice out twice: `StrictLoader` reads no aliases."""
         return True
 
+    # What YAML normalizes to \n unless it is an escape in double quotes.
+    ESCAPED = re.compile("[\r\x85\u2028\u2029]")
+
     def represent_text(self, text: str) -> yaml.ScalarNode:
         """Represent text so that it reads back unchanged."""
-        # YAML normalizes every line break to \n unless it is an escape in double quotes.
-        style = '"' if re.search("[\r\x85\u2028\u2029]", text) else None
+        style = '"' if self.ESCAPED.search(text) else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
@@ -85,6 +88,12 @@ StrictDumper.yaml_implicit_resolvers = {
 }
 StrictDumper.add_implicit_resolver(_FLOAT, _FLOAT_TEXT, _NUMBER)
 StrictDumper.add_representer(str, StrictDumper.represent_text)
+
+
+class InlineDumper(StrictDumper):
+    """Writes every value on one line."""
+
+    ESCAPED = re.compile("[\n\r\x85\u2028\u2029]")
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -105,3 +114,17 @@ def parse_yaml(text: str, where: str) -> Any:
 def dump_yaml(values: dict) -> str:
     """Return YAML text that `parse_yaml` reads back as ``values``, in the same order."""
     return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
+
+
+def dump_inline(value: Any) -> str:
+    """Return YAML text of one line that `parse_yaml` reads back as ``value``."""
+    text = yaml.dump(
+        value,
+        Dumper=InlineDumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=True,
+        width=math.inf,
+    )
+    # After a plain scalar PyYAML marks the end of the document.
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -23,7 +23,7 @@ from ..paths import cache_folder
 from .encode import Encoder
 from .keys import NotCacheableError, file_sha256, short_sha256, token_key
 from .pairs import Quarantined
-from .sources import Source
+from .rows import Source
 from .tokenize import write_tokens
 from .tokens import FILES, TokenizedPairs
 

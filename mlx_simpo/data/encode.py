@@ -2,9 +2,13 @@
 
 The rules (compat: official has its own, see `official`):
 - The chat template writes each whole conversation, and the prompt alone with its generation prompt.
-  Scoring starts at the end of the longest token prefix that the prompt, the chosen and the rejected
-  conversation share. So the prompt and the assistant's header are not scored; and where the
-  tokenizer merges the end of the prompt with the start of a response, the merged token is.
+  What it writes of itself between that and the response's own text (an empty think block, the name
+  of a channel) counts as prompt (see `boundary`). Scoring starts at the end of the longest token
+  prefix that this prompt, the chosen and the rejected conversation share. So the prompt and the
+  assistant's header are not scored; and where the tokenizer merges the end of the prompt with the
+  start of a response, the merged token is.
+- If the template writes something else before each response, because only one has thinking, scoring
+  starts in each at the end of the token prefix that it shares with its own prompt.
 - There is exactly one BOS if the tokenizer adds one, and none otherwise.
 - The end-of-turn token is scored; what a template writes after it is dropped. EOS is appended where
   a template writes no end-of-turn token, and to plain text.
@@ -20,10 +24,15 @@ import numpy as np
 
 from ..config.simpo_config import DataConfig
 from ..errors import SimPOError
+from .boundary import Boundary, BoundaryFinder
+from .dropped import Dropped, dropped_parts
 from .official import official_tokens
 from .pairs import Quarantined
-from .records import InvalidRecordError, Message, Pair, as_messages
+from .records import Pair, as_messages
 from .render import Renderer, token_ids
+from .rows import InvalidRecordError, Message
+from .special_tokens import SpecialTokens
+from .truncation import Sequences, truncate
 
 
 class TokenizedSequence(NamedTuple):
@@ -50,6 +59,9 @@ class EncodedPair:
             merges them with the start of a response.
         cut_prompt: prompt tokens that were cut to fit max_length.
         cut_response: response tokens that were cut, of both responses together.
+        template_tokens: tokens before the scored ones that the template writes after the generation
+            prompt; of the sequence that has more of them.
+        dropped: what the template does not write of the pair, see `dropped.Dropped`.
     """
 
     chosen: TokenizedSequence
@@ -59,6 +71,8 @@ class EncodedPair:
     boundary_tokens: int = 0
     cut_prompt: int = 0
     cut_response: int = 0
+    template_tokens: int = 0
+    dropped: int = 0
 
     @property
     def length(self) -> int:
@@ -71,13 +85,12 @@ class Encoder:
 
     Args:
         tokenizer: mlx-lm's or transformers' tokenizer.
-        config: chat_template, compat, max_length and max_prompt_length are read.
+        config: chat_template, template_args, score, compat, max_length and max_prompt_length are
+            read.
 
     Attributes:
         renderer: writes conversations with the chat template.
-        end_tokens: ids of all tokens that end a turn.
-        bos: [id] of the BOS token if the tokenizer adds one, else [].
-        eos: id of the EOS token, or None.
+        special: puts BOS and EOS around sequences.
 
     Raises:
         SimPOError: the template cannot be read, or compat is "official" and the tokenizer lacks
@@ -88,21 +101,15 @@ class Encoder:
         """See the class; raises SimPOError."""
         self.tokenizer = tokenizer
         self.config = config
-        self.renderer = Renderer(tokenizer, config.chat_template)
-        # Special tokens have three sources: transformers' named ones, mlx-lm's from the generation
-        # config, and added tokens that are marked as special in tokenizer.json alone.
-        self.end_tokens = set(tokenizer.all_special_ids)
-        self.end_tokens |= set(getattr(tokenizer, "eos_token_ids", ()))
-        self.end_tokens |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        self.eos = tokenizer.eos_token_id
-        # Whether it adds BOS cannot be read off a tokenizer's settings: they differ by class.
-        with_special = tokenizer.encode("a", add_special_tokens=True)
-        adds_bos = with_special[:1] == [tokenizer.bos_token_id] != self._ids("a")[:1]
-        self.bos = [tokenizer.bos_token_id] if adds_bos else []
+        self.renderer = Renderer(tokenizer, config.chat_template, config.template_args)
+        self._boundaries = BoundaryFinder(
+            self.renderer, after_thinking=config.score == "after_thinking"
+        )
+        self.special = SpecialTokens(tokenizer)
         has_required = {
             "chat template": not self.renderer.is_plain_text,
             "BOS token": tokenizer.bos_token_id is not None,
-            "EOS token": self.eos is not None,
+            "EOS token": self.special.eos is not None,
         }
         missing = [name for name, has_it in has_required.items() if not has_it]
         if config.compat == "official" and missing:
@@ -127,22 +134,39 @@ class Encoder:
                 max_length=self.config.max_length,
                 max_prompt_length=self.config.max_prompt_length,
             )
+            start = _Start(boundary_tokens, 0, self._dropped_parts(pair))
         else:
-            prompt, chosen, rejected = self._pair_tokens(pair)
-            # At least 1: the first token has no predecessor that would predict it.
-            start = max(1, common_prefix(prompt, chosen, rejected))
-            boundary_tokens = max(0, len(prompt) - start)
-            sequences, cuts = self._truncate(((chosen, start), (rejected, start)))
+            whole, start = self._pair_tokens(pair)
+            sequences, cuts = truncate(
+                whole,
+                self.config.max_length,
+                self.config.max_prompt_length,
+                self.tokenizer.bos_token_id,
+            )
         if any(start >= len(tokens) for tokens, start in sequences):
             raise InvalidRecordError(
                 "no scored tokens left", "data.max_length or the chat template leaves none"
             )
-        if sequences[0] == sequences[1]:
-            raise InvalidRecordError("identical responses", "after tokenization and truncation")
+        if sequences[0][0] == sequences[1][0]:
+            thinking = " without the thinking, which the chat template drops"
+            is_cause = Dropped.THINKING in Dropped(start.dropped)
+            raise InvalidRecordError(
+                "identical responses",
+                "after tokenization and truncation" + (thinking if is_cause else ""),
+            )
         chosen, rejected = (
             TokenizedSequence(np.array(tokens, np.int32), start) for tokens, start in sequences
         )
-        return EncodedPair(chosen, rejected, pair.index, pair.source, boundary_tokens, *cuts)
+        return EncodedPair(
+            chosen,
+            rejected,
+            pair.index,
+            pair.source,
+            start.boundary_tokens,
+            *cuts,
+            start.template_tokens,
+            int(start.dropped),
+        )
 
     def prompt_tokens(self, prompt: str | list[Message], tools: list | None = None) -> list[int]:
         """Return what the model reads before it responds to ``prompt`` (user text, or messages).
@@ -151,59 +175,87 @@ class Encoder:
             InvalidRecordError: the template rejects it, or it is not valid Unicode.
         """
         if self.renderer.is_plain_text and isinstance(prompt, str):
-            return self._with_bos(self._ids(prompt))
+            return self.special.with_bos(self._ids(prompt))
         text = self.renderer.render(as_messages(prompt, "user"), tools, generation=True)
-        return self._with_bos(self._ids(text))
+        return self.special.with_bos(self._ids(text))
 
     def _ids(self, text: str) -> list[int]:
         return token_ids(self.tokenizer, text)
 
-    def _pair_tokens(self, pair: Pair) -> tuple[list[int], list[int], list[int]]:
-        """Return tokens of (prompt with generation prompt, whole chosen, whole rejected)."""
+    def _pair_tokens(self, pair: Pair) -> tuple[Sequences, "_Start"]:
+        """Return both whole sequences, with where their scoring starts."""
         if self.renderer.is_plain_text and isinstance(pair.prompt, str):
             texts = (f"{pair.prompt}{response}" for response in (pair.chosen, pair.rejected))
-            chosen, rejected = (self._with_eos(self._with_bos(self._ids(t))) for t in texts)
-            return self.prompt_tokens(pair.prompt), chosen, rejected
+            chosen, rejected = (
+                self.special.with_eos(self.special.with_bos(self._ids(t))) for t in texts
+            )
+            prompt = self.prompt_tokens(pair.prompt)
+            at = score_start(prompt, chosen, rejected)
+            start = _Start(max(0, len(prompt) - at), 0, Dropped(0))
+            return ((chosen, at), (rejected, at)), start
         prompt, *responses = self.renderer.conversation(pair)
-        texts = (self.renderer.render(prompt + response, pair.tools) for response in responses)
-        chosen, rejected = (self._end_turn(self._with_bos(self._ids(text))) for text in texts)
-        return self.prompt_tokens(prompt, pair.tools), chosen, rejected
+        prompt_text = self.renderer.render(prompt, pair.tools, generation=True)
+        boundaries, tokens, dropped = [], [], Dropped(0)
+        for response in responses:
+            text = self.renderer.render(prompt + response, pair.tools)
+            tokens.append(self.special.end_turn(self.special.with_bos(self._ids(text))))
+            boundary = self._boundaries.boundary(prompt, response, pair.tools, prompt_text, text)
+            boundaries.append(boundary)
+            dropped |= dropped_parts(self.renderer, prompt, response, pair.tools, text)
+            dropped |= Dropped(0) if boundary.continues_prompt else Dropped.PROMPT
+        return self._divided(prompt_text, boundaries, tokens, dropped)
 
-    def _with_bos(self, tokens: list[int]) -> list[int]:
-        # A template may write white space before its BOS, as some files begin with a newline.
-        first = next((i for i, t in enumerate(tokens) if not self._is_space(t)), 0)
-        return tokens if tokens[first : first + 1] == self.bos else self.bos + tokens
+    def _divided(
+        self,
+        prompt_text: str,
+        boundaries: list[Boundary],
+        tokens: list[list[int]],
+        dropped: Dropped,
+    ) -> tuple[Sequences, "_Start"]:
+        """Return both conversations' tokens with where their scoring starts.
 
-    def _with_eos(self, tokens: list[int]) -> list[int]:
-        return tokens if self.eos is None or tokens[-1:] == [self.eos] else [*tokens, self.eos]
+        Args:
+            prompt_text: with its generation prompt. boundaries: of the two conversations' texts.
+        """
+        texts = [boundary.unscored for boundary in boundaries]
+        before = {text: self.special.with_bos(self._ids(text)) for text in {prompt_text, *texts}}
+        if texts[0] == texts[1]:
+            starts = [score_start(before[texts[0]], *tokens)] * 2
+        else:
+            starts = [score_start(before[t], s) for t, s in zip(texts, tokens, strict=True)]
+        prompt = before[prompt_text]
+        # As many tokens as the prompt has that are scored, or that follow it and are not.
+        boundary_tokens = template_tokens = 0
+        for start, sequence, boundary in zip(starts, tokens, boundaries, strict=True):
+            if boundary.continues_prompt:
+                boundary_tokens = max(boundary_tokens, len(prompt) - start)
+            if boundary.template_text:
+                after_prompt = start - common_prefix(prompt, sequence)
+                template_tokens = max(template_tokens, after_prompt)
+        start = _Start(boundary_tokens, template_tokens, dropped)
+        return ((tokens[0], starts[0]), (tokens[1], starts[1])), start
 
-    def _end_turn(self, tokens: list[int]) -> list[int]:
-        """Return ``tokens`` up to the end-of-turn token, or with EOS if the template wrote none."""
-        end = len(tokens)
-        while end and tokens[end - 1] not in self.end_tokens and self._is_space(tokens[end - 1]):
-            end -= 1
-        if end and tokens[end - 1] in self.end_tokens:
-            return tokens[:end]
-        return self._with_eos(tokens)
+    def _dropped_parts(self, pair: Pair) -> Dropped:
+        """Return what the template does not write of a pair that it writes in parts."""
+        prompt, *responses = self.renderer.conversation(pair)
+        dropped = Dropped(0)
+        for response in responses:
+            dropped |= dropped_parts(self.renderer, prompt, response, pair.tools)
+        return dropped
 
-    def _is_space(self, token: int) -> bool:
-        return not self.tokenizer.decode([token]).strip()
 
-    def _truncate(self, sequences: tuple) -> tuple[tuple, tuple[int, int]]:
-        """Return the two (tokens, start) cut to max_length, and how many tokens of (prompt,
-        responses) were cut."""
-        tokens, start = sequences[0]
-        longest_response = max(len(tokens) - start for tokens, _ in sequences)
-        excess = start + longest_response - self.config.max_length
-        if excess <= 0:
-            return sequences, (0, 0)
-        cut = min(excess, max(0, start - self.config.max_prompt_length))
-        bos = 1 if cut and tokens[0] == self.tokenizer.bos_token_id else 0
-        start -= cut
-        uncut = [tokens[:bos] + tokens[bos + cut :] for tokens, _ in sequences]
-        short = [tokens[: self.config.max_length] for tokens in uncut]
-        cut_response = sum(map(len, uncut)) - sum(map(len, short))
-        return tuple((tokens, start) for tokens in short), (cut, cut_response)
+class _Start(NamedTuple):
+    """What stands before the responses of a pair: see `EncodedPair`."""
+
+    boundary_tokens: int
+    template_tokens: int
+    dropped: Dropped
+
+
+def score_start(*sequences: Sequence[int]) -> int:
+    """Return where scoring starts: after the `common_prefix`, but not before index 1, because the
+    first token has no predecessor that would predict it."""
+    return max(1, common_prefix(*sequences))
 
 
 def common_prefix(*sequences: Sequence[int]) -> int:

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from .encode import Encoder
-from .sources import Source
+from .rows import Source
 
 # Raise FORMAT when the files of `tokens` change, and RULES when a record can give other tokens, or
-# be quarantined for another reason, than before (records, render, encode, official): tokens cached
+# be quarantined for another reason, than before (records to encode and official): tokens cached
 # by earlier versions are then not used any more. A test compares the tokens of some pairs with
 # those recorded for RULES.
-FORMAT = 1
-RULES = 2
+FORMAT = 2
+RULES = 3
 # Packages whose code affects the tokens, so that their versions count.
 PACKAGES = ("transformers", "tokenizers", "mlx-lm", "jinja2", "sentencepiece", "tiktoken")
 # Settings in which transformers records where a tokenizer was loaded from.
@@ -39,7 +39,7 @@ def token_key(encoder: Encoder, source: Source) -> str:
         NotCacheableError: the data has no files, or the tokenizer cannot be saved.
         OSError: the data cannot be read.
     """
-    config = encoder.config
+    config, special = encoder.config, encoder.special
     key_parts = {
         "format": FORMAT,
         "rules": RULES,
@@ -47,15 +47,18 @@ def token_key(encoder: Encoder, source: Source) -> str:
         "data": source_identity(source),
         "tokenizer": tokenizer_identity(encoder.tokenizer),
         "template": template_identity(encoder),
-        "special": [encoder.bos, encoder.eos, sorted(encoder.end_tokens)],
+        "special": [special.bos, special.eos, sorted(special.ends)],
         "settings": [
             config.compat,
+            config.score,
+            config.template_args,
             config.max_length,
             config.max_prompt_length,
             config.implicit_string_prompts,
         ],
     }
-    return short_sha256(json.dumps(key_parts, sort_keys=True).encode())
+    # default=str: template_args may hold anything that YAML can write, dates for example.
+    return short_sha256(json.dumps(key_parts, sort_keys=True, default=str).encode())
 
 
 def source_identity(source: Source) -> list:

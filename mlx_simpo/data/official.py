@@ -17,8 +17,9 @@ recipe in configs/ gives that template as ``chat_template``.
 
 from typing import Any, NamedTuple
 
-from .records import InvalidRecordError, Message, Pair
+from .records import Pair
 from .render import Renderer, token_ids
+from .rows import InvalidRecordError, Message
 
 
 class OfficialTokens(NamedTuple):

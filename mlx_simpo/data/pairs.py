@@ -6,16 +6,20 @@ and never dropped silently.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..config.sources import SourceConfig
 from ..errors import SimPOError
-from .records import InvalidRecordError, Pair, as_messages, parse_pair
-from .sources import read_rows
+from .memory import memory_source
+from .records import Pair, as_messages, parse_pair
+from .rows import InvalidRecordError
+from .sources import open_source
 
 
 class Quarantined(NamedTuple):
@@ -83,25 +87,35 @@ def count_reasons(quarantined: Iterable[Quarantined]) -> dict[str, int]:
 
 
 def load_pairs(
-    name: str,
+    data: Any,
     split: str | None = None,
     subset: str | None = None,
     *,
+    columns: Mapping[str, str] | None = None,
     implicit_string_prompts: bool = False,
 ) -> PairSet:
-    """Load all preference pairs of a file, folder or Hugging Face dataset.
+    """Load all preference pairs of a file, folder or Hugging Face dataset, or of rows in memory.
 
     Args:
-        name, split, subset: see `sources.open_source`.
+        data: a name, see `sources.open_source`; or rows, see `memory.memory_source`.
+        split, subset: of what ``data`` names.
+        columns: the data's names for ours, as in ``data.columns``: {"prompt": "question"}.
         implicit_string_prompts: accept {chosen, rejected} strings without a prompt; the whole words
             that both start with become the prompt.
 
     Raises:
-        SimPOError: the source cannot be read. Invalid records do not raise: they are in the
-            result's ``quarantined``.
+        SimPOError: the source cannot be read, or its columns are not recognized. Invalid records do
+            not raise: they are in the result's ``quarantined``.
     """
+    if isinstance(data, str | Path):
+        mapping = None if columns is None else dict(columns)
+        source = open_source(SourceConfig(str(data), split=split, subset=subset, columns=mapping))
+    elif split is not None or subset is not None:
+        raise SimPOError("rows in memory have no split or subset; remove these arguments")
+    else:
+        source = memory_source(data, columns=columns)
     result = PairSet([])
-    for row in read_rows(name, split, subset):
+    for row in source.rows():
         try:
             result.pairs.append(parse_pair(row, implicit_string_prompts))
         except InvalidRecordError as error:

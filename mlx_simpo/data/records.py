@@ -2,17 +2,21 @@
 
 Accepted are the preference forms of TRL's documentation ("Dataset formats and types"): explicit
 prompts as strings or lists of messages, implicit prompts (two conversations that start the same
-way), and ultrafeedback_binarized's hybrid (a string prompt beside whole conversations).
+way), and ultrafeedback_binarized's hybrid (a string prompt beside whole conversations); and what
+`forms` turns into these.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .sources import Row
+from .forms import read_form
+from .guesses import mapping_line
+from .rows import InvalidRecordError, Message, PythonNotation, Row
 
-Message = dict[str, Any]
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+SYSTEM_ROLES = ("system", "developer")
+ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool", "function")
+IMPLICIT_HINT = "see data.implicit_string_prompts"
 
 
 @dataclass(frozen=True)
@@ -40,33 +44,49 @@ class Pair:
     has_full_conversations: bool = False
 
 
-class InvalidRecordError(Exception):
-    """A record that cannot be trained on. Its arguments are a reason, and optionally a detail."""
-
-
 def parse_pair(row: Row, implicit_string_prompts: bool = False) -> Pair:
     """Return the pair in one row.
 
     Raises:
         InvalidRecordError: there is none.
     """
-    record = row.value
     if row.problem:
         raise InvalidRecordError("unreadable row", row.problem)
-    if not isinstance(record, dict):
-        raise InvalidRecordError("not a JSON object", f"it is {describe(record)}")
+    if not isinstance(row.value, dict):
+        raise InvalidRecordError("not a JSON object", f"it is {describe(row.value)}")
+    record, _ = read_form(row.value, implicit_string_prompts)
+    return with_system_turn(parse_parts(row, record, implicit_string_prompts), record)
+
+
+def parse_parts(row: Row, record: dict, implicit_string_prompts: bool) -> Pair:
+    """Return the pair in a record with our names, without what its system column says.
+
+    Raises:
+        InvalidRecordError: there is none.
+    """
     missing = [key for key in ("chosen", "rejected") if record.get(key) is None]
     if len(missing) == 2 and "completion" in record and "label" in record:
         raise InvalidRecordError("unpaired record", "completion and label are for KTO only")
     if missing:
         raise InvalidRecordError("missing response", f"no {' and no '.join(missing)}")
     prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
+    for name, part in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if isinstance(part, PythonNotation):
+            raise InvalidRecordError(
+                "messages in Python's notation",
+                f"{name} begins with {part[:16]!r}; write the cell with json.dumps(messages), or "
+                "save the data as JSON Lines or Parquet",
+            )
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is not None and not isinstance(prompt, str):
             raise InvalidRecordError(
                 "mixes strings and messages", "prompt is not a string, but the responses are"
             )
-        parts = string_parts(prompt, chosen, rejected, implicit_string_prompts)
+        if prompt is None and not implicit_string_prompts:
+            guess = mapping_line(row.value, only="prompt")
+            hint = f"if {guess[0]} is it, set {guess[1]}" if guess else IMPLICIT_HINT
+            raise InvalidRecordError("missing prompt", f"strings without a prompt; {hint}")
+        parts = string_parts(prompt, chosen, rejected)
         return Pair(*parts, row.number, row.source, parse_tools(record))
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         kinds = f"chosen is {describe(chosen)}, rejected is {describe(rejected)}"
@@ -94,19 +114,38 @@ def parse_pair(row: Row, implicit_string_prompts: bool = False) -> Pair:
     return Pair(before, chosen, rejected, row.number, row.source, parse_tools(record), is_full)
 
 
-def string_parts(
-    prompt: str | None, chosen: str, rejected: str, implicit: bool
-) -> tuple[str, str, str]:
-    """Return (prompt, chosen, rejected) of a record of strings.
+def with_system_turn(pair: Pair, record: dict) -> Pair:
+    """Return the pair with the text of the record's system column as its first turn.
 
     Raises:
-        InvalidRecordError: no prompt, or a response that is empty or equal to the other one.
+        InvalidRecordError: the column is not text, or the pair has another system turn.
+    """
+    system = record.get("system")
+    if not isinstance(system, str | None):
+        raise InvalidRecordError("system is not text", f"it is {describe(system)}")
+    if system is None or not system.strip():
+        return pair
+    prompt = as_messages(pair.prompt, "user")
+    turns = [text_of(m.get("content")) for m in prompt if m["role"] in SYSTEM_ROLES]
+    if any(turn.strip() != system.strip() for turn in turns):
+        raise InvalidRecordError(
+            "two different system turns", "the system column differs from the conversation's"
+        )
+    if not turns:
+        prompt = [{"role": "system", "content": system}, *prompt]
+    chosen, rejected = (as_messages(part, "assistant") for part in (pair.chosen, pair.rejected))
+    return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def string_parts(prompt: str | None, chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Return (prompt, chosen, rejected) of a record of strings.
+
+    Without a prompt, the words that both responses start with become the prompt.
+
+    Raises:
+        InvalidRecordError: a response that is empty or equal to the other one.
     """
     if prompt is None:
-        if not implicit:
-            raise InvalidRecordError(
-                "missing prompt", "strings without a prompt; see data.implicit_string_prompts"
-            )
         shared = shared_words(chosen, rejected)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     for name, text in (("chosen", chosen), ("rejected", rejected)):
@@ -224,6 +263,8 @@ def parse_tools(record: dict) -> list | None:
         InvalidRecordError: it is neither.
     """
     tools = record.get("tools")
+    if isinstance(tools, str) and not tools.strip():
+        return None
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)

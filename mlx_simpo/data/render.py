@@ -1,12 +1,20 @@
 """Choose the chat template and write conversations as text with it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import TemplateError
 
 from ..errors import SimPOError, one_line
 from ..paths import local_path
-from .records import InvalidRecordError, Message, Pair, as_messages
+from .records import Pair, as_messages
+from .rows import InvalidRecordError, Message
+from .template_args import (
+    check_arguments,
+    describe_arguments,
+    implied_arguments,
+    template_variables,
+)
 
 # Expressions in a template run on a record's content: they raise whatever Python's operators raise.
 TEMPLATE_ERRORS = (
@@ -26,18 +34,26 @@ class Renderer:
     Args:
         tokenizer: mlx-lm's or transformers' tokenizer.
         chat_template: "auto", "none", a template file, or the text of a template.
+        arguments: further arguments of the template (``data.template_args``), passed whenever it
+            writes: prompts and whole conversations, in training, evaluation and generation.
 
     Attributes:
         text: the template's Jinja text. None for plain text, for a model with several templates
             (the tokenizer chooses), and for one whose template is Python code in mlx-lm.
+        variables: names that ``arguments`` may have; empty if there is no Jinja text.
         is_plain_text: there is no template; records are scored as plain text.
-        origin: which template is used and why, for the user to read.
+        origin: which template is used and why, with which arguments, for the user to read.
 
     Raises:
-        SimPOError: chat_template is none of these.
+        SimPOError: chat_template is none of these, or the template does not use an argument.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str = "auto") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str = "auto",
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         own = getattr(tokenizer, "chat_template", None)
         has_own = getattr(tokenizer, "has_chat_template", own is not None)
         self.tokenizer = tokenizer
@@ -56,6 +72,29 @@ class Renderer:
         else:
             self.is_plain_text = True
             self.origin = "none, the tokenizer has none: plain text, prompt + response + EOS"
+        texts = [] if self.text is None else [self.text]
+        if isinstance(own, dict) and not (texts or self.is_plain_text):
+            texts = list(own.values())
+        self.variables: set[str] = set().union(*map(template_variables, texts))
+        self._add_arguments(arguments or {}, texts)
+
+    def _add_arguments(self, arguments: Mapping[str, Any], texts: list[str]) -> None:
+        """Pass ``arguments`` from now on; SimPOError if the template does not use one of them."""
+        if self.is_plain_text:
+            if arguments:
+                raise SimPOError(
+                    f"data.template_args is set ({describe_arguments(arguments)}), but the chat "
+                    f"template is {self.origin}; remove data.template_args"
+                )
+            return
+        check_arguments(arguments, texts, self.origin)
+        self._options |= arguments
+        used = implied_arguments(self.tokenizer)
+        used = {name: value for name, value in used.items() if name in self.variables}
+        if arguments:
+            self.origin += f", with {describe_arguments({**used, **arguments})}"
+        elif used:
+            self.origin += f", with {describe_arguments(used)} (mlx-lm's choice for this tokenizer)"
 
     def conversation(self, pair: Pair) -> tuple[list[Message], list[Message], list[Message]]:
         """Return (prompt, chosen, rejected) as messages; strings become one user turn and one
@@ -77,14 +116,23 @@ class Renderer:
         )
 
     def render(
-        self, messages: list[Message], tools: list | None = None, *, generation: bool = False
+        self,
+        messages: list[Message],
+        tools: list | None = None,
+        *,
+        generation: bool = False,
+        arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the text of a conversation; with the next response's header if ``generation``.
+
+        Args:
+            arguments: for the template, beside those of this renderer or instead of them.
 
         Raises:
             InvalidRecordError: the template rejects this conversation.
         """
         options = self._options if tools is None else {**self._options, "tools": tools}
+        options = {**options, **arguments} if arguments else options
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation, **options

@@ -1,85 +1,101 @@
-"""Read rows with their origin from JSON Lines, Parquet, folders of these, and the Hub.
+"""Open what holds records: files and folders of every accepted format, saved datasets, the Hub.
 
-JSON Lines is read here line by line rather than by `datasets`, whose reader forces one schema on
-the file, fills missing keys with nulls and loses line numbers: an invalid row could then neither be
-told from a valid one nor be located in the file. Parquet is read by pyarrow, on which `datasets` is
-built, and Hub datasets by `datasets` itself.
+What a file's content is follows from the ending of its name alone. Rows are not read yet, apart
+from the first ones, whose columns are checked (see `columns`).
 """
 
-import codecs
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..config.sources import SourceConfig
-from ..errors import SimPOError, one_line
+from ..errors import SimPOError
 from ..paths import local_path
+from .columns import with_our_names
+from .csv_rows import count_csv, count_tsv, csv_rows, tsv_rows
+from .json_rows import count_json, count_jsonl, json_rows, jsonl_rows
+from .rows import Row, Source
+from .tables import (
+    arrow_rows,
+    count_arrow,
+    count_parquet,
+    is_saved_dataset,
+    open_hub,
+    open_saved_dataset,
+    parquet_rows,
+)
+from .text_files import COMPRESSED, TextInput, standard_input, text_file
 
-# Rows of a Parquet file that are converted to Python objects at a time, to limit memory.
-PARQUET_BATCH_ROWS = 256
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+STDIN = "-"
+
+
+class Format(NamedTuple):
+    """How files of one kind are read: the functions that yield their rows, and count them."""
+
+    rows: Callable[[Path], Iterator[Row]]
+    count_rows: Callable[[Path], int]
+
+
+def _text_format(
+    rows: Callable[[TextInput], Iterator[Row]], count: Callable[[TextInput], int]
+) -> Format:
+    return Format(lambda path: rows(text_file(path)), lambda path: count(text_file(path)))
+
+
+_JSONL = _text_format(jsonl_rows, count_jsonl)
+_JSON = _text_format(json_rows, count_json)
+_CSV = _text_format(csv_rows, count_csv)
+_TSV = _text_format(tsv_rows, count_tsv)
+_PARQUET = Format(parquet_rows, count_parquet)
+_ARROW = Format(arrow_rows, count_arrow)
+
+
+def _compressed(ending: str, text_format: Format) -> dict[str, Format]:
+    return {f"{ending}{suffix}": text_format for suffix in ("", *COMPRESSED)}
+
+
+# Endings of file names, in groups: a folder is read as the first group that it has files of, since
+# others of its files often describe the data (statistics in JSON), or are a second copy of it.
+_GROUPS = (
+    {**_compressed(".jsonl", _JSONL), ".parquet": _PARQUET},
+    {".arrow": _ARROW, ".feather": _ARROW},
+    {**_compressed(".csv", _CSV), **_compressed(".tsv", _TSV)},
+    _compressed(".json", _JSON),
+)
+FORMATS: dict[str, Format] = {e: f for group in _GROUPS for e, f in group.items()}
+SUFFIXES = tuple(FORMATS)
 # Names of splits in the names of files and folders (mlx-lm's and the Hub's conventions).
 _SPLIT_WORDS = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|test|eval)(?=[-_./]|$)")
 
 
-class Row(NamedTuple):
-    """One record as it is in its source.
-
-    number: position in the source, from 0, counting invalid rows too.
-    source: "file:line", or "dataset[split]:row"; lines and rows count from 1.
-    value: the content. problem: why the row could not be read, or None.
-    """
-
-    number: int
-    source: str
-    value: Any
-    problem: str | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """An existing source whose rows are read on demand.
-
-    name: for messages.
-    rows: returns a new iterator that starts at the first row.
-    count: returns the number of rows.
-    files: the files that determine the rows; empty for a dataset in memory.
-    labels: what else determines the rows and their ``source``: names, split, configuration.
-    """
-
-    name: str
-    rows: Callable[[], Iterator[Row]]
-    count: Callable[[], int]
-    files: tuple[Path, ...]
-    labels: tuple[str, ...]
-
-
-def read_rows(name: str, split: str | None = None, subset: str | None = None) -> Iterator[Row]:
-    """Read a file, a folder of files, or a Hugging Face dataset; see `open_source`."""
-    return open_source(SourceConfig(name, split=split, subset=subset)).rows()
-
-
 def open_source(source: SourceConfig | str) -> Source:
-    """Open a file, a folder of files, or a Hugging Face dataset, without reading rows yet.
+    """Open a file, a folder of files, a dataset or standard input.
 
     Args:
-        source: path: a path, or a Hub id ("owner/name") if no such path exists. split: of a folder,
-            the files whose path contains this word ("train" selects train.jsonl,
-            train-00000-of-00002.parquet and train/a.jsonl); of a Hub dataset, its split. subset:
-            configuration name of a Hub dataset. Text is a path alone.
+        source: path: a path, "-" for standard input, or a Hub id ("owner/name") if no such path
+            exists. split: of a folder, the files whose path contains this word ("train" selects
+            train.jsonl, train-00000-of-00002.parquet and train/a.jsonl); of a Hub dataset or a
+            saved DatasetDict, its split. subset: configuration name of a Hub dataset. columns: its
+            names for ours. Text is a path alone.
 
     Raises:
-        SimPOError: there is no such source, it cannot be read, or it has several splits and none is
-            named.
+        SimPOError: there is no such source, it cannot be read, it has several splits and none is
+            named, or its columns are not those that are named or recognized.
     """
     source = SourceConfig(source) if isinstance(source, str) else source
+    return with_our_names(_open(source), source.columns)
+
+
+def _open(source: SourceConfig) -> Source:
+    """Open a source whose rows are as in the data; SimPOError if there is none."""
     name, split, subset = source.path, source.split, source.subset
+    if name == STDIN:
+        if split is not None or subset is not None:
+            raise SimPOError("- is standard input, which has no splits and subsets; remove them")
+        text = standard_input()
+        return Source(text.name, partial(json_rows, text), partial(count_json, text), (), ())
     path = local_path(name)
     if not path.exists():
         if not looks_like_hub_id(name):
@@ -91,16 +107,16 @@ def open_source(source: SourceConfig | str) -> Source:
         raise SimPOError(
             f"data.subset is {subset!r}, but {name} is local; only Hub datasets have subsets"
         )
+    if path.is_dir() and is_saved_dataset(path):
+        return open_saved_dataset(name, path, split)
     if not path.is_dir() and split is not None:
         raise SimPOError(f"the split is {split!r}, but {name} is a file, which has none; remove it")
     files = folder_files(path, split) if path.is_dir() else [path]
-    readers = [select_reader(file) for file in files]
+    formats = [select_format(file) for file in files]
     return Source(
         name,
-        lambda: number_rows(
-            row for read, file in zip(readers, files, strict=True) for row in read(file)
-        ),
-        lambda: sum(map(count_rows, files)),
+        lambda: (row for f, file in zip(formats, files, strict=True) for row in f.rows(file)),
+        lambda: sum(f.count_rows(file) for f, file in zip(formats, files, strict=True)),
         tuple(files),
         tuple(map(str, files)),
     )
@@ -109,12 +125,6 @@ def open_source(source: SourceConfig | str) -> Source:
 def looks_like_hub_id(name: str) -> bool:
     """Return whether a name has the form of a Hub dataset's id (owner/name)."""
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not name.endswith(SUFFIXES)
-
-
-def number_rows(rows: Iterator[Row]) -> Iterator[Row]:
-    """Number rows from 0, in their order in the whole source."""
-    for number, row in enumerate(rows):
-        yield row._replace(number=number)
 
 
 def folder_files(folder: Path, split: str | None) -> list[Path]:
@@ -134,7 +144,8 @@ def folder_files(folder: Path, split: str | None) -> list[Path]:
         if not split_files:
             names = ", ".join(f.relative_to(folder).as_posix() for f in files[:5])
             raise SimPOError(f"{folder} has no files of the split {split!r}; it has {names}")
-        return split_files
+        return _first_group(split_files)
+    files = _first_group(files)
     words = {w for f in files for w in _SPLIT_WORDS.findall(f.relative_to(folder).as_posix())}
     if len(words) > 1:
         example = "train" if "train" in words else min(words)
@@ -145,123 +156,20 @@ def folder_files(folder: Path, split: str | None) -> list[Path]:
     return files
 
 
-def select_reader(path: Path) -> Callable[[Path], Iterator[Row]]:
-    """Return the function that reads this kind of file.
+def _first_group(files: Sequence[Path]) -> list[Path]:
+    """Return the files of the first of _GROUPS that any of these files belongs to."""
+    groups = ([f for f in files if f.name.endswith(tuple(group))] for group in _GROUPS)
+    return next(group for group in groups if group)
+
+
+def select_format(path: Path) -> Format:
+    """Return how this kind of file is read.
 
     Raises:
         SimPOError: its name has an unknown ending.
     """
-    if path.name.endswith(".parquet"):
-        return parquet_rows
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return jsonl_rows
+    # ".csv.gz" ends in no shorter ending, so the first match is the only one.
+    for ending, file_format in FORMATS.items():
+        if path.name.endswith(ending):
+            return file_format
     raise SimPOError(f"{path} has an unknown type; its name must end in {', '.join(SUFFIXES)}")
-
-
-def jsonl_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line) of the lines that are not blank.
-
-    Raises:
-        SimPOError: the file cannot be read or decompressed.
-    """
-    open_file = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with open_file(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if line.strip():
-                    yield number, line
-    except (OSError, EOFError, zlib.error) as error:  # EOFError: a truncated gzip file
-        raise SimPOError(f"cannot read {path}: {error}") from None
-
-
-def jsonl_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a .jsonl or .jsonl.gz file; an invalid line is a row with a problem."""
-    for number, line in jsonl_lines(path):
-        try:
-            value = without_nulls(json.loads(line.decode("utf-8")))
-            row = Row(0, f"{path}:{number}", value)
-        except (ValueError, RecursionError) as error:
-            row = Row(0, f"{path}:{number}", None, f"invalid JSON: {error}")
-        yield row
-
-
-@contextmanager
-def parquet_file(path: Path) -> Iterator[Any]:
-    """Open a Parquet file; errors while it is open become a SimPOError."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            yield file
-    except (OSError, ArrowException) as error:
-        raise SimPOError(f"cannot read {path} as Parquet: {first_line(error)}") from None
-
-
-def parquet_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a Parquet file."""
-    number = 0
-    with parquet_file(path) as file:
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(0, f"{path}:{number}", without_nulls(value))
-
-
-def count_rows(path: Path) -> int:
-    """Return the number of rows in a file."""
-    if path.name.endswith(".parquet"):
-        with parquet_file(path) as file:
-            return file.metadata.num_rows
-    return sum(1 for _ in jsonl_lines(path))
-
-
-def hub_rows(name: str, split: str | None, subset: str | None) -> Iterator[Row]:
-    """Read a dataset on the Hugging Face Hub (or a folder in the Hub's layout)."""
-    return open_hub(name, split, subset).rows()
-
-
-def open_hub(name: str, split: str | None, subset: str | None) -> Source:
-    """Open a dataset on the Hub; `datasets` downloads it and converts it to Arrow files.
-
-    Raises:
-        SimPOError: it cannot be loaded, or has several splits and none is named.
-    """
-    from datasets import get_dataset_split_names, load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        if split is None:
-            splits = get_dataset_split_names(name, subset)
-            if len(splits) != 1:
-                raise SimPOError(
-                    f"{name} has the splits {', '.join(map(str, splits))}; name one with "
-                    "data.train_split or data.valid_split"
-                )
-            split = str(splits[0])
-        data = load_dataset(name, subset, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise SimPOError(f"cannot load the dataset {name!r}: {first_line(error)}") from None
-
-    def rows() -> Iterator[Row]:
-        for index, value in enumerate(data):
-            yield Row(index, f"{name}[{split}]:{index + 1}", without_nulls(value))
-
-    files = tuple(Path(file["filename"]) for file in data.cache_files)
-    return Source(name, rows, lambda: len(data), files, (name, split, subset or ""))
-
-
-def without_nulls(value: Any) -> Any:
-    """Return ``value`` without nulls, which a table has where a row lacks a key.
-
-    A message's content stays even if it is null: a response of null is a defect to report.
-    """
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None or k == "content"}
-    return [without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's message on one line, shortened to 300 characters."""
-    return one_line(error, 300) or type(error).__name__

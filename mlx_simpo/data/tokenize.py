@@ -16,8 +16,8 @@ from typing import Any
 
 from .encode import EncodedPair, Encoder
 from .pairs import Quarantined, prompt_text
-from .records import InvalidRecordError, parse_pair
-from .sources import Row
+from .records import parse_pair
+from .rows import InvalidRecordError, Row
 from .tokens import TokenWriter
 
 # Rows per task of a thread: about a tenth of a second's work.

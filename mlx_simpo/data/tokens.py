@@ -30,10 +30,12 @@ COLUMNS: dict[str, Callable[[EncodedPair], int]] = {
     "boundary_tokens": lambda pair: pair.boundary_tokens,
     "cut_prompt": lambda pair: pair.cut_prompt,
     "cut_response": lambda pair: pair.cut_response,
+    "template_tokens": lambda pair: pair.template_tokens,
+    "dropped": lambda pair: pair.dropped,
 }
 # Offsets count from the start of tokens.bin (in tokens) and text.bin (in bytes), sizes in bytes.
 OFFSETS_AND_SIZES = ("token_offset", "text_offset", "source_size", "prompt_size")
-# 68 bytes per pair. Order, sizes and byte order of the fields are the file format
+# 76 bytes per pair. Order, sizes and byte order of the fields are the file format
 # (`keys.FORMAT`); their names are not in the file.
 RECORD_DTYPE = np.dtype(
     [
@@ -90,6 +92,8 @@ class TokenizedPairs(Sequence[EncodedPair]):
             record["boundary_tokens"],
             record["cut_prompt"],
             record["cut_response"],
+            record["template_tokens"],
+            record["dropped"],
         )
 
     def take(self, indices: np.ndarray) -> "TokenizedPairs":

@@ -6,7 +6,7 @@ from typing import Any
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from ..data.encode import common_prefix
-from ..data.records import Message
+from ..data.rows import Message
 from ..errors import SimPOError
 from .generate import Part, draw_seed, stream_response
 from .prompts import NamedPrompt, check_against_model, check_system_prompt, prompt_tokens

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config.sources import SourceConfig
-from ..data.records import InvalidRecordError, describe, parse_tools
+from ..data.records import describe, parse_tools
+from ..data.rows import InvalidRecordError
 from ..data.sources import Row, open_source
 from ..errors import SimPOError
 from ..files import require_regular_file

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 
 from ..data.encode import Encoder
-from ..data.records import InvalidRecordError, Message, as_messages, check_messages, text_of
+from ..data.records import as_messages, check_messages, text_of
+from ..data.rows import InvalidRecordError, Message
 from ..engine.vocabulary import check_prompt_ids, vocabulary_size
 from ..errors import SimPOError
 from .settings import SamplingSettings

@@ -12,7 +12,8 @@ from ..config.sources import SourceConfig
 from ..data.cache import load_or_tokenize
 from ..data.encode import Encoder
 from ..data.pairs import Quarantined, check_share, held_out
-from ..data.sources import Source, open_source
+from ..data.rows import Source
+from ..data.sources import open_source
 from ..data.tokens import TokenizedPairs
 from ..model.loading import load_only_tokenizer
 from ..paths import local_path
@@ -83,6 +84,7 @@ def encode(encoder: Encoder, source: Source, name: str, display: Display) -> Enc
     Raises:
         SimPOError: it cannot be read, or too many of its records are quarantined.
     """
+    display.note(source.note)
     result = load_or_tokenize(encoder, source, partial(display.progress, "Tokenizing"))
     for warning in result.warnings:
         display.warn(warning)

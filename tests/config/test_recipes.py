@@ -106,10 +106,17 @@ def resolved_settings(name: str) -> dict[str, Any]:
             "train_split": recipe.splits[0],
             "valid": recipe.data,
             "valid_split": recipe.splits[1],
+            "valid_main": None,
+            "folder": None,
             "subset": None,
+            "columns": None,
+            "max_samples": None,
+            "valid_max": 500,  # ours
             "valid_fraction": 0.05,  # not used, as data.valid is set
             "max_length": recipe.max_length,
             "max_prompt_length": recipe.max_prompt_length,
+            "template_args": None,
+            "score": "all",
             "compat": "official",
             "implicit_string_prompts": False,
             "max_quarantined": 0.05,

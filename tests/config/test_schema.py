@@ -21,9 +21,24 @@ from mlx_simpo.config.schema import (
     from_mapping,
     setting,
 )
+from mlx_simpo.errors import InvalidSettingsError
 
 Letter = Literal["a", "1"]
 Names = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Item(Section):
+    """A section that its required setting can stand for."""
+
+    title: str = setting(help="title", rule=NON_EMPTY)
+    size: int = setting(1, "size", POSITIVE)
+
+
+Items = str | Item | tuple[Item, ...]
+NamedItems = str | Item | dict[str, Item]
+Texts = dict[str, str]
+Anything = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,14 @@ def read(mapping: dict) -> Outer:
         (Names, ["q", "k"], ("q", "k")),
         (Names, ("q",), ("q",)),
         (Names, "all", "all"),
+        (Texts, {"a": "b"}, {"a": "b"}),
+        (Texts | None, None, None),
+        (Anything, {"a": [1, {"b": None}]}, {"a": [1, {"b": None}]}),
+        (Items, "a", "a"),
+        (Items, ["a", {"title": "b", "size": 2}, Item("c")], (Item("a"), Item("b", 2), Item("c"))),
+        (Items, {"title": "a"}, Item("a")),
+        (NamedItems, {"title": "a"}, Item("a")),
+        (NamedItems, {"a": "b", "c": {"title": "d"}}, {"a": Item("b"), "c": Item("d")}),
     ],
 )
 def test_values_of_the_right_type_are_valid(hint: Any, value: Any, expected: Any) -> None:
@@ -113,6 +136,15 @@ def test_values_of_the_right_type_are_valid(hint: Any, value: Any, expected: Any
         (Names, [1], "text or a list of texts"),
         (Names, ["a", None], "text or a list of texts"),
         (Names, {"a": 1}, "text or a list of texts"),
+        (Texts, "a", "names with their values ({name: value})"),
+        (Texts, {1: "a"}, "names with their values ({name: value})"),
+        (
+            Items,
+            [1],
+            "text or settings with their values ({title: …}) or a list of settings with their "
+            "values ({title: …})",
+        ),
+        (Item, {"size": 1}, "settings with their values ({title: …})"),
     ],
 )
 def test_values_of_another_type_are_errors(hint: Any, value: Any, types: str) -> None:
@@ -149,6 +181,15 @@ def test_an_integer_larger_than_any_float_is_an_error(value: Any) -> None:
         (Names, "[q, k]", ("q", "k")),
         (Names, "[yes, no]", ("yes", "no")),
         (Names, "all", "all"),
+        (Names, "null", "null"),
+        (Texts, "{a: b, c: yes}", {"a": "b", "c": "yes"}),
+        (Anything, "{a: [1, {b: null}], c: false}", {"a": [1, {"b": None}], "c": False}),
+        (Items, "a", "a"),
+        (Items, "1e5", "1e5"),
+        (Items, "[a, {title: b, size: 2}]", (Item("a"), Item("b", 2))),
+        (Items, "{title: b}", Item("b")),
+        (Items | None, "null", None),
+        (NamedItems, "{a: b, c: {title: d}}", {"a": Item("b"), "c": Item("d")}),
     ],
 )
 def test_command_line_text_is_parsed_by_the_type_of_its_setting(
@@ -178,7 +219,6 @@ def test_command_line_text_is_parsed_by_the_type_of_its_setting(
         (bool, "1"),
         (Letter, "null"),
         (Letter, ""),
-        (Names, "null"),
         (Names, "[q, 1]"),
         (Names, "{q: k}"),
         (Names, "[q"),
@@ -246,6 +286,54 @@ def test_an_invalid_mapping_is_an_error(mapping: dict, message: str) -> None:
     with pytest.raises(SimPOError) as caught:
         read(mapping)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "messages"),
+    [
+        (Texts, {"a": 1, "b": "c", "d": None}, ["a is 1; it must be text", "d is None; it must"]),
+        (
+            Items,
+            ["a", {"titel": "b"}, {"title": ""}],
+            [
+                "[1].titel'; did you mean 'the.name[1].title'?",
+                "[1].title is missing; set it to the title",
+                "[2].title is ''; it must be not empty",
+            ],
+        ),
+        (
+            NamedItems,
+            {"a": {"title": "b", "size": 0}, "c": 5},
+            [
+                "a.size is 0; it must be greater than 0",
+                "c is 5; it must be settings with their values ({title: …})",
+            ],
+        ),
+    ],
+)
+def test_all_mistakes_within_a_value_are_told_with_their_positions(
+    hint: Any, value: Any, messages: list[str]
+) -> None:
+    with pytest.raises(InvalidSettingsError) as caught:
+        coerce(value, hint, "the.name")
+    assert len(caught.value.messages) == len(messages)
+    for actual, expected in zip(caught.value.messages, messages, strict=True):
+        assert "the.name" in actual
+        assert expected in actual
+
+
+def test_all_mistakes_of_a_mapping_are_told() -> None:
+    inner = {"shar": 1, "words": 3, "deep": {"depth": 0}, "share": 2}
+    with pytest.raises(InvalidSettingsError) as caught:
+        read({"cuont": 3, "inner": inner})
+    assert caught.value.messages == (
+        "unknown setting 'cuont'; did you mean 'count'?",
+        "unknown setting 'inner.shar'; did you mean 'inner.share'?",
+        "inner.words is 3; it must be text or a list of texts",
+        "inner.deep.depth is 0; it must be greater than 0",
+        "inner.share is 2.0; it must be between 0 and 1",
+        "count is missing; set it to the number of items",
+    )
 
 
 def test_a_rule_does_not_apply_to_null() -> None:

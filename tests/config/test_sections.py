@@ -50,6 +50,11 @@ WRONG_TYPES: dict[str, list] = {
     "str": [0, 1.5, True, ["x"], {"a": "x"}],
     "choice": ["", "Auto", 1, True, ["cosine"]],
     "names": [0, True, [1], ["q_proj", None], {"q_proj": 1}],
+    "texts": ["Why?", 0, [1], {"a": "b"}],
+    "texts by name": ["a", 0, ["a"], {1: "a"}],
+    "values by name": ["a", 0, ["a"], {1: "a"}],
+    "sources": [0, True, [1], ["a", None], {"weight": 1}],
+    "sources by name": [0, True, ["a"], {1: "a"}],
 }
 
 
@@ -76,7 +81,9 @@ def test_a_broken_rule_is_an_error_that_has_the_name_the_value_and_the_rule(
     for bad in RULES[rule][0]:
         if kind(hint)[0] == "int" and isinstance(bad, float):
             continue
-        value = float(bad) if kind(hint)[0] == "float" else bad
+        what = kind(hint)[0]
+        bad = {} if what.endswith("by name") and rule == "not empty" else bad
+        value = float(bad) if what == "float" and isinstance(bad, int) else bad
         expected = f"{name} is {value!r}; it must be {rule}"
         file = write_config(tmp_path, in_yaml(name, bad))
         for call in (
@@ -93,7 +100,9 @@ def test_a_value_at_the_edge_of_a_rule_is_valid(name: str) -> None:
     for value in RULES[item.metadata["rule"].text][1]:
         if kind(hint)[0] != "int" or isinstance(value, int):
             expected = float(value) if kind(hint)[0] == "float" else value
-            assert getattr(section_with(name, value), item.name) == expected
+            by_name = kind(hint)[0] in ("texts by name", "values by name")
+            expected = {"a": "x"} if by_name else expected
+            assert getattr(section_with(name, expected), item.name) == expected
 
 
 def test_the_smallest_lengths_are_valid() -> None:

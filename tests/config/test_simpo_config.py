@@ -3,7 +3,7 @@
 import json
 import typing
 from dataclasses import fields, is_dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo import DataConfig, LoRAConfig, SimPOConfig, SimPOError, TrainConfig, load_config
+from mlx_simpo.config.data_config import default_name
 from mlx_simpo.config.simpo_config import resume_config
+from mlx_simpo.config.sources import SourceConfig
+from mlx_simpo.config.yaml import dump_inline
+from mlx_simpo.errors import InvalidSettingsError
 
 
 def test_a_section_as_a_dict_in_python_is_an_error() -> None:
@@ -45,6 +49,37 @@ def numbers(rule: str) -> st.SearchStrategy[float]:
     )
 
 
+# Not "path", with which a mapping is one source and not several by name.
+NAMES = texts(min_size=1).filter(lambda name: name != "path")
+
+
+def anything() -> st.SearchStrategy:
+    """Any value that YAML can hold."""
+    scalars = st.none() | st.booleans() | st.integers() | numbers("0 or greater") | texts()
+    return st.recursive(scalars, lambda v: st.lists(v) | st.dictionaries(texts(), v), max_leaves=4)
+
+
+@st.composite
+def sources(draw: st.DrawFn, *, weighted: bool = False) -> SourceConfig:
+    """Any source."""
+    optional = st.none() | texts(min_size=1)
+    columns = st.none() | st.dictionaries(texts(), texts(), max_size=2)
+    return SourceConfig(
+        draw(texts(min_size=1)),
+        name=draw(optional),
+        split=draw(optional),
+        subset=draw(optional),
+        columns=draw(columns),
+        max_samples=draw(st.none() | st.integers(1)),
+        weight=draw(numbers("greater than 0")) if weighted else None,
+    )
+
+
+def have_names_of_their_own(listed: list[SourceConfig]) -> bool:
+    names = [source.name or default_name(source.path) for source in listed]
+    return len(names) > 0 and len(set(names)) == len(names)
+
+
 def value_of(name: str) -> st.SearchStrategy:
     """Values that are valid for one setting, whatever the others are."""
     item, hint = SETTINGS[name]
@@ -63,6 +98,18 @@ def value_of(name: str) -> st.SearchStrategy:
     elif what == "names":
         values = st.lists(texts(), min_size=1).map(tuple)
         values = st.just("all-linear") | values if name == "lora.target_modules" else values
+    elif what == "texts":
+        values = st.lists(texts()).map(tuple)
+    elif what == "texts by name":
+        values = st.dictionaries(texts(min_size=1), texts(), min_size=1, max_size=3)
+    elif what == "values by name":
+        values = st.dictionaries(texts(min_size=1), anything(), min_size=1, max_size=3)
+    elif what == "sources":
+        lists = st.booleans().flatmap(lambda weighted: st.lists(sources(weighted=weighted)))
+        values = texts(min_size=1) | sources() | lists.filter(have_names_of_their_own).map(tuple)
+    elif what == "sources by name":
+        sets = st.dictionaries(NAMES, sources(), min_size=1, max_size=3)
+        values = texts(min_size=1) | sources() | sets
     else:
         values = texts(min_size=1 if rule else 0)
     return st.none() | values if may_be_null else values
@@ -74,10 +121,14 @@ def configs(draw: st.DrawFn) -> SimPOConfig:
     drawn = {name: draw(value_of(name), label=name) for name in SETTINGS}
     drawn["data.max_length"] = max(2, drawn["data.max_length"])
     drawn["data.max_prompt_length"] = draw(st.integers(1, drawn["data.max_length"] - 1))
+    if drawn["data.folder"] is not None:
+        drawn |= dict.fromkeys(["data.train", "data.valid", "data.train_split"])
     if drawn["data.valid"] is None:
         drawn["data.valid_split"] = None
+    sets = drawn["data.valid"] if isinstance(drawn["data.valid"], dict) else {}
+    drawn["data.valid_main"] = draw(st.sampled_from([None, *sets]))
     if drawn["data.compat"]:
-        drawn["data.chat_template"] = "auto"
+        drawn["data.chat_template"], drawn["data.score"] = "auto", "all"
     if drawn["objective.loss_type"] == "hinge":
         drawn["objective.label_smoothing"] = 0.0
     if drawn["lora.scale"] is not None:
@@ -120,13 +171,11 @@ def test_overrides_mean_the_same_as_yaml(config: SimPOConfig) -> None:
     overrides = []
     for name, (_, hint) in SETTINGS.items():
         value = attrgetter(name)(config)
-        if isinstance(value, tuple):
-            value = ["q_proj", "k_proj"]
-            section, _, leaf = name.rpartition(".")
-            changed = replace(getattr(config, section), **{leaf: tuple(value)})
-            config = replace(config, **{section: changed})
         assume(value != "null" or not kind(hint)[1])  # the word would be the value null
-        overrides.append(f"{name}={value if isinstance(value, str) else json.dumps(value)}")
+        if kind(hint)[0] in ("names", "sources", "sources by name") and isinstance(value, str):
+            assume(value[:1] not in ("[", "{"))  # a list or a mapping
+        plain = reduce(dict.__getitem__, name.split("."), config.as_dict())
+        overrides.append(f"{name}={value if isinstance(value, str) else dump_inline(plain)}")
     assert load_config(None, overrides) == config
 
 
@@ -134,6 +183,14 @@ def test_the_defaults_read_back() -> None:
     text = SimPOConfig(model="x").to_yaml()
     assert text.startswith("model: x\n")
     assert "\n  rank: 16\n" in text
+
+
+def test_a_source_is_written_with_what_is_set() -> None:
+    train = [{"path": "a"}, {"path": "b", "columns": {"prompt": "q"}, "weight": 2.0}]
+    config = load_config({"model": "x", "data": {"train": train}})
+    assert config.as_dict()["data"]["train"] == train
+    config = SimPOConfig(model="x", data=DataConfig(valid={"b": SourceConfig("c", split="d")}))
+    assert config.as_dict()["data"]["valid"] == {"b": {"path": "c", "split": "d"}}
 
 
 def test_the_reference_engine_has_one_implementation() -> None:
@@ -202,7 +259,8 @@ def test_an_override_of_every_type(override: str, name: str, expected: Any) -> N
         ("lora.=5", "unknown setting 'lora.'"),
         ("lora.rank.x=5", "lora.rank is "),
         ("lora=5", "lora is '5'; it must be a section of settings"),
-        ("model.x=5", "unknown setting 'model.x'"),
+        ("model.x=5", "model is 'x', but model.x is set, too; remove one of them"),
+        ("data.columns={a: b", "data.columns is not valid YAML"),
         ("lora.rank=four", "lora.rank is 'four'; it must be a whole number"),
         ("lora.rank=[", "lora.rank is not valid YAML"),
         ("gamma=1", "did you mean objective.gamma_beta_ratio"),
@@ -231,9 +289,44 @@ def test_an_override_into_an_empty_section(tmp_path: Path) -> None:
     assert load_config(file) == SimPOConfig(model="x")
 
 
-def test_an_override_that_replaces_another_ones_section_is_an_error() -> None:
+def test_an_override_of_a_value_and_one_of_its_part_is_an_error() -> None:
     message = error_of(lambda: load_config(None, ["model.rank=4", "model=x"]))
     assert message == "model is 'x', but model.rank is set, too; remove one of them"
+    message = error_of(
+        lambda: load_config({"model": "x", "data": {"train": "a"}}, ["data.train.path=b"])
+    )
+    assert message == "data.train is 'a', but data.train.path is set, too; remove one of them"
+
+
+def test_an_override_sets_one_name_of_a_mapping() -> None:
+    file = {"model": "x", "data": {"columns": {"prompt": "a", "chosen": "b"}}}
+    overrides = ["data.columns.prompt=question", "data.template_args.enable_thinking=false"]
+    data = load_config(file, overrides).data
+    assert data.columns == {"prompt": "question", "chosen": "b"}
+    assert data.template_args == {"enable_thinking": False}
+    data = load_config(
+        file, ["data.columns={rejected: c}", "data.valid=null", "data.valid.a=d"]
+    ).data
+    assert data.columns == {"rejected": "c"}
+    assert data.valid == {"a": SourceConfig("d")}
+
+
+def test_all_mistakes_of_file_and_overrides_are_told() -> None:
+    file = {"lora": {"rnk": 4}, "data": {"train": [{"path": "", "weight": 0}]}, "sed": 1}
+    with pytest.raises(InvalidSettingsError) as caught:
+        load_config(file, ["lora.dropout=2", "beta", "train.steps=1.5", "lora.rank=0"])
+    assert [message.partition(";")[0] for message in caught.value.messages] == [
+        "'beta' is not a setting of the form name=value",
+        "unknown setting 'lora.rnk'",
+        "lora.dropout is 2.0",
+        "lora.rank is 0",
+        "data.train[0].path is ''",
+        "data.train[0].weight is 0.0",
+        "unknown setting 'sed'",
+        "train.steps is 1.5",
+        "model is missing",
+    ]
+    assert str(caught.value).splitlines() == list(caught.value.messages)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_simpo import SimPOConfig, SimPOError, load_config
 from mlx_simpo.config.schema import all_settings
-from mlx_simpo.config.yaml import dump_yaml, parse_yaml
+from mlx_simpo.config.yaml import dump_inline, dump_yaml, parse_yaml
 
 NAMES = [name for name, _, _ in all_settings(SimPOConfig)]
 
@@ -132,3 +132,7 @@ def test_any_text_for_a_setting_is_a_value_or_an_error_that_names_it(name: str, 
 @settings(deadline=None, max_examples=200, derandomize=True)
 def test_every_text_reads_back(text: str) -> None:
     assert parse_yaml(dump_yaml({"key": text}), "x") == {"key": text}
+    inline = dump_inline([text, {text: [text]}])
+    assert len(inline.splitlines()) == 1
+    assert parse_yaml(inline, "x") == [text, {text: [text]}]
+    assert parse_yaml(dump_inline(text), "x") == text

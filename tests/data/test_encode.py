@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mlx_simpo import DataConfig, SimPOError
 from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence, encode_pairs
-from mlx_simpo.data.records import InvalidRecordError, Pair
+from mlx_simpo.data.records import Pair
+from mlx_simpo.data.rows import InvalidRecordError
 from mlx_simpo.model.loading import load_only_tokenizer
 
 TINY = tiny_tokenizer()
@@ -126,7 +127,10 @@ def test_tokens_merged_across_the_boundary_are_scored(smollm2_folder: Path, row:
     encoded = encoder.encode(Pair(prompt, a, b))
     assert response_tokens(encoded.chosen, encoder.tokenizer)[:-1] == chosen
     assert response_tokens(encoded.rejected, encoder.tokenizer)[:-1] == rejected
-    assert (encoded.chosen.tokens[-1], encoded.rejected.tokens[-1]) == (encoder.eos, encoder.eos)
+    assert (encoded.chosen.tokens[-1], encoded.rejected.tokens[-1]) == (
+        encoder.special.eos,
+        encoder.special.eos,
+    )
     assert encoded.boundary_tokens == boundary_tokens
 
 
@@ -158,16 +162,19 @@ def test_unscored_and_scored_text_are_the_whole_conversation(
     encoded = encoder.encode(Pair(prompt, *responses))
     prompt_tokens = encoder.prompt_tokens(prompt)
     start = encoded.chosen.score_start
-    following = set(prompt_tokens[start : start + 1])
+    # What may be unscored: INST writes a space of its own before each response.
+    before = prompt_tokens + ids(" ") * (template == INST)
+    following = set(before[start : start + 1])
     end = {CHATML: "<|im_end|>", INST: "</s>", BARE: "\n</s>", None: "</s>"}[template]
     for sequence, response in zip((encoded.chosen, encoded.rejected), responses, strict=True):
-        assert sequence.tokens[: sequence.score_start].tolist() == prompt_tokens[:start]
-        whole = TINY.decode(prompt_tokens) + " " * (template == INST) + response + end
+        assert sequence.tokens[: sequence.score_start].tolist() == before[:start]
+        whole = TINY.decode(before) + response + end
         assert unscored_text(sequence) + response_text(sequence) == whole
         assert response_text(sequence).endswith(response + end)  # whatever it starts with
         following.add(int(sequence.tokens[sequence.score_start]))
-    assert encoded.boundary_tokens == len(prompt_tokens) - start
-    assert not encoded.boundary_tokens or len(following) > 1  # not before the three differ
+    assert encoded.boundary_tokens == max(0, len(prompt_tokens) - start)
+    assert encoded.template_tokens == max(0, start - len(prompt_tokens))
+    assert start == len(before) or len(following) > 1  # not before the three differ
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from mlx_simpo.data import keys
 from mlx_simpo.data.encode import Encoder
 from mlx_simpo.data.keys import RULES, NotCacheableError, token_key
 from mlx_simpo.data.pairs import Quarantined
-from mlx_simpo.data.sources import Row, Source, open_source
+from mlx_simpo.data.rows import Row, Source
+from mlx_simpo.data.sources import open_source
 from mlx_simpo.data.tokenize import encode_row
 from mlx_simpo.model.loading import load_only_tokenizer
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mlx_simpo import DataConfig, SimPOError
 from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence
-from mlx_simpo.data.records import InvalidRecordError, Pair
+from mlx_simpo.data.records import Pair
+from mlx_simpo.data.rows import InvalidRecordError
 from mlx_simpo.model.loading import load_only_tokenizer
 
 TINY = tiny_tokenizer(bos="<s>")
@@ -210,8 +211,8 @@ def test_a_response_cannot_use_the_space_of_a_short_prompt() -> None:
     encoded = encoder.encode(Pair("q", "the " * 40, "No"))
     assert halves(encoded.chosen)[0] == "<s>user: q\n"
     assert encoded.chosen.num_scored == 40 - 25
-    assert (encoded.cut_prompt, encoded.rejected.tokens[-1]) == (0, encoder.eos)
-    assert encoded.chosen.tokens[-1] != encoder.eos
+    assert (encoded.cut_prompt, encoded.rejected.tokens[-1]) == (0, encoder.special.eos)
+    assert encoded.chosen.tokens[-1] != encoder.special.eos
 
 
 def test_a_cut_prompt_loses_bos() -> None:

@@ -8,8 +8,8 @@ from helpers.tiny import assistant, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_simpo.data.records import ROLES, InvalidRecordError, Pair, parse_pair
-from mlx_simpo.data.sources import Row
+from mlx_simpo.data.records import ROLES, Pair, parse_pair
+from mlx_simpo.data.rows import InvalidRecordError, Row
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
 CALL = {"type": "function", "function": {"name": "sky", "arguments": {"at": "noon"}}}

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo import SimPOError
-from mlx_simpo.data.records import InvalidRecordError, Pair
+from mlx_simpo.data.records import Pair
 from mlx_simpo.data.render import Renderer
+from mlx_simpo.data.rows import InvalidRecordError
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
 CONVERSATION = Pair([Q], [A], [B], 3, "pairs.jsonl:4")

@@ -3,26 +3,28 @@
 import gzip
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.tiny import some_pairs, write_jsonl
+from helpers.tiny import some_pairs, user, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_simpo import SimPOError
+from mlx_simpo import SimPOError, SourceConfig
+from mlx_simpo.data.columns import with_our_names
+from mlx_simpo.data.json_rows import jsonl_rows
+from mlx_simpo.data.rows import Row
 from mlx_simpo.data.sources import (
-    PARQUET_BATCH_ROWS,
-    Row,
-    hub_rows,
     looks_like_hub_id,
     open_hub,
     open_source,
-    read_rows,
 )
+from mlx_simpo.data.tables import BATCH_ROWS
+from mlx_simpo.data.text_files import text_file
 
 PAIRS = some_pairs(3)
 
@@ -37,7 +39,11 @@ def separate_cache(
 
 
 def rows_of(name: Path | str, split: str | None = None) -> list[Row]:
-    return list(read_rows(str(name), split))
+    return list(open_source(SourceConfig(str(name), split=split)).rows())
+
+
+def hub_rows(name: str, split: str | None, subset: str | None = None) -> Iterator[Row]:
+    return with_our_names(open_hub(name, split, subset), None).rows()
 
 
 def write_gzip(path: Path, rows: list) -> Path:
@@ -105,7 +111,7 @@ def test_lines_end_at_newlines_only(
     lines = ["" if r is None else json.dumps(r, ensure_ascii=False) for r in records]
     file.write_bytes("\n".join(lines).encode())
     expected = [(f"{file}:{n}", r) for n, r in enumerate(records, start=1) if r is not None]
-    assert [(row.source, row.value) for row in rows_of(file)] == expected
+    assert [(row.source, row.value) for row in jsonl_rows(text_file(file))] == expected
 
 
 @pytest.mark.parametrize(
@@ -196,7 +202,7 @@ def test_a_parquet_path_is_not_a_glob_pattern(tmp_path: Path, name: str) -> None
     assert prompts(rows_of(tmp_path / name)) == [name]
 
 
-@pytest.mark.parametrize("name", ["pairs.json", "pairs.csv", "pairs.JSONL", "pairs.txt"])
+@pytest.mark.parametrize("name", ["pairs.xlsx", "pairs.jsonl.bz2", "pairs.JSONL", "pairs.txt"])
 def test_unknown_ending(tmp_path: Path, name: str) -> None:
     file = write_jsonl(tmp_path / name, PAIRS)
     message = rf"{name} has an unknown type; its name must end in \.jsonl"
@@ -212,7 +218,7 @@ def test_a_source_that_does_not_exist(name: str) -> None:
 
 def test_an_empty_name_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write_files(tmp_path, ["pairs.jsonl"]))
-    with pytest.raises(SimPOError, match="the name is empty"):
+    with pytest.raises(SimPOError, match="must be not empty"):
         rows_of("")
 
 
@@ -233,7 +239,7 @@ def test_a_file_has_neither_splits_nor_subsets(tmp_path: Path) -> None:
         rows_of(file, "train")
     for name in (file, tmp_path):
         with pytest.raises(SimPOError, match=r"data\.subset is 'main', but .* is local"):
-            read_rows(str(name), None, "main")
+            open_source(SourceConfig(str(name), subset="main"))
 
 
 def test_a_folder_is_read_in_name_order_with_running_numbers(tmp_path: Path) -> None:
@@ -329,12 +335,12 @@ def test_nulls_of_a_table_are_removed(tmp_path: Path) -> None:
     call = {"name": "f", "arguments": {"x": 1}}
     turn: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
     rows = [
-        {"prompt": None, "chosen": [{"role": "user", "content": "q"}, turn], "score": None},
+        {"prompt": None, "chosen": [user("q"), turn], "rejected": [user("q")], "score": None},
         {"prompt": "p", "chosen": [{"role": "user", "content": "q", "name": "me"}], "score": 1.5},
     ]
     for suffix in (".parquet", ".jsonl"):
         first, second = rows_of(WRITERS[suffix](tmp_path / f"pairs{suffix}", rows))
-        assert first.value == {"chosen": [{"role": "user", "content": "q"}, turn]}
+        assert first.value == {"chosen": [user("q"), turn], "rejected": [user("q")]}
         assert second.value == rows[1]
 
 
@@ -367,7 +373,7 @@ def test_a_source_of_files_counts_them_and_their_rows(tmp_path: Path) -> None:
 
 
 def test_a_large_parquet_file_is_read_in_parts(tmp_path: Path) -> None:
-    rows = [{"prompt": str(n)} for n in range(3 * PARQUET_BATCH_ROWS + 1)]
+    rows = [{**PAIRS[0], "prompt": str(n)} for n in range(3 * BATCH_ROWS + 1)]
     file = write_parquet(tmp_path / "p.parquet", rows)
     assert [(row.source, row.value) for row in rows_of(file)] == [
         (f"{file}:{n + 1}", row) for n, row in enumerate(rows)

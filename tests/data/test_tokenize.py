@@ -13,7 +13,8 @@ from mlx_simpo import DataConfig, SimPOError, load_pairs
 from mlx_simpo.data import tokenize
 from mlx_simpo.data.encode import EncodedPair, Encoder, encode_pairs
 from mlx_simpo.data.pairs import Quarantined, prompt_text
-from mlx_simpo.data.sources import Row, read_rows
+from mlx_simpo.data.rows import Row
+from mlx_simpo.data.sources import open_source
 from mlx_simpo.data.tokenize import CHUNK_ROWS, count_workers, write_tokens
 from mlx_simpo.data.tokens import FILES, TokenizedPairs
 
@@ -68,7 +69,7 @@ def test_the_files_equal_encoding_pair_by_pair(
     encoder = make_encoder(**config)
     loaded = load_pairs(str(mixed))
     expected, rejected = encode_pairs(encoder, loaded.pairs)
-    count, quarantined = write_tokens(tmp_path, encoder, read_rows(str(mixed)))
+    count, quarantined = write_tokens(tmp_path, encoder, open_source(str(mixed)).rows())
     written = TokenizedPairs(tmp_path)
     assert count == len(written) == len(expected)
     assert [plain(pair) for pair in written] == [plain(pair) for pair in expected]
@@ -85,7 +86,9 @@ def test_the_same_bytes_whatever_the_number_of_threads(mixed: Path, tmp_path: Pa
     for workers in (1, 2, 5):
         folder = tmp_path / str(workers)
         folder.mkdir()
-        _, quarantined = write_tokens(folder, encoder, read_rows(str(mixed)), workers=workers)
+        _, quarantined = write_tokens(
+            folder, encoder, open_source(str(mixed)).rows(), workers=workers
+        )
         results.append((quarantined, [(folder / name).read_bytes() for name in FILES]))
     assert results[0] == results[1] == results[2]
     assert len(results[0][0]) == 6
@@ -95,12 +98,12 @@ def test_the_settings_of_the_encoder_also_apply_to_parsing(tmp_path: Path) -> No
     data = write_jsonl(tmp_path / "d.jsonl", [{"chosen": "It is so", "rejected": "It is not"}])
     for implicit in (False, True):
         encoder = make_encoder(implicit_string_prompts=implicit)
-        assert write_tokens(tmp_path, encoder, read_rows(str(data)))[0] == int(implicit)
+        assert write_tokens(tmp_path, encoder, open_source(str(data)).rows())[0] == int(implicit)
 
 
 def test_progress_counts_every_row(mixed: Path, tmp_path: Path) -> None:
     done: list[int] = []
-    write_tokens(tmp_path, make_encoder(), read_rows(str(mixed)), done.append)
+    write_tokens(tmp_path, make_encoder(), open_source(str(mixed)).rows(), done.append)
     assert sum(done) == len(mixed.read_text().splitlines())
     assert len(done) > 4
 
@@ -163,7 +166,7 @@ def test_a_conversation_without_a_template_is_an_error_that_names_its_line(tmp_p
     encoder = Encoder(tiny_tokenizer(None), DataConfig())
     for workers in (1, 2):
         with pytest.raises(SimPOError, match=rf"d\.jsonl:{2 * CHUNK_ROWS + 1} is a conversation"):
-            write_tokens(tmp_path, encoder, read_rows(str(data)), workers=workers)
+            write_tokens(tmp_path, encoder, open_source(str(data)).rows(), workers=workers)
 
 
 def test_a_row_that_is_not_a_record_is_quarantined() -> None:
@@ -190,5 +193,5 @@ def test_smollm2_in_threads(smollm2_folder: Path, tmp_path: Path) -> None:
     encoder = Encoder(load_only_tokenizer(str(smollm2_folder)), DataConfig())
     expected, _ = encode_pairs(encoder, load_pairs(str(examples)).pairs)
     assert json.loads(examples.read_text("utf-8").splitlines()[0])
-    write_tokens(tmp_path, encoder, read_rows(str(examples)), workers=4)
+    write_tokens(tmp_path, encoder, open_source(str(examples)).rows(), workers=4)
     assert [plain(pair) for pair in TokenizedPairs(tmp_path)] == [plain(p) for p in expected]

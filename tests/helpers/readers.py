@@ -35,7 +35,8 @@ from mlx_simpo.convert.peft.read import read_peft
 from mlx_simpo.data.cache import DamagedCacheError, load_folder, write_manifest
 from mlx_simpo.data.encode import EncodedPair, Encoder
 from mlx_simpo.data.pairs import Quarantined
-from mlx_simpo.data.sources import Row, open_source
+from mlx_simpo.data.rows import Row
+from mlx_simpo.data.sources import open_source
 from mlx_simpo.data.tokenize import encode_row, write_tokens
 from mlx_simpo.files import write_text
 from mlx_simpo.model.adapters import check_adapter, check_fits, load_adapter, save_adapter

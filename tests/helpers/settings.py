@@ -4,6 +4,8 @@ import json
 import types
 import typing
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +22,17 @@ from mlx_simpo import (
     TrainConfig,
 )
 from mlx_simpo.config.schema import Section, all_settings
+from mlx_simpo.config.sources import NamedSources, Sources, TemplateArguments
+from mlx_simpo.config.value_types import union_members
 
 SETTINGS = {name: (item, hint) for name, item, hint in all_settings(SimPOConfig)}
 SECTIONS = {"data": DataConfig, "objective": ObjectiveConfig, "lora": LoRAConfig}
 SECTIONS |= {"train": TrainConfig, "logps": LogpsConfig}
 SECTIONS |= {"train.early_stopping": EarlyStoppingConfig}
+
+
+# What a setting needs beside it to be valid.
+TOGETHER_WITH = {"data.valid_main": {"valid": {"x": "pairs.jsonl"}}}
 
 
 def section_with(name: str, value: Any) -> Section:
@@ -33,7 +41,7 @@ def section_with(name: str, value: Any) -> Section:
     if not section:
         values: dict[str, Any] = {"model": "x"} | {leaf: value}
         return SimPOConfig(**values)
-    return SECTIONS[section](**{leaf: value})
+    return SECTIONS[section](**{leaf: value, **TOGETHER_WITH.get(name, {})})
 
 
 def write_config(folder: Path, text: str) -> Path:
@@ -65,14 +73,21 @@ def error_of(call: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
+KINDS: dict[Any, str] = {
+    str | tuple[str, ...]: "names",
+    tuple[str, ...]: "texts",
+    dict[str, str]: "texts by name",
+    TemplateArguments: "values by name",
+    Sources: "sources",
+    NamedSources: "sources by name",
+}
+
+
 def kind(hint: Any) -> tuple[str, bool]:
     """(a name such as "int" or "choice", whether null is allowed) of a setting's type."""
-    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if len(parts) == 1 and typing.get_origin(hint) is typing.Union:
-        parts = typing.get_args(hint)
-    inner = [p for p in typing.get_args(hint) or parts if p is not types.NoneType]
-    if typing.get_origin(hint) is Literal:
-        inner = [hint]
-    first: Any = inner[0]
-    name = "choice" if typing.get_origin(first) is Literal else first.__name__
-    return ("names" if len(inner) > 1 else name), types.NoneType in typing.get_args(hint)
+    parts = union_members(hint)
+    inner = [part for part in parts if part is not types.NoneType]
+    union = reduce(or_, inner)
+    is_choice = typing.get_origin(union) is Literal
+    name = "choice" if is_choice else KINDS.get(union) or union.__name__
+    return name, types.NoneType in parts

@@ -1,0 +1,134 @@
+"""Prompts that occur more than once: in training and validation, and within a dataset.
+
+The same are prompts that differ in case, white space and punctuation alone (`prompt_words`), nearly
+the same those that share most of their words (`near`).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Protocol
+
+import numpy as np
+
+from .encode import EncodedPair, TokenizedSequence
+from .near import Match, near_matches
+from .prompt_words import PromptWords, join_words, read_words
+
+
+class PairsWithPrompts(Protocol):
+    """Pairs whose prompts are stored beside their tokens, like `tokens.TokenizedPairs`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> EncodedPair: ...
+    def prompts(self) -> Iterable[bytes]:
+        """Yield the text of each pair's prompt (`pairs.prompt_text`)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """What occurs more than once in a dataset. Indices are those of pairs.
+
+    Attributes:
+        distinct_prompts: number of different prompts.
+        near: of the different prompts, those that nearly repeat an earlier one, by a pair of each.
+        pairs: (pair, earlier pair) with the same prompt and the same responses.
+        contradictory: (pair, earlier pair) with the same prompt and responses, where the one
+            prefers what the other rejects.
+    """
+
+    distinct_prompts: int
+    near: list[Match]
+    pairs: list[tuple[int, int]]
+    contradictory: list[tuple[int, int]]
+
+
+def find_repeats(pairs: PairsWithPrompts, words: PromptWords) -> Repeats:
+    """Return the repeated prompts and pairs of a dataset.
+
+    Args:
+        words: of the prompts of ``pairs``, from `read_words`.
+    """
+    _, distinct = np.unique(words.keys, return_index=True)
+    near = near_matches(words, np.sort(distinct)) if len(words) else []
+    _, which, counts = np.unique(words.conversations, return_inverse=True, return_counts=True)
+    # Only pairs whose prompt is repeated are read.
+    repeated = np.flatnonzero(counts[which] > 1)
+    earlier: dict[tuple[bytes, ...], int] = {}
+    same, contradictory = [], []
+    for index in repeated.tolist():
+        pair, prompt = pairs[index], words.conversations[index]
+        chosen, rejected = _digest(pair.chosen), _digest(pair.rejected)
+        opposite = earlier.get((prompt, rejected, chosen))
+        if opposite is not None:
+            contradictory.append((index, opposite))
+        first = earlier.setdefault((prompt, chosen, rejected), index)
+        if first != index:
+            same.append((index, first))
+    return Repeats(len(distinct), near, same, contradictory)
+
+
+def _digest(sequence: TokenizedSequence) -> bytes:
+    tokens = np.ascontiguousarray(sequence.tokens[sequence.score_start :])
+    return blake2b(tokens.tobytes(), digest_size=16).digest()
+
+
+def find_leaks(train: PromptWords, valid: PromptWords) -> list[Match]:
+    """Return the validation pairs whose prompt occurs in training, exactly or nearly.
+
+    Returns:
+        Matches (index of the validation pair, index of a training pair, similarity), in the order
+        of the validation pairs.
+    """
+    if not len(train) or not len(valid):
+        return []
+    _, first_in_train = np.unique(train.keys, return_index=True)
+    train_keys = train.keys[first_in_train]
+    position = np.minimum(np.searchsorted(train_keys, valid.keys), len(train_keys) - 1)
+    is_same = train_keys[position] == valid.keys
+    leaks = [
+        Match(index, int(first_in_train[position[index]]), 1.0, is_same=True)
+        for index in np.flatnonzero(is_same).tolist()
+    ]
+    # Each of the other prompts is compared once, and counts for all pairs that have it.
+    by_key: dict[bytes, list[int]] = defaultdict(list)
+    for index in np.flatnonzero(~is_same).tolist():
+        by_key[valid.keys[index]].append(index)
+    queries = np.array([indices[0] for indices in by_key.values()], np.int64)
+    joined = join_words([valid, train])
+    for match in near_matches(joined, queries, len(valid) + np.sort(first_in_train)):
+        leaks += [
+            Match(index, match.other - len(valid), match.similarity)
+            for index in by_key[valid.keys[match.query]]
+        ]
+    return sorted(leaks)
+
+
+def leak_warning(train: PairsWithPrompts, valid: PairsWithPrompts, name: str = "") -> str | None:
+    """Warn if prompts of a validation set occur in the training pairs; None if none does.
+
+    Args:
+        name: of the validation set; "": it has none.
+    """
+    leaks = find_leaks(read_words(train.prompts()), read_words(valid.prompts()))
+    return leak_text(leaks, train, valid, name) if leaks else None
+
+
+def leak_text(
+    leaks: Sequence[Match], train: PairsWithPrompts, valid: PairsWithPrompts, name: str = ""
+) -> str:
+    """Return the sentences that tell of leaks: how many, an example, what to do."""
+    exact = [leak for leak in leaks if leak.is_same]
+    example = (exact or leaks)[0]
+    near = len(leaks) - len(exact)
+    how = "" if not near else ", all of them nearly" if not exact else f", {near:,} of them nearly"
+    share = len(leaks) / len(valid)
+    return (
+        f"{len(leaks):,} of the {len(valid):,} pairs to evaluate on{' (' + name + ')' if name else ''} "
+        f"({share:.1%}) have a prompt that is trained on, too{how}, e.g. "
+        f"{valid[example.query].source} and {train[example.other].source}; their accuracy says "
+        "what was memorized, not what was learned: remove these prompts from one of the two "
+        "(`mlx-simpo data inspect` lists them)"
+    )
