@@ -103,17 +103,21 @@ def open_inspected(
             *(OpenedSource(name, TRAIN, source) for name, source in train.items()),
             *(OpenedSource(name or VALID, VALID, source) for name, source in valid.items()),
         ]
+    columns, size = config.data.columns, config.data.max_samples
     names = [data] if isinstance(data, str | Path) else data
     if isinstance(names, list | tuple) and names and isinstance(names[0], str | Path):
-        columns = config.data.columns
-        configs = [SourceConfig(str(name), split=split, columns=columns) for name in names]
+        configs = [
+            SourceConfig(str(name), split=split, columns=columns, max_samples=size)
+            for name in names
+        ]
         sources = [open_dataset(config, source, display) for source in configs]
         return [
             OpenedSource(str(name), "", source) for name, source in zip(names, sources, strict=True)
         ]
     if split is not None:
         raise SimPOError(f"the split is {split!r}, but rows from memory have none; remove it")
-    return [OpenedSource("rows", "", memory_source(data, "rows", config.data.columns))]
+    rows = sample(memory_source(data, "rows", columns), size, config, display)
+    return [OpenedSource("rows", "", rows)]
 
 
 def _check_alone(argument: str, data: DataConfig, *settings: str) -> None:
