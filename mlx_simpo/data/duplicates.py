@@ -5,10 +5,10 @@ the same those that share most of their words (`near`).
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -106,24 +106,32 @@ def find_leaks(train: PromptWords, valid: PromptWords) -> list[Match]:
     return sorted(leaks)
 
 
-def leak_warning(train: PairsWithPrompts, valid: PairsWithPrompts, name: str = "") -> str | None:
-    """Warn if prompts of a validation set occur in the training pairs; None if none does.
+def leak_warnings(
+    train: PairsWithPrompts,
+    valid_sets: Mapping[str, PairsWithPrompts],
+    advance: Callable[[int], Any] = lambda prompts: None,
+) -> list[str]:
+    """Return a warning for each validation set with prompts that occur in the training pairs.
 
     Args:
-        name: of the validation set; "": it has none.
+        valid_sets: by name; the name of an only one may be "".
+        advance: called with the number of training prompts that were read since the last call.
     """
-    leaks = find_leaks(read_words(train.prompts()), read_words(valid.prompts()))
-    if not leaks:
-        return None
-    first = first_example(leaks)
-    example = (valid[first.query].source, train[first.other].source)
-    subject = f"pairs of the validation set {name!r}" if name else "pairs to evaluate on"
-    num_near = sum(not leak.is_same for leak in leaks)
-    return (
-        f"{leak_text(subject, len(leaks), num_near, len(valid), example)}; their accuracy says "
-        "how well they were memorized: remove these prompts from one of the two "
-        "(`mlx-simpo data inspect` lists them)"
-    )
+    train_words, warnings = read_words(train.prompts(), advance), []
+    for name, valid in valid_sets.items():
+        leaks = find_leaks(train_words, read_words(valid.prompts()))
+        if not leaks:
+            continue
+        first = first_example(leaks)
+        example = (valid[first.query].source, train[first.other].source)
+        subject = f"pairs of the validation set {name!r}" if name else "pairs to evaluate on"
+        num_near = sum(not leak.is_same for leak in leaks)
+        warnings.append(
+            f"{leak_text(subject, len(leaks), num_near, len(valid), example)}; their accuracy "
+            "says how well they are memorized: remove these prompts from one of the two "
+            "(`mlx-simpo data inspect` lists them)"
+        )
+    return warnings
 
 
 def first_example(leaks: Sequence[Match]) -> Match:

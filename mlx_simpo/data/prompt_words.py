@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ _SIGN_WORDS = {"-": " minus ", "*": " times ", "/": " over ", "%": " mod "}
 # Chinese and Japanese characters, and Thai ones, are written without spaces between words.
 _WITHOUT_SPACES = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 
+_ADVANCE = 1000
 # Marks before and after the words of a turn; a word's hash is one of them as rarely as another's.
 _BEGINS, _ENDS = (1, 1), (2, 2)
 
@@ -93,14 +94,21 @@ class PromptWords:
         return len(self.keys)
 
 
-def read_words(prompts: Iterable[bytes]) -> PromptWords:
+def read_words(
+    prompts: Iterable[bytes], advance: Callable[[int], Any] = lambda prompts: None
+) -> PromptWords:
     """Return the words of prompts that are stored as `pairs.prompt_text` writes them.
 
-    About 4 bytes per word and 48 per prompt are held in memory.
+    About 4 bytes per word and 72 per prompt are held in memory.
+
+    Args:
+        advance: called now and then with the number of prompts that were read since the last call.
     """
     words, starts, ends, last_turns = array("I"), array("q"), array("q"), array("q")
     keys, conversations = bytearray(), bytearray()
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts, start=1):
+        if number % _ADVANCE == 0:
+            advance(_ADVANCE)
         messages = json.loads(prompt)
         turns = [(message.get("role"), words_of(_content(message))) for message in messages]
         compared = [turn for role, turn in turns if role == "user"]

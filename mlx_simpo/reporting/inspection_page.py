@@ -46,7 +46,7 @@ class ShownSequence(NamedTuple):
 
 
 class ShownPair(NamedTuple):
-    """A pair as the page shows it. number: from 1. flags: (kind, what is said of it)."""
+    """A pair as the page shows it. number: as for --pair. flags: (kind, what is said of it)."""
 
     number: int
     source: str
@@ -91,7 +91,7 @@ def inspection_page(
         result = []
         for query, other, similarity in list(matches)[:MAX_LISTED]:
             sides = [
-                (index + 1 if index in numbers else None, overview.pairs[index].source)
+                (index if index in numbers else None, overview.pairs[index].source)
                 for index in (query, other)
             ]
             alike = "the same" if similarity == 1 else f"{similarity:.0%} alike"
@@ -111,9 +111,7 @@ def inspection_page(
         charts=_charts(overview.pairs),
         chart_size=(WIDTH, HEIGHT),
         template=encoder.renderer.text,
-        leaks=[
-            (leaks, listed(_same_is_one(leaks.matches))) for leaks in overview.leaks
-        ],
+        leaks=[(leaks, listed(_same_is_one(leaks.matches))) for leaks in overview.leaks],
         near=listed(_same_is_one(repeats.near)),
         repeated=listed((pair, other, 1.0) for pair, other in repeats.pairs),
         contradictory=listed((pair, other, 1.0) for pair, other in repeats.contradictory),
@@ -195,7 +193,7 @@ class _Shower:
         source = int(np.searchsorted(self._overview.starts, index, "right")) - 1
         text = " ".join(user_text(json.loads(prompt)).split())
         return ShownPair(
-            index + 1,
+            index,
             pair.source,
             self._overview.names[source],
             text if len(text) <= _EXCERPT else f"{text[: _EXCERPT - 1]}…",

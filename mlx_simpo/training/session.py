@@ -25,7 +25,7 @@ from ..model.record import RECORD_KEY, get_dict, training_record
 from ..reporting import advice
 from ..reporting.display import Display
 from ..sampling.prompts import named, prompt_tokens
-from .datasets import read_pairs
+from .datasets import read_pairs, warn_of_leaks
 from .state import TrainingState
 from .trainer import StepMetrics, total_steps, train_steps
 
@@ -166,6 +166,8 @@ def prepare(
             f"train.eval_every is {config.train.eval_every}, but there are no validation pairs; "
             "set data.valid, or data.valid_fraction above 0"
         )
+    if not resuming:  # it was said when the run began
+        warn_of_leaks(pairs, display)
     loaded = load_base_model(config, display)  # its weights are read when first used
     model, template = loaded.model, encoder.renderer.text
     for part in (pairs.train, *pairs.valid.values()):
