@@ -20,6 +20,7 @@ def add(commands: Any) -> None:
     summary = "measure a model on preference pairs"
     parser = add_command_with_settings(commands, "evaluate", run, summary, "--data DATA")
     add_model_and_adapter(parser)
+    parser.sets |= {"data": "data.valid", "split": "data.valid_split"}
     parser.add_argument(
         "--data", help="file, folder or Hub dataset of pairs; default: data.folder or data.valid"
     )

@@ -32,7 +32,7 @@ class DataConfig(Section):
         on_resume="free",
     )
     train_split: str | None = setting(
-        None, "split to train on, of a folder or Hub dataset", on_resume="free"
+        None, "split to train on, of a folder or Hub dataset", NON_EMPTY, "free"
     )
     valid: NamedSources | None = setting(
         None,
@@ -42,7 +42,7 @@ class DataConfig(Section):
         on_resume="free",
     )
     valid_split: str | None = setting(
-        None, "split to evaluate on, of a folder or Hub dataset", on_resume="free"
+        None, "split to evaluate on, of a folder or Hub dataset", NON_EMPTY, "free"
     )
     valid_main: str | None = setting(
         None,
@@ -59,6 +59,7 @@ class DataConfig(Section):
     subset: str | None = setting(
         None,
         "configuration of a Hub dataset that has several of them (load_dataset's name)",
+        NON_EMPTY,
         on_resume="free",
     )
     columns: dict[str, str] | None = setting(
