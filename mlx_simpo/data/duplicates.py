@@ -5,26 +5,17 @@ the same those that share most of their words (`near`).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from .encode import EncodedPair, TokenizedSequence
+from .encode import TokenizedSequence
 from .near import Match, near_matches
 from .prompt_words import PromptWords, join_words, read_words
-
-
-class PairsWithPrompts(Protocol):
-    """Pairs whose prompts are stored beside their tokens, like `tokens.TokenizedPairs`."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> EncodedPair: ...
-    def prompts(self) -> Iterable[bytes]:
-        """Yield the text of each pair's prompt (`pairs.prompt_text`)."""
-        ...
+from .tokens import StoredPairs
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class Repeats:
     contradictory: list[tuple[int, int]]
 
 
-def find_repeats(pairs: PairsWithPrompts, words: PromptWords) -> Repeats:
+def find_repeats(pairs: StoredPairs, words: PromptWords) -> Repeats:
     """Return the repeated prompts and pairs of a dataset.
 
     Args:
@@ -107,8 +98,8 @@ def find_leaks(train: PromptWords, valid: PromptWords) -> list[Match]:
 
 
 def leak_warnings(
-    train: PairsWithPrompts,
-    valid_sets: Mapping[str, PairsWithPrompts],
+    train: StoredPairs,
+    valid_sets: Mapping[str, StoredPairs],
     advance: Callable[[int], Any] = lambda prompts: None,
 ) -> list[str]:
     """Return a warning for each validation set with prompts that occur in the training pairs.
@@ -135,7 +126,7 @@ def leak_warnings(
 
 
 def first_example(leaks: Sequence[Match]) -> Match:
-    """Return the match that shows best what is meant: the first that is the same, if there is one."""
+    """Return the match that shows best what is meant: the first that is the same, if any is."""
     return next((leak for leak in leaks if leak.is_same), leaks[0])
 
 
@@ -150,8 +141,10 @@ def leak_text(
     """Return "3 of 50 pairs to evaluate on (6.0%) have a prompt that is in …, too, e.g. …"."""
     how = ""
     if num_near:
-        how = ", all of them nearly" if num_near == num_leaks else f", {num_near:,} of them nearly"
+        number = "all" if num_near == num_leaks else f"{num_near:,}"
+        how = f", {number} of them nearly"
+    share = num_leaks / num_pairs
     return (
-        f"{num_leaks:,} of {num_pairs:,} {subject} ({num_leaks / num_pairs:.1%}) have a prompt that "
-        f"is in {where}, too{how}, e.g. {example[0]} and {example[1]}"
+        f"{num_leaks:,} of {num_pairs:,} {subject} ({share:.1%}) have a prompt that is in {where}, "
+        f"too{how}, e.g. {example[0]} and {example[1]}"
     )

@@ -122,11 +122,8 @@ def read_words(
             keys += blake2b(text, digest_size=16).digest()
         starts.append(len(words) + len(_BEGINS))
         for turn in compared:
-            words.extend(_BEGINS)
-            first = len(words)
-            words.extend(map(crc32, turn))
-            words.extend(_ENDS)
-        last_turns.append(first)
+            words.extend((*_BEGINS, *map(crc32, turn), *_ENDS))
+        last_turns.append(len(words) - len(_ENDS) - len(compared[-1]))
         ends.append(len(words) - len(_ENDS))
     return PromptWords(
         np.frombuffer(words, np.uint32),

@@ -72,8 +72,8 @@ def _repeats(summary: Mapping[str, Any]) -> Iterator[str]:
         is_or_are = "prompt is" if len(near) == 1 else "prompts are"
         yield (
             f"{len(near):,} {is_or_are} nearly the same as an earlier one, e.g. {near[0]['pair']} "
-            f"and {near[0]['like']}. Where pairs are held out for validation, look for them on "
-            "both sides."
+            f"and {near[0]['like']}. If pairs are held out for validation, such prompts can be "
+            "on both sides; a run warns of that."
         )
 
 
