@@ -307,7 +307,7 @@ def test_bad_input_of_the_other_commands(
         (["generate", "--prompt", "x", "--max-tokens", "many"], "invalid int value: 'many'"),
         (
             ["data", "inspect", "--model", "x"],
-            "required: data; see `mlx-simpo data inspect --help`",
+            "there is nothing to look at; name a file, a folder or a Hugging Face dataset",
         ),
     ],
 )

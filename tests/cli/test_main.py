@@ -25,7 +25,7 @@ def test_version(capsys: Capture) -> None:
         (["evaluate"], ["--data", "--split", "--adapter", "--model", "--per-pair", "--json"]),
         (["generate"], ["--prompt", "--max-tokens", "--adapter", "--model", "--json"]),
         (["data"], ["inspect"]),
-        (["data", "inspect"], ["--model", "--split", "--pair", "--json"]),
+        (["data", "inspect"], ["--model", "--split", "--pair", "--html", "--json"]),
         (["fuse"], ["OUT", "--adapter", "--format {hf,mlx}", "--dequantize", "--verify"]),
         (["convert"], ["to-peft", "from-peft", "from-hf", "architectures"]),
         (["push"], ["FOLDER", "REPO", "--private", "--dry-run", "--revision", "--message"]),
@@ -45,7 +45,7 @@ def test_help(capsys: Capture, arguments: list[str], options: list[str]) -> None
         (["train"], "[options] [CONFIG.yaml] [name=value ...]"),
         (["evaluate"], "[options] --data DATA [CONFIG.yaml] [name=value ...]"),
         (["generate"], "[options] --prompt TEXT [CONFIG.yaml] [name=value ...]"),
-        (["data", "inspect"], "[options] DATA [CONFIG.yaml] [name=value ...]"),
+        (["data", "inspect"], "[options] [DATA ...] [CONFIG.yaml] [name=value ...]"),
     ],
 )
 def test_the_usage_line_shows_what_is_required(
