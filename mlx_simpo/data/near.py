@@ -9,25 +9,26 @@ differ in a prompt of 25 words, none in one of 10. "What is 7 times 8?" is not "
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from .preambles import bodies
 from .prompt_words import PromptWords, Spans
-from .shingles import NO_HASH, ShingleSets, similarity
+from .shingles import NO_HASH, NUM_KEYS, NUM_RANDOM, ShingleSets, jaccard, shingle_set
 
 THRESHOLD = 0.8
-# Two prompts are candidates if they share one of the first hashes of their sketches, and this part
-# of the whole sketches. At a similarity of 0.8, a pair is missed with a probability of
-# 0.2^8 + 3e-5; the more similar, the less.
-BUCKET_HASHES = 8
+# Two prompts are candidates if they share a key (see `shingles`) and this part of their sketches. At
+# a similarity of 0.8, a pair is missed with a probability of 3e-5 for its sketches, and less than
+# 0.2^8 for its keys; the more similar, the less.
 MIN_SHARED = 6 / 16
-# Bounds on what one prompt costs where hundreds are nearly equal: others that share a hash with it,
-# and those of them that are verified, the most similar by their sketches first.
+# Bounds on what one prompt costs where hundreds are nearly equal: others with one key, those of the
+# most similar size; and candidates that are verified, those that share most first.
 MAX_NEIGHBOURS = 16
 MAX_VERIFIED = 8
 _CHUNK = 2048  # prompts whose candidates are in memory at a time
+_SIZE_BITS = np.uint64(16)
 
 
 class Match(NamedTuple):
@@ -53,111 +54,103 @@ def near_matches(
             queries before it.
     """
     everything = queries if others is None else np.concatenate([queries, others])
-    prompts_to_compare = _Comparison(prompts, everything)
-    matches: dict[int, Match] = {}
-    for candidates in prompts_to_compare.candidates(len(queries), others is None):
-        previous, verified = -1, 0
-        for query, other in candidates:
-            verified = verified + 1 if query == previous else 1
-            previous = query
-            if verified > MAX_VERIFIED or query in matches:
-                continue
-            value = prompts_to_compare.similarity(query, other)
-            if value >= THRESHOLD:
-                matches[query] = Match(int(everything[query]), int(everything[other]), value)
-    return [matches[query] for query in sorted(matches)]
+    compare = _Comparison(prompts, everything)
+    result, previous, verified = [], -1, 0
+    for query, other in _candidates(compare.sets, len(queries), others is None):
+        verified = verified + 1 if query == previous else 1
+        previous = query
+        if verified <= MAX_VERIFIED and (value := compare.similarity(query, other)) >= THRESHOLD:
+            result.append(Match(int(everything[query]), int(everything[other]), value))
+            verified = MAX_VERIFIED
+    return result
 
 
 class _Comparison:
     """Some of the prompts, ready to be compared by their row."""
 
     def __init__(self, prompts: PromptWords, indices: np.ndarray) -> None:
-        self._words = prompts.words
-        whole = prompts.spans.take(indices)
-        body = bodies(prompts, whole)
-        last = np.maximum(prompts.last_turns[indices], whole.starts)
-        self._last = Spans(last, whole.ends)
-        self._has_turns = last > whole.starts
-        self._has_preamble = (body.ends - body.starts) < (whole.ends - whole.starts)
-        self._whole = self._bodies = ShingleSets(prompts.words, whole)
-        if self._has_preamble.any():
-            self._bodies = ShingleSets(prompts.words, body)
+        self._words, whole = prompts.words, prompts.spans.take(indices)
+        self.sets = ShingleSets(prompts.words, whole)
+        self._body = bodies(prompts, whole)
+        self._last = Spans(prompts.last_turns[indices], whole.ends)
+        self._has_turns = self._last.starts > whole.starts
+        self._has_preamble = (self._body.ends - self._body.starts) < (whole.ends - whole.starts)
+        # A prompt is compared with several others in a row.
+        self._body_set = lru_cache(maxsize=256)(self._read_body)
 
-    def candidates(
-        self, num_queries: int, only_earlier: bool
-    ) -> Iterator[Iterator[tuple[int, int]]]:
-        """Yield the candidates, once or twice: see `_candidates`."""
-        yield _candidates(self._bodies, num_queries, only_earlier)
-        # Where the preamble itself differs in a word, it is part of the body of one of the two.
-        if self._has_preamble.any():
-            yield _candidates(self._whole, num_queries, only_earlier, self._has_preamble)
+    def _read_body(self, row: int) -> frozenset[int]:
+        return shingle_set(self._words, self._body, row)
 
     def similarity(self, a: int, b: int) -> float:
         """Return the least of the similarities that count."""
-        value = self._whole.similarity(a, b)
+        value = self.sets.similarity(a, b)
         if value >= THRESHOLD and (self._has_turns[a] or self._has_turns[b]):
-            value = min(value, similarity(self._words, self._last, a, b))
+            last = (shingle_set(self._words, self._last, row) for row in (a, b))
+            value = min(value, jaccard(*last))
         for one, other in ((a, b), (b, a)):
             if value >= THRESHOLD and self._has_preamble[one]:
-                share = self._bodies.share_in(one, self._whole, other)
+                body = self._body_set(one)
+                share = len(body & self.sets.read(other)) / len(body)
                 # The similarity of two sets of one size that share so much.
                 value = min(value, share / (2 - share))
         return value
 
 
 def _candidates(
-    sets: ShingleSets,
-    num_queries: int,
-    only_earlier: bool,
-    differ_in: np.ndarray | None = None,
+    sets: ShingleSets, num_queries: int, only_earlier: bool
 ) -> Iterator[tuple[int, int]]:
     """Yield (query, other) whose sketches have enough in common, those with the most first.
 
     The first ``num_queries`` rows are the queries; the other rows are the others, or with
-    ``only_earlier`` the queries before. If there is ``differ_in`` (bool [N]), the two differ in it.
+    ``only_earlier`` the queries before.
     """
     first = 0 if only_earlier else num_queries
-    hashes = sets.sketches[first:, :BUCKET_HASHES].ravel()
-    # Stable: among equal hashes, rows stay in their order.
-    order = np.argsort(hashes, kind="stable")
-    hashes, rows = hashes[order], first + order // BUCKET_HASHES
-    positions = np.empty(len(order), np.int64)
-    positions[order] = np.arange(len(order))
+    # Equal keys stand together in the order of their sizes, which take the place of the last bits.
+    keys = (sets.keys & ~((np.uint64(1) << _SIZE_BITS) - np.uint64(1))) | np.minimum(
+        sets.sizes, 2 ** int(_SIZE_BITS) - 1
+    ).astype(np.uint64)[:, None]
+    order = np.argsort(keys[first:], axis=None, kind="stable")
+    sorted_keys, rows = keys[first:].ravel()[order], first + order // NUM_KEYS
     for start in range(0, num_queries, _CHUNK):
-        asked = sets.sketches[start : min(start + _CHUNK, num_queries), :BUCKET_HASHES].ravel()
-        queries = start + np.arange(len(asked)) // BUCKET_HASHES
-        low = np.searchsorted(hashes, asked)
-        high = np.searchsorted(hashes, asked, side="right")
-        if only_earlier:  # the nearest ones before itself
-            high = positions[start * BUCKET_HASHES :][: len(asked)]
-            low = np.maximum(low, high - MAX_NEIGHBOURS)
-        high = np.where(asked == NO_HASH, 0, high)
-        # One number per pair, so that they are sorted and made unique at once.
-        is_one = [low + offset < high for offset in range(MAX_NEIGHBOURS)]
-        pairs = [
-            queries[which] * len(sets.sizes) + rows[(low + offset)[which]]
-            for offset, which in enumerate(is_one)
-        ]
-        a, b = np.divmod(_unique(np.concatenate(pairs)), len(sets.sizes))
+        end = min(start + _CHUNK, num_queries)
+        is_key = sets.keys[start:end].ravel() != NO_HASH
+        asked = keys[start:end].ravel()[is_key]
+        queries = np.repeat(np.arange(start, end), NUM_KEYS)[is_key]
+        middle = np.searchsorted(sorted_keys, asked)
+        pairs = [np.zeros(0, np.int64)]
+        for offset in range(-MAX_NEIGHBOURS, MAX_NEIGHBOURS + 1):
+            position = np.clip(middle + offset, 0, len(rows) - 1)
+            is_one = (sorted_keys[position] ^ asked) >> _SIZE_BITS == 0
+            if only_earlier:
+                is_one &= rows[position] < queries
+            # One number per pair, so that they are sorted and made unique at once.
+            pairs.append(queries[is_one] * len(keys) + rows[position[is_one]])
+        a, b = np.divmod(_unique(np.concatenate(pairs)), len(keys))
         smaller, larger = np.sort([sets.sizes[a], sets.sizes[b]], axis=0)
         is_possible = smaller >= THRESHOLD * larger
-        if differ_in is not None:
-            is_possible &= differ_in[a] != differ_in[b]
-        yield from _similar_sketches(sets.sketches, a[is_possible], b[is_possible])
+        yield from _similar(sets, a[is_possible], b[is_possible])
 
 
-def _similar_sketches(
-    sketches: np.ndarray, queries: np.ndarray, others: np.ndarray
+def _similar(
+    sets: ShingleSets, queries: np.ndarray, others: np.ndarray
 ) -> Iterator[tuple[int, int]]:
+    """Yield those of the pairs that share enough of their sketches, the most similar first."""
+    rare = sets.keys[:, NUM_RANDOM:]
     for start in range(0, len(queries), _CHUNK):
         a, b = queries[start : start + _CHUNK], others[start : start + _CHUNK]
-        one, other = sketches[a], sketches[b]
-        is_shared = (one[:, :, None] == other[:, None, :]) & (one != NO_HASH)[:, :, None]
-        shared = is_shared.sum((1, 2))
-        sizes = np.maximum((one != NO_HASH).sum(1), (other != NO_HASH).sum(1))
-        order = np.lexsort((-shared, a))
+        shared = _count_shared(sets.sketches[a], sets.sketches[b])
+        sizes = np.minimum(np.maximum(sets.sizes[a], sets.sizes[b]), sets.sketches.shape[1])
+        # Where many share the same instructions, those that share rare words, too, come first.
+        rank = shared + sets.sketches.shape[1] * _count_shared(rare[a], rare[b])
+        order = np.lexsort((-rank, a))
         order = order[(shared >= MIN_SHARED * sizes)[order]]
         yield from zip(a[order].tolist(), b[order].tolist(), strict=True)
+
+
+def _count_shared(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return how many hashes of each row, uint64 [n, k] both, are in the other's row: int [n]."""
+    is_equal = one[:, :, None] == other[:, None, :]
+    return (is_equal & (one != NO_HASH)[:, :, None]).sum((1, 2))
 
 
 def _unique(values: np.ndarray) -> np.ndarray:
