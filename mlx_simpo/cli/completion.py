@@ -67,7 +67,7 @@ def _commands(parser: Parser, path: str = "") -> Iterator[Command]:
     options, valued = dict.fromkeys(parser.named, ""), list(parser.named)
     for name in parser.option_names():
         action = parser.option(name)
-        if action is not None and name.startswith("--"):
+        if action is not None:
             options[name] = _short((action.help or "") % {"default": action.default})
             valued += [name] if action.nargs != 0 else []
     if parser.takes_settings:
@@ -122,7 +122,7 @@ COMMANDS
     esac
     # A value may be a file: with no word of ours, bash completes those. It splits words at "=".
     case $previous:$current in
-        =:* | *:= | -c:*) return ;;
+        =:* | *:=) return ;;
     esac
     case " $valued " in
         *" $previous "*) return ;;
@@ -206,7 +206,7 @@ def _zsh(commands: list[Command]) -> str:
             f"        {quote(command.path)})",
             f"            follow=({_described(command.follow)})",
             f"            options=({_described(command.options)})",
-            f'            valued="-c {" ".join(command.valued)}"',
+            f'            valued="{" ".join(command.valued)}"',
         ]
         lines += [f"            settings=({_described(_settings())})"] if command.settings else []
         lines.append("            ;;")
@@ -247,7 +247,8 @@ def _fish(commands: list[Command]) -> str:
             lines.append(f"{here} -f -a {name} -d {_fish_quote(text)}")
         for name, text in command.options.items():
             valued = " -r" if name in command.valued else ""
-            lines.append(f"{here} -l {name[2:]}{valued} -d {_fish_quote(text)}")
+            option = f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}"
+            lines.append(f"{here} {option}{valued} -d {_fish_quote(text)}")
         for name, text in _settings().items() if command.settings else ():
             lines.append(f"{here} -a {name}= -d {_fish_quote(text)}")
     text = _FISH.replace("PATTERNS", "\n".join(patterns))
