@@ -104,7 +104,8 @@ def evaluate(
     results = {"base": evaluate_with_progress(model, pairs, config, engine, display, "Base model")}
     if adapter is not None:
         record = get_dict(load_adapter(model, adapter), RECORD_KEY)
-        display.warn(advice.adapter_mismatch(record, loaded, encoder.renderer.text))
+        template, arguments = encoder.renderer.text, config.data.template_args or {}
+        display.warn(advice.adapter_mismatch(record, loaded, template, arguments))
         results["adapter"] = evaluate_with_progress(
             model, pairs, config, engine, display, "Adapter"
         )
