@@ -1,17 +1,22 @@
 """Fixtures shared by the tests."""
 
 # First, before anything imports MLX: on a Linux CPU it loads a fast BLAS in place of MLX's own.
-from mlx_simpo import load_config, train
+from mlx_simpo import LoRAConfig, load_config, load_model, train
 
 # isort: split
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from helpers.commands import small_run
 from helpers.tiny import some_pairs, tiny_folder, write_jsonl
+from mlx.utils import tree_map
 from smollm2 import cache_folder, smollm2
+
+from mlx_simpo.model.adapters import save_adapter
+from mlx_simpo.model.lora import attach_lora
 
 USERS_CACHE = cache_folder()
 
@@ -70,3 +75,14 @@ def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def bare_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose tokenizer has no chat template."""
     return tiny_folder(tmp_path_factory.mktemp("bare") / "model", template=None)
+
+
+@pytest.fixture(scope="session")
+def strong_adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes the responses of the tiny model."""
+    model = load_model(str(model_folder)).model
+    config = attach_lora(model, LoRAConfig(rank=4, dropout=0.5), seed=0)
+    mx.random.seed(7)
+    model.update(tree_map(lambda p: mx.random.normal(p.shape) * 0.3, model.trainable_parameters()))
+    config["model"] = str(model_folder)
+    return save_adapter(tmp_path_factory.mktemp("strong"), model, config)

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidSettingsError, SimPOError
@@ -19,12 +19,12 @@ from .responses import (
     wait_for_responses,
 )
 
-STDIN = "-"
-
 if TYPE_CHECKING:
     from ..config.simpo_config import SimPOConfig
     from ..sampling.prompts import NamedPrompt
+    from ..sampling.responder import Responder
 
+STDIN = "-"
 _DEFAULTS = SamplingSettings()
 _PROMPTS = "--prompt TEXT | --prompts FILE | --chat"
 
@@ -127,9 +127,8 @@ def run(options: argparse.Namespace) -> None:
     announce(f"{doing} with {options.adapter or config.model}")
     with exit_on_interrupt():
         from ..generation import load_responder
-        from ..reporting.display import Display
         from ..sampling.chat import Chat
-        from ..sampling.prompts import check_prompt, last_text
+        from ..sampling.prompts import check_prompt
         from .chat import run_chat
 
     if options.chat:
@@ -138,23 +137,33 @@ def run(options: argparse.Namespace) -> None:
         return
     prompts = _read_prompts(options, config)
     for prompt in prompts:
-        check_prompt(*prompt[:2])  # before a model is loaded
+        check_prompt(prompt.prompt, prompt.name)  # before a model is loaded
     responder = load_responder(config, options.adapter)
+    _print_responses(responder, prompts, settings, options, config.model)
+
+
+def _print_responses(
+    responder: "Responder",
+    prompts: "Sequence[NamedPrompt]",
+    settings: SamplingSettings,
+    options: argparse.Namespace,
+    model: str,
+) -> None:
+    from ..reporting.display import Display
+    from ..sampling.prompts import last_text
+
+    sources = responder.sources(base=not options.no_base)
+    has_columns = options.side_by_side
+    if has_columns is None:
+        has_columns = len(sources) > 1 and fits_side_by_side()
+    show = wait_for_responses if options.json else stream_columns if has_columns else stream_text
     parts = responder.respond(
         prompts, settings, system_prompt=options.system_prompt, base=not options.no_base
     )
-    sources = responder.sources(base=not options.no_base)
-    show = stream_text
-    if options.json:
-        show = wait_for_responses
-    elif len(sources) > 1 and (
-        fits_side_by_side() if options.side_by_side is None else options.side_by_side
-    ):
-        show = stream_columns
     responses = show(parts, [last_text(prompt.prompt) for prompt in prompts], sources)
     if options.json:
         result = {
-            "model": config.model,
+            "model": model,
             "adapter": options.adapter,
             "system_prompt": options.system_prompt,
             "sampling": settings.as_dict(),
@@ -178,7 +187,7 @@ def _conflicts(options: argparse.Namespace) -> Iterator[str]:
             yield f"{name} has no effect in a chat; leave out {name} or --chat"
         return
     if not options.prompt and options.prompts is None:
-        yield ('there is no prompt; add --prompt "What is a comet?", --prompts FILE or --chat')
+        yield 'there is no prompt; add --prompt "What is a comet?", --prompts FILE or --chat'
     if options.prompt.count(STDIN) + (options.prompts == STDIN) > 1:
         yield "- is there twice, and standard input can be read only once; leave one of them out"
     if options.no_base and not options.adapter:

@@ -12,6 +12,7 @@ from .output import plain_console, print_text
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from ..sampling.generate import Response
     from ..sampling.responder import ResponsePart
@@ -56,28 +57,30 @@ def stream_text(
 
 def _print_heading(prompts: Sequence[str], number: int | None, source: str) -> None:
     """Print the heading of a response: its prompt, if there is a ``number``, and its source."""
-    is_terminal = sys.stdout.isatty()
+    if number:
+        print_text("\n")
+    if not sys.stdout.isatty():
+        prompt = "" if number is None else f"prompt: {prompts[number]}\n"
+        label = source or ("" if number is None else "response")
+        print_text(prompt + (f"{label}: " if label else ""))
+        return
+    console = plain_console()
     if number is not None:
-        separator = "\n" if number else ""
-        if is_terminal:
-            print_text(separator)
-            title = f"{number + 1} of {len(prompts)}: {' '.join(prompts[number].split())}"
-            _print_rule(title, "━", "bold")
-        else:
-            print_text(f"{separator}prompt: {prompts[number]}\n")
-    if source and is_terminal:
-        _print_rule(source, "─", "dim")
-    elif source or number is not None:
-        print_text(f"{source or 'response'}: ")
+        title = _title(console, prompts, number)
+        console.rule(title, align="left", characters="━", style="bold")
+    if source:
+        console.rule(source, align="left", characters="─", style="dim")
 
 
-def _print_rule(title: str, line: str, style: str) -> None:
+def _title(console: "Console", prompts: Sequence[str], number: int) -> "Text":
+    """Return a prompt on one line, with its number if there are several."""
     from rich.text import Text
 
-    console = plain_console()
-    text = Text(visible(title))
-    text.truncate(max(1, console.width - 4), overflow="ellipsis")
-    console.rule(text, align="left", characters=line, style=style)
+    prompt = " ".join(prompts[number].split())
+    counted = prompt if len(prompts) == 1 else f"{number + 1} of {len(prompts)}: {prompt}"
+    title = Text(visible(counted), "bold")
+    title.truncate(max(1, console.width - 4), overflow="ellipsis")
+    return title
 
 
 def stream_columns(
@@ -92,8 +95,8 @@ def stream_columns(
     console = plain_console()
     responses: list[Response] = []
     parts = _without_stray_output(parts)
-    for number, prompt in enumerate(prompts):
-        title = prompt if len(prompts) == 1 else f"{number + 1} of {len(prompts)}: {prompt}"
+    for number in range(len(prompts)):
+        title = _title(console, prompts, number)
         texts = dict.fromkeys(sources, "")
         count, shown = 0, 0.0
         with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
@@ -111,13 +114,13 @@ def stream_columns(
 
 
 def _columns(
-    console: "Console", title: str, texts: dict[str, str], height: int | None = None
+    console: "Console", title: "Text", texts: dict[str, str], height: int | None = None
 ) -> "Table":
     """Return texts beside each other; with a ``height`` only as many of their last lines as fit."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(visible(title), "bold"), title_justify="left", expand=True)
+    table = Table(title=title, title_justify="left", expand=True)
     cells = []
     width = (console.width - _FRAME_CHARACTERS) // len(texts)
     for name, text in texts.items():
@@ -168,7 +171,7 @@ def cut_note(finish_reasons: Sequence[str], max_tokens: int) -> str | None:
         return None
     total, were = len(finish_reasons), "was" if cut == 1 else "were"
     which = "the response" if total == 1 else f"{cut} of {total} responses"
-    return f"{which} {were} cut at {max_tokens} tokens; for longer ones, add --max-tokens {2 * max_tokens}"
+    return f"{which} {were} cut at {max_tokens} tokens; for more, add --max-tokens {2 * max_tokens}"
 
 
 def _without_stray_output(parts: "Iterator[ResponsePart]") -> "Iterator[ResponsePart]":

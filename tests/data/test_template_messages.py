@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from helpers.chat_templates import TEMPLATES, template_tokenizer
 from helpers.tiny import assistant, system, tiny_tokenizer, user
-
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_simpo import DataConfig

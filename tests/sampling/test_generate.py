@@ -1,41 +1,32 @@
-"""Responses: those of mlx_lm's own greedy generation, from prompts as in training."""
+"""Responses: those of mlx_lm's own generation, greedy and sampled, token by token."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 import pytest
-from helpers.tiny import BARE, CHATML, INST, some_pairs, tiny_model, tiny_tokenizer, user
-from mlx.utils import tree_map
+from helpers.tiny import tiny_model, tiny_tokenizer, user
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.sample_utils import make_sampler
 
-from mlx_simpo import DataConfig, LoRAConfig, SimPOError, load_pairs
+from mlx_simpo import DataConfig, SamplingSettings, SimPOError
+from mlx_simpo.config.simpo_config import SimPOConfig
 from mlx_simpo.data.encode import Encoder
-from mlx_simpo.model.adapters import load_adapter, save_adapter
-from mlx_simpo.model.loading import load_model
-from mlx_simpo.model.lora import attach_lora
+from mlx_simpo.generation import load_responder
 from mlx_simpo.sampling import generate as generation_module
-from mlx_simpo.sampling.generate import generate_response
+from mlx_simpo.sampling.generate import generate_response, stream_response
+from mlx_simpo.sampling.prompts import NamedPrompt, prompt_tokens
 
 PROMPT = "Why is the sky blue?"
+SHORT = SamplingSettings(max_tokens=12)
 
 
-class Adapted(NamedTuple):
-    """A model folder and an adapter for it that changes its responses."""
-
-    model: str
-    adapter: str
-
-
-@pytest.fixture(scope="module")
-def adapted(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
-    model = load_model(str(model_folder)).model
-    config = attach_lora(model, LoRAConfig(rank=4, dropout=0.5), seed=0)
-    mx.random.seed(7)
-    model.update(tree_map(lambda p: mx.random.normal(p.shape) * 0.3, model.trainable_parameters()))
-    folder = save_adapter(tmp_path_factory.mktemp("adapter"), model, config)
-    return Adapted(str(model_folder), str(folder))
+def tokens_of(tokenizer: Any, prompt: str = PROMPT) -> list[int]:
+    return prompt_tokens(Encoder(tokenizer, DataConfig()), NamedPrompt(prompt))
 
 
 def greedy(model: nn.Module, tokenizer: Any, tokens: list[int], count: int) -> str:
@@ -51,128 +42,153 @@ def greedy(model: nn.Module, tokenizer: Any, tokens: list[int], count: int) -> s
     return text.text.strip()
 
 
-def test_the_response_is_mlx_lms_with_the_adapter(adapted: Adapted) -> None:
-    model, tokenizer = mlx_lm.load(adapted.model, adapter_path=adapted.adapter)[:2]
-    text = tokenizer.apply_chat_template([user(PROMPT)], add_generation_prompt=True)
-    expected = mlx_lm.generate(model, tokenizer, text, max_tokens=12).strip()
-    loaded = load_model(adapted.model)
-    encoder = Encoder(loaded.tokenizer, DataConfig())
-    base = generate_response(loaded.model, loaded.tokenizer, encoder, PROMPT, 12)
-    load_adapter(loaded.model, adapted.adapter)
-    assert (
-        generate_response(loaded.model, loaded.tokenizer, encoder, PROMPT, 12) == expected != base
-    )
-
-
-def test_the_response_is_decoded_greedily(adapted: Adapted) -> None:
-    loaded = load_model(adapted.model)
-    load_adapter(loaded.model, adapted.adapter)
-    encoder = Encoder(loaded.tokenizer, DataConfig())
-    response = generate_response(loaded.model, loaded.tokenizer, encoder, PROMPT, 12)
-    tokens = encoder.prompt_tokens(PROMPT)
-    assert response == greedy(loaded.model, loaded.tokenizer, tokens, 12)
-    assert response
-
-
-def test_the_response_does_not_depend_on_the_seed_or_on_dropout(adapted: Adapted) -> None:
-    loaded = load_model(adapted.model)
-    load_adapter(loaded.model, adapted.adapter)
-    encoder = Encoder(loaded.tokenizer, DataConfig())
-    responses = set()
-    for seed in range(3):
-        mx.random.seed(seed)
-        loaded.model.train()
-        responses.add(generate_response(loaded.model, loaded.tokenizer, encoder, PROMPT, 12))
-    assert len(responses) == 1
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_models_mode_is_restored(training: bool) -> None:
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    model.train(training)
-    generate_response(model, tokenizer, Encoder(tokenizer, DataConfig()), PROMPT, 2)
-    assert model.training == training
-
-
-@pytest.fixture
-def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The prompts that mlx_lm's generate is called with; its response has spaces around it."""
-    received: list[list[int]] = []
-
-    def generate(model: nn.Module, tokenizer: Any, prompt: list[int], **options: Any) -> str:
-        received.append(list(prompt))
-        return "  a response\n"
-
-    monkeypatch.setattr(generation_module, "generate", generate)
-    return received
-
-
-TOKENIZERS: dict[str, dict[str, Any]] = {
-    "chatml": {"template": CHATML},
-    "inst": {"template": INST, "bos": "<s>", "adds_bos": True},
-    "bare": {"template": BARE},
-    "no-template": {"template": None, "bos": "<s>", "adds_bos": True},
-}
-
-
 @pytest.mark.parametrize(
-    ("name", "text"),
+    "options",
     [
-        (
-            "chatml",
-            f"<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n{PROMPT}<|im_end|>\n"
-            "<|im_start|>assistant\n",
-        ),
-        ("inst", f"<s>[INST] {PROMPT} [/INST]"),
-        ("bare", f"user: {PROMPT}\nassistant: "),
-        ("no-template", f"<s>{PROMPT}"),
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.6, "top_p": 0.9},
+        {"temperature": 2.0, "top_k": 20, "min_p": 0.02},
     ],
 )
-def test_the_prompt_is_templated_once(name: str, text: str, prompts: list[list[int]]) -> None:
-    tokenizer = tiny_tokenizer(**TOKENIZERS[name])
-    response = generate_response(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), PROMPT)
-    (tokens,) = prompts
-    assert tokenizer.decode(tokens) == text
-    assert response == "a response"
-
-
-def test_the_prompt_is_that_of_a_training_pair(prompts: list[list[int]], pairs_file: Path) -> None:
-    """With the assistant's header, after which the scored tokens begin."""
-    tokenizer = tiny_tokenizer()
-    encoder = Encoder(tokenizer, DataConfig())
-    pair = encoder.encode(load_pairs(str(pairs_file)).pairs[3])
-    generate_response(tiny_model(), tokenizer, encoder, some_pairs()[3]["prompt"])
-    assert prompts == [pair.chosen.tokens[: pair.chosen.score_start].tolist()]
-
-
-@pytest.mark.parametrize("count", [0, -1])
-def test_max_tokens_below_1_is_an_error(count: int, prompts: list[list[int]]) -> None:
-    tokenizer = tiny_tokenizer()
-    with pytest.raises(SimPOError, match=f"max_tokens is {count}; it must be 1 or greater"):
-        generate_response(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), PROMPT, count)
-    assert prompts == []
-
-
-def test_an_empty_prompt_is_an_error(prompts: list[list[int]]) -> None:
-    tokenizer = tiny_tokenizer(None)
-    with pytest.raises(SimPOError, match="the prompt is empty; it must have at least one token"):
-        generate_response(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), "")
-    assert prompts == []
-
-
-def test_a_template_that_rejects_the_prompt_is_an_error() -> None:
-    tokenizer = tiny_tokenizer("{{ raise_exception('not today') }}")
-    with pytest.raises(SimPOError, match=r"cannot be used: .*not today"):
-        generate_response(tiny_model(), tokenizer, Encoder(tokenizer, DataConfig()), PROMPT)
-
-
-def test_a_prompt_with_tokens_that_the_model_does_not_have_is_an_error(
-    prompts: list[list[int]],
+def test_the_response_is_mlx_lms_with_the_adapter(
+    options: dict[str, Any], model_folder: Path, strong_adapter: Path
 ) -> None:
-    tokenizer = tiny_tokenizer()
-    encoder = Encoder(tokenizer, DataConfig())
-    with pytest.raises(
-        SimPOError, match=r"the prompt has token \d+, but the model has a vocabulary"
-    ):
-        generate_response(tiny_model(vocab_size=100), tokenizer, encoder, PROMPT)
-    assert prompts == []
+    model, tokenizer = mlx_lm.load(str(model_folder), adapter_path=str(strong_adapter))[:2]
+    text = tokenizer.apply_chat_template([user(PROMPT)], add_generation_prompt=True)
+    names = {"temperature": "temp"}
+    sampler = make_sampler(**{names.get(name, name): value for name, value in options.items()})
+    mx.random.seed(3)
+    expected = mlx_lm.generate(model, tokenizer, text, max_tokens=12, sampler=sampler).strip()
+    ours = load_responder(SimPOConfig(model=str(model_folder)), strong_adapter)
+    assert ours.tokenizer is not tokenizer
+    tokens = tokens_of(ours.tokenizer)
+    sampling = SamplingSettings(max_tokens=12, **options)
+    responses = {}
+    for source in ("adapter", "base"):
+        ours.use(source)
+        responses[source] = generate_response(ours.model, ours.tokenizer, tokens, sampling, seed=3)
+    assert responses["adapter"].text == expected != responses["base"].text
+    assert responses["adapter"].seed == (None if sampling.is_greedy else 3)
+
+
+def test_the_response_is_decoded_greedily(model_folder: Path) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    response = generate_response(model, tokenizer, tokens_of(tokenizer), SHORT)
+    assert response.text == greedy(model, tokenizer, tokens_of(tokenizer), 12)
+    assert response.text
+    assert (len(response.tokens), response.finish_reason) == (12, "length")
+
+
+def test_the_seed_decides_what_is_sampled() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    sampling = SamplingSettings(max_tokens=12, temperature=1.0)
+    texts = [
+        generate_response(model, tokenizer, tokens_of(tokenizer), sampling, seed=seed).text
+        for seed in (1, 2, 1)
+    ]
+    assert texts[0] == texts[2] != texts[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_draws_random_numbers_beside_it_does_not_notice(temperature: float) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    mx.random.seed(11)
+    expected = np.array(mx.random.normal((4,)))
+    mx.random.seed(11)
+    sampling = SamplingSettings(max_tokens=4, temperature=temperature)
+    generate_response(model, tokenizer, tokens_of(tokenizer), sampling, seed=5)
+    np.testing.assert_array_equal(np.array(mx.random.normal((4,))), expected)
+
+
+def test_a_response_that_is_left_half_way_restores_the_random_state() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    mx.random.seed(11)
+    expected = np.array(mx.random.normal((4,)))
+    mx.random.seed(11)
+    sampling = SamplingSettings(max_tokens=9, temperature=1.0)
+    for _ in stream_response(model, tokenizer, tokens_of(tokenizer), sampling, seed=5):
+        break
+    np.testing.assert_array_equal(np.array(mx.random.normal((4,))), expected)
+
+
+def test_the_end_token_is_not_part_of_the_response() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    tokens = generate_response(model, tokenizer, tokens_of(tokenizer), SHORT).tokens
+    end = next(i for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i])
+    tokenizer.eos_token_ids = {tokens[end]}
+    *parts, last = stream_response(model, tokenizer, tokens_of(tokenizer), SHORT)
+    assert last.response is not None
+    assert last.response.tokens == tokens[:end]
+    assert (last.response.is_complete, last.response.finish_reason) == (True, "stop")
+    assert [part.token for part in (*parts, last)] == list(tokens[: end + 1])
+    assert last.response.as_dict() == {
+        "text": last.response.text,
+        "tokens": end,
+        "finish_reason": "stop",
+    }
+
+
+# --- the text, as it comes -------------------------------------------------------------------
+
+
+class Script(nn.Module):
+    """A model whose likeliest next tokens are those of a script."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        super().__init__()
+        self.script, self.layers, self.position = tokens, [], 0
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        # The prompt has two tokens: the first is read alone, the second predicts the first token.
+        self.position += 1
+        index = min(self.position - 2, len(self.script) - 1)
+        logits = mx.zeros((1, inputs.shape[1], 600))
+        logits[..., self.script[max(0, index)]] = 9.0
+        return logits
+
+
+TOKENIZER = tiny_tokenizer()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12), st.booleans())
+def test_the_parts_are_the_text_whatever_its_characters(text: str, is_cut: bool) -> None:
+    """No half characters, no white space around it, and nothing lost: with the model's logits
+    replaced so that it writes a given text."""
+    tokens = TOKENIZER.encode(text, add_special_tokens=False)
+    ended = tokens if is_cut else [*tokens, TOKENIZER.eos_token_id]
+    model = Script(ended)
+    parts = list(stream_response(model, TOKENIZER, [5, 6], SamplingSettings(len(ended))))
+    expected = TOKENIZER.decode(tokens).strip()
+    assert "".join(part.text for part in parts) == expected
+    response = parts[-1].response
+    assert response is not None
+    assert (response.text, list(response.tokens)) == (expected, tokens)
+    for part in parts[:-1]:
+        assert part.response is None
+        assert "\ufffd" not in part.text or "\ufffd" in text
+
+
+def test_half_a_character_at_the_end_is_shown_as_missing() -> None:
+    tokens = TOKENIZER.encode("ok 😀", add_special_tokens=False)
+    model = Script(tokens[:-1])
+    *_, last = stream_response(model, TOKENIZER, [5, 6], SamplingSettings(len(tokens) - 1))
+    assert last.response is not None
+    assert last.response.text.startswith("ok")
+    assert last.response.text.endswith("\ufffd")
+
+
+def test_the_options_reach_mlx_lm(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: dict[str, Any] = {}
+
+    def stream_generate(*arguments: Any, **options: Any) -> Any:
+        received.update(options)
+        raise SimPOError("seen")
+
+    monkeypatch.setattr(generation_module, "stream_generate", stream_generate)
+    cache: list[Any] = []
+    with pytest.raises(SimPOError, match="seen"):
+        list(stream_response(tiny_model(), TOKENIZER, [1], SHORT, prompt_cache=cache))
+    assert received["max_tokens"] == 12
+    assert received["prompt_cache"] is cache

@@ -9,11 +9,12 @@ import pytest
 from helpers.tiny import tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten
 
-from mlx_simpo import DataConfig, LoRAConfig, SimPOError
+from mlx_simpo import DataConfig, LoRAConfig, SamplingSettings, SimPOError
 from mlx_simpo.data.encode import Encoder
 from mlx_simpo.model.loading import load_model
 from mlx_simpo.model.lora import attach_lora
 from mlx_simpo.sampling.generate import generate_response
+from mlx_simpo.sampling.prompts import NamedPrompt, prompt_tokens
 from mlx_simpo.sampling.repetition import repeated_share
 from mlx_simpo.sampling.samples import Sample, sample_responses, sample_warning
 
@@ -27,8 +28,9 @@ def test_the_samples_are_the_models_responses_with_their_measures(model_folder: 
     samples = sample_responses(model, tokenizer, encoder, PROMPTS, 12)
     assert [sample.prompt for sample in samples] == list(PROMPTS)
     for sample in samples:
-        expected = generate_response(model, tokenizer, encoder, sample.prompt, 12)
-        assert sample.response == expected
+        tokens = prompt_tokens(encoder, NamedPrompt(sample.prompt))
+        expected = generate_response(model, tokenizer, tokens, SamplingSettings(12))
+        assert sample.response == expected.text
         assert sample.tokens == 12
         assert not sample.is_complete
         assert json.loads(json.dumps(sample.as_dict())) == sample.as_dict()
@@ -86,7 +88,7 @@ def test_the_mode_is_restored_if_generating_fails(monkeypatch: pytest.MonkeyPatc
     def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("mlx_simpo.sampling.samples.stream_generate", fail)
+    monkeypatch.setattr("mlx_simpo.sampling.generate.stream_generate", fail)
     model, tokenizer = tiny_model(), tiny_tokenizer()
     model.train(True)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -98,10 +100,10 @@ def test_an_invalid_prompt_is_an_error_before_anything_is_generated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[object] = []
-    monkeypatch.setattr("mlx_simpo.sampling.samples.stream_generate", calls.append)
+    monkeypatch.setattr("mlx_simpo.sampling.generate.stream_generate", calls.append)
     tokenizer = tiny_tokenizer(None)
     encoder = Encoder(tokenizer, DataConfig())
-    with pytest.raises(SimPOError, match="the prompt is empty; it must have at least one token"):
+    with pytest.raises(SimPOError, match="prompt 2 is empty; write what the model should"):
         sample_responses(tiny_model(), tokenizer, encoder, ["fine", ""], 8)
     with pytest.raises(SimPOError, match="max_tokens is 0; it must be 1 or greater"):
         sample_responses(tiny_model(), tokenizer, encoder, ["fine"], 0)
