@@ -119,9 +119,9 @@ def test_real_pairs_on_a_real_model(smollm2_folder: Path, checkpointing: Callabl
 def test_responses_whose_scoring_starts_apart() -> None:
     """Only one has thinking: before the other, the template writes an empty block, not scored."""
     tokenizer = template_tokenizer("qwen3")
-    thinking = assistant("No", reasoning_content="Let me see.")
-    responses = ([thinking], [assistant("Because.")])
-    pairs = [Pair([user("Why?")], *responses), Pair([user("So?")], *reversed(responses))]
+    thinking = [assistant("No", reasoning_content="Let me see.")]
+    plain = [assistant("Because.")]
+    pairs = [Pair([user("Why?")], thinking, plain), Pair([user("So?")], plain, thinking)]
     encoded, _ = encode_pairs(Encoder(tokenizer, DataConfig()), pairs)
     for one in encoded:
         assert abs(one.chosen.score_start - one.rejected.score_start) == one.template_tokens == 4
