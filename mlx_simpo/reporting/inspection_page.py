@@ -111,9 +111,7 @@ def inspection_page(
         charts=_charts(overview.pairs),
         chart_size=(WIDTH, HEIGHT),
         template=encoder.renderer.text,
-        leaks=[
-            (leaks, listed(_same_is_one(leaks.matches))) for leaks in overview.leaks
-        ],
+        leaks=[(leaks, listed(_same_is_one(leaks.matches))) for leaks in overview.leaks],
         near=listed(_same_is_one(repeats.near)),
         repeated=listed((pair, other, 1.0) for pair, other in repeats.pairs),
         contradictory=listed((pair, other, 1.0) for pair, other in repeats.contradictory),

@@ -49,7 +49,10 @@ def _leaks(summary: Mapping[str, Any]) -> Iterator[str]:
 def _contradictions(summary: Mapping[str, Any]) -> Iterator[str]:
     pairs = summary["contradictory_pairs"]
     if pairs:
-        number, verb = count_text(len(pairs), "pair"), "contradicts" if len(pairs) == 1 else "contradict"
+        number, verb = (
+            count_text(len(pairs), "pair"),
+            "contradicts" if len(pairs) == 1 else "contradict",
+        )
         yield (
             f"{number} {verb} an earlier one: the same two responses to the same prompt, but the "
             f"other one is preferred, e.g. {pairs[0][0]} and {pairs[0][1]}. Nothing can be learned "

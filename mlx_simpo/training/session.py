@@ -175,7 +175,8 @@ def prepare(
     lora = replace(config.lora, init_from=None) if resuming else config.lora
     if lora.init_from is not None:
         initial = get_dict(read_adapter_config(lora.init_from), RECORD_KEY)
-        display.warn(advice.adapter_mismatch(initial, loaded, template))
+        arguments = config.data.template_args or {}
+        display.warn(advice.adapter_mismatch(initial, loaded, template, arguments))
     adapter = attach_lora(model, lora, config.seed)
     maybe_set_recommended_wired_limit()  # or macOS may page weights out between steps
     return Session(
