@@ -72,6 +72,11 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _piped_lines() -> Iterator[str]:
+    """Yield the lines of standard input.
+
+    Raises:
+        SimPOError: it is not UTF-8.
+    """
     try:
         yield from sys.stdin
     except UnicodeDecodeError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import captured_display, command, complaint
+from helpers.commands import captured_display, command, complaint, text_stream
 from helpers.terminal import terminal
 from helpers.tiny import user, write_jsonl
 
@@ -122,7 +122,7 @@ def test_prompts_of_options_files_and_standard_input(
     records = write_jsonl(tmp_path / "p.jsonl", [{"prompt": [user("Why?")]}, {"prompt": "Who?"}])
 
     def prompts(*options: Any, stdin: str = "") -> list[Any]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", text_stream(stdin))
         ran = command(capsys, "generate", "--model", model_folder, "-m", 1, "--json", *options)
         return [record["prompt"] for record in ran.json["responses"]]
 
@@ -154,7 +154,7 @@ def test_the_columns_of_the_adapters_run_are_not_needed_twice(
         ([], ['there is no prompt; add --prompt "What is a comet?", --prompts FILE or --chat']),
         (["-p", " "], ["the prompt is empty; write what the model should respond to"]),
         (["-p", "a", "-p", ""], ["prompt 2 is empty"]),
-        (["--prompts", "no.txt"], ["cannot read no.txt: there is no such file"]),
+        (["--prompts", "no.txt"], ["cannot read no.txt: [Errno 2] No such file"]),
         (["-p", "-", "--prompts", "-"], ["- is there twice, and standard input can be read only"]),
         (["-p", "a", "--no-base"], ["--no-base leaves nobody to respond; leave it out, or add"]),
         (
@@ -206,10 +206,9 @@ def test_mistakes_are_told_all_at_once(
 def test_standard_input_that_is_not_text(
     capsys: Capture, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stdin = io.TextIOWrapper(io.BytesIO(b"ok\n\xff\n"), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", stdin)
+    monkeypatch.setattr(sys, "stdin", text_stream(b"ok\n\xe4\n"))
     ran = command(capsys, "generate", "--model", model_folder, "--prompts", "-")
-    assert "standard input is not UTF-8 text" in complaint(ran)
+    assert "stdin is not UTF-8; its encoding looks like WINDOWS-1252; pipe" in complaint(ran)
 
 
 def test_a_model_without_a_template_takes_text_and_no_system_prompt(
