@@ -10,7 +10,7 @@ counts one epoch's positions without running it: padding, and prompt tokens that
 
 # First, before anything imports MLX: on a Linux CPU it loads a fast BLAS in place of MLX's own.
 from mlx_simpo import load_config, prepare
-from mlx_simpo.data.order import epoch_steps
+from mlx_simpo.data.mixing import epoch_order
 from mlx_simpo.engine.collate_shared import collate_shared
 from mlx_simpo.engine.collate_stacked import collate_stacked
 from mlx_simpo.engine.plan import (
@@ -88,7 +88,9 @@ def epoch_counts(pairs: Any, batch_size: int, step_pairs: int, seed: int) -> dic
     """Positions of one epoch: of the stacked way and of ours."""
     ours = {"positions": 0, "padding": 0, "needed": 0, "micro_batches": 0, "passes": 0}
     stacked = {"positions": 0, "tokens": 0}
-    for order in epoch_steps(len(pairs), step_pairs, seed, 0):
+    epoch = epoch_order(pairs, seed).epoch(0)
+    for start in range(0, len(epoch), step_pairs):
+        order = epoch[start : start + step_pairs]
         step = [pairs[i] for i in order]
         for indices in plan_shared_prefix(step, batch_size):
             batch = collate_shared([step[i] for i in indices])

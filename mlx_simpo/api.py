@@ -9,17 +9,20 @@ from .config.simpo_config import SimPOConfig
 from .config.sources import SourceConfig
 from .data.encode import EncodedPair, Encoder
 from .data.inspection import summarize
+from .data.memory import memory_source
 from .engine.choice import choose_engine
 from .errors import SimPOError
 from .evaluation import Evaluation
 from .kernels.choice import choose_implementation
 from .model.adapters import check_adapter, check_fits, load_adapter
 from .model.record import RECORD_KEY, get_dict
+from .paths import local_path
 from .planning.memory_errors import explain
 from .reporting import advice
 from .reporting.display import Display, count_text
 from .runs.folder import open_run
 from .training.datasets import encode_datasets
+from .training.inputs import open_dataset, open_valid, sample
 from .training.keep_awake import keep_awake
 from .training.memory_check import check_memory
 from .training.result import TrainResult
@@ -30,7 +33,12 @@ from .training.stopping import stop_on_signals
 
 
 def train(
-    config: SimPOConfig, display: Display | None = None, *, resume: bool = False
+    config: SimPOConfig,
+    display: Display | None = None,
+    *,
+    train: Any = None,
+    valid: Any = None,
+    resume: bool = False,
 ) -> TrainResult:
     """Train an adapter into ``config.output``, with an evaluation before and after.
 
@@ -38,9 +46,11 @@ def train(
     is saved, and `resume` goes on from there (docs/long_runs.md).
 
     Args:
-        display: where notes, progress and evaluations are shown; default: stderr. resume: go on
-            with the run that ``config.output`` holds, bit for bit as if it had not ended; see
-            `config.simpo_config.resume_config`. ``train.resume=auto`` does so if there is one.
+        display: where notes, progress and evaluations are shown; default: stderr. train, valid:
+            rows from memory, see `prepare`; a run that is resumed needs the same ones again.
+            resume: go on with the run that ``config.output`` holds, bit for bit as if it had not
+            ended; see `config.simpo_config.resume_config`. ``train.resume=auto`` does so if there
+            is one.
 
     Raises:
         SimPOError: invalid input, or a loss that is not a finite number. The output folder stays
@@ -49,11 +59,19 @@ def train(
     """
     display = display or Display()
     with open_run(config.output, "always" if resume else config.train.resume) as folder:
+        if folder.resuming and train is None and not config.data.train_sources():
+            raise SimPOError(
+                f"the run in {config.output} was begun with rows from memory, which have to be "
+                f"passed again, in Python: train(resume_config({config.output!r}), train=rows, "
+                "resume=True)"
+            )
         checkpoint = newest_checkpoint(folder, display) if folder.resuming else None
-        session = prepare(config, display, resuming=checkpoint is not None)
+        resuming = checkpoint is not None
+        session = prepare(config, display, train=train, valid=valid, resuming=resuming)
         options, steps = config.train, session.total_steps
+        evaluated = sum(map(len, session.valid_sets.values()))
         display.note(
-            f"{count_text(len(session.train), 'pair')} to train on, {len(session.valid):,} to "
+            f"{count_text(len(session.train), 'pair')} to train on, {evaluated:,} to "
             f"evaluate on; {count_text(steps, 'step')} of {count_text(options.step_pairs, 'pair')};"
             f" engine: {session.engine.note}"
         )
@@ -74,41 +92,69 @@ def train(
 
 
 def evaluate(
-    config: SimPOConfig, adapter: str | Path | None = None, display: Display | None = None
+    config: SimPOConfig,
+    adapter: str | Path | None = None,
+    display: Display | None = None,
+    *,
+    valid: Any = None,
 ) -> dict[str, Evaluation]:
     """Evaluate the base model on ``data.valid``, and the adapter if there is one.
 
+    All pairs count: data.valid_max is for the evaluations of a training.
+
     Args:
-        adapter: folder of an mlx-lm adapter.
+        adapter: folder of an mlx-lm adapter. valid: rows from memory instead, see `prepare`.
 
     Returns:
-        The base model's evaluation as "base"; with an adapter, the adapter's as "adapter".
+        The base model's evaluation as "base"; with an adapter, the adapter's as "adapter". Those of
+        several validation sets have the sets' names, too: "base/chat", "adapter/chat" ….
 
     Raises:
         SimPOError: data, a model or an adapter that cannot be read or used.
     """
-    display, data = display or Display(), config.data
-    if not data.valid_sources():
-        raise SimPOError("data.valid is missing; name the pairs to evaluate on")
+    display = display or Display()
     # First, so that a kernel that cannot run here is reported before anything is read.
     choose_implementation(config.logps.impl)
     if adapter is not None:
         check_adapter(adapter)  # before the base model is scored, which takes minutes
-    encoder, (dataset,) = encode_datasets(config, [*data.valid_sources().values()][:1], display)
-    pairs, loaded = dataset.pairs, load_base_model(config, display)
+    sources = open_valid(config, valid, display)
+    if not sources:
+        raise _nothing_to_evaluate(config)
+    encoder, datasets = encode_datasets(config, [*sources.values()], display)
+    sets = {name: data.pairs for name, data in zip(sources, datasets, strict=True)}
+    loaded = load_base_model(config, display)
     model = loaded.model
     if adapter is not None:
         check_fits(model, adapter)
     engine = choose_engine(config.train.engine, model, config.logps.impl)
     display.note(f"engine: {engine.note}")
-    results = {"base": evaluate_with_progress(model, pairs, config, engine, display, "Base model")}
+
+    def evaluate_model(name: str, title: str) -> dict[str, Evaluation]:
+        return {
+            f"{name}/{part}" if part else name: evaluate_with_progress(
+                model, pairs, config, engine, display, f"{title} ({part})" if part else title
+            )
+            for part, pairs in sets.items()
+        }
+
+    results = evaluate_model("base", "Base model")
     if adapter is not None:
         record = get_dict(load_adapter(model, adapter), RECORD_KEY)
         display.warn(advice.adapter_mismatch(record, loaded, encoder.renderer.text))
-        results["adapter"] = evaluate_with_progress(
-            model, pairs, config, engine, display, "Adapter"
-        )
+        results |= evaluate_model("adapter", "Adapter")
     return results
+
+
+def _nothing_to_evaluate(config: SimPOConfig) -> SimPOError:
+    """Return the error that there are no validation pairs, with what to do about it."""
+    folder = config.data.folder
+    if folder is None:
+        return SimPOError("data.valid is missing; name the pairs to evaluate on")
+    names = ", ".join(sorted(path.name for path in local_path(folder).iterdir())[:5])
+    return SimPOError(
+        f"data.folder is {folder!r}, which has no validation file (valid.jsonl); it has {names}: "
+        "name one of its splits with data.valid_split=test"
+    )
 
 
 class Inspection(NamedTuple):
@@ -120,18 +166,25 @@ class Inspection(NamedTuple):
 
 
 def inspect(
-    config: SimPOConfig, data: str, split: str | None = None, display: Display | None = None
+    config: SimPOConfig, data: Any, split: str | None = None, display: Display | None = None
 ) -> Inspection:
     """Read and tokenize a dataset without training on it, however many records are quarantined.
 
     Args:
-        data: file, folder or Hugging Face dataset, instead of the one in the configuration.
+        data: file, folder or Hugging Face dataset, instead of the one in the configuration; or
+            rows from memory, see `prepare`. split: of a folder or Hub dataset.
 
     Raises:
         SimPOError: a dataset or tokenizer that cannot be read, or a dataset without a valid pair.
     """
     lenient = replace(config, data=replace(config.data, max_quarantined=1.0))
-    encoder, (dataset,) = encode_datasets(
-        lenient, [SourceConfig(data, split=split)], display or Display()
-    )
+    display, columns, size = display or Display(), config.data.columns, config.data.max_samples
+    if isinstance(data, str | Path):
+        named = SourceConfig(str(data), split=split, columns=columns, max_samples=size)
+        source = open_dataset(lenient, named, display)
+    elif split is not None:
+        raise SimPOError(f"the split is {split!r}, but rows from memory have none; leave it away")
+    else:
+        source = sample(memory_source(data, "rows", columns), size, config, display)
+    encoder, (dataset,) = encode_datasets(lenient, [source], display)
     return Inspection(dataset.pairs, encoder, summarize(*dataset, encoder))

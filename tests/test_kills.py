@@ -1,6 +1,7 @@
 """Whole runs that are killed at an operation on a file, aborted in a step, or find the disk full:
 resumed, they end as if nothing had happened. `benchmarks/kill_matrix.py` does this everywhere."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,14 +24,20 @@ def train(*arguments):
     sys.stdout.flush()
     os._exit(status)
 
-def abort_in_step(number):
+def end_in_step(number, end):
     steps = []
     def note(metrics):
         steps.append(metrics)
         if len(steps) == number:
-            os.abort()
+            end()
         return ""
     mlx_simpo.training.run.step_note = note
+
+def abort_in_step(number):
+    end_in_step(number, os.abort)
+
+def kill_in_step(number):
+    end_in_step(number, lambda: os.kill(os.getpid(), 9))
 """
 # MLX must not have computed anything before a fork, so another process makes the inputs.
 INPUTS = """
@@ -40,6 +47,8 @@ from pathlib import Path
 from helpers.tiny import some_pairs, tiny_folder, write_jsonl
 tiny_folder(Path(sys.argv[1], "model"))
 write_jsonl(Path(sys.argv[1], "pairs.jsonl"), some_pairs())
+for name, count in (("a", 5), ("b", 12), ("c", 7), ("v", 3), ("w", 4)):
+    write_jsonl(Path(sys.argv[1], f"{name}.jsonl"), some_pairs(count + 20)[20:])
 """
 PARTS = 8  # of all operations, at the ends of which a run is killed
 
@@ -51,6 +60,7 @@ class Kills(NamedTuple):
     folder: Path
     whole: dict[str, Any]
     operations: int
+    more: tuple[str, ...] = ()
 
     def settings(self, output: Path) -> list[str]:
         """Return the arguments of `mlx-simpo train`."""
@@ -69,6 +79,7 @@ class Kills(NamedTuple):
             "train.save_every=1",
             "train.memory_check=off",
             "train.resume=auto",
+            *self.more,
         ]
 
     def train(self, output: Path, before: str = "", **fault: int) -> Ended:
@@ -84,16 +95,31 @@ class Kills(NamedTuple):
 
 @pytest.fixture(scope="module")
 def kills(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kills]:
-    folder = tmp_path_factory.mktemp("kills")
+    yield from undisturbed(tmp_path_factory.mktemp("kills"))
+
+
+@pytest.fixture(scope="module")
+def mixed_kills(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kills]:
+    """Three weighted sources and two validation sets; two epochs of five steps, and one more."""
+    folder = tmp_path_factory.mktemp("mixed")
+    weights = {"a": 1, "b": 2, "c": 1}
+    train = [{"path": f"{folder}/{name}.jsonl", "weight": w} for name, w in weights.items()]
+    valid = {"v": {"path": f"{folder}/v.jsonl"}, "w": {"path": f"{folder}/w.jsonl"}}
+    sources = (f"data.train={json.dumps(train)}", f"data.valid={json.dumps(valid)}")
+    yield from undisturbed(folder, *sources, "data.valid_main=w", "train.steps=11")
+
+
+def undisturbed(folder: Path, *more: str) -> Iterator[Kills]:
+    """Make the inputs and run to the end; yield what is compared with it."""
     tests = Path(__file__).parent
     environment = {"PYTHONPATH": f"{tests.parent}:{tests}", "PATH": "/usr/bin:/bin"}
     subprocess.run([sys.executable, "-c", INPUTS, str(folder)], env=environment, check=True)
     with Forks(SETUP) as forks:
-        unmeasured = Kills(forks, folder, {}, 0)
+        unmeasured = Kills(forks, folder, {}, 0, more)
         ended = unmeasured.train(folder / "whole")
         assert ended.status in (0, 3), ended.err
         operations = len(ended.operations)
-        yield Kills(forks, folder, content(folder / "whole"), operations)
+        yield Kills(forks, folder, content(folder / "whole"), operations, more)
 
 
 @pytest.mark.parametrize("part", range(1, PARTS + 1))
@@ -115,6 +141,25 @@ def test_a_run_that_is_aborted_in_cpp_ends_the_same(
     ended = kills.train(tmp_path / "run", f"abort_in_step({step})")
     assert ended.status == -6, ended.err
     kills.assert_ends_the_same(tmp_path / "run")
+
+
+@pytest.mark.parametrize("step", [3, 5, 9])
+def test_a_run_on_a_mixture_that_is_killed_ends_the_same(
+    step: int, mixed_kills: Kills, tmp_path: Path
+) -> None:
+    """Within an epoch, in its last step, and in the next one, which goes on with other pairs."""
+    epochs = [sum_of_sources(mixed_kills.whole, first) for first in (0, 5)]
+    assert epochs == [{"pairs/a": 5, "pairs/b": 10, "pairs/c": 5}] * 2
+    ended = mixed_kills.train(tmp_path / "run", f"kill_in_step({step})")
+    assert ended.status == -9, ended.err
+    mixed_kills.assert_ends_the_same(tmp_path / "run")
+
+
+def sum_of_sources(content: dict[str, Any], first: int) -> dict[str, int]:
+    """The pairs of each source in the five steps after the first ones, as they are logged."""
+    steps = [line for line in content["logs"]["metrics.jsonl"] if "learning_rate" in line]
+    names = [name for name in steps[0] if name.startswith("pairs/")]
+    return {name: sum(line[name] for line in steps[first : first + 5]) for name in names}
 
 
 @pytest.mark.parametrize("part", [2, 4, 6])

@@ -1,26 +1,70 @@
 """Arguments that several commands share, and the configuration that results from them."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from ..config.schema import nearest_name
 from ..config.simpo_config import SimPOConfig, load_config
 from ..errors import SimPOError
 from ..paths import local_path
 
 SETTINGS_HELP = (
-    "Write settings as name=value: objective.beta=10 (`mlx-simpo train --help` lists them)."
+    "Write settings as name=value or as options: objective.beta=10, --beta 10 (`mlx-simpo train "
+    "--help` lists them)."
 )
 # The keys of `model.loading.DTYPES`, which cannot be imported without MLX.
 DTYPES = ("float32", "bfloat16", "float16")
+
+# What a run's settings say of its data, which is not what its adapter is used on.
+_OF_THE_RUN = (
+    *("train", "train_split", "folder", "valid", "valid_split", "valid_main", "subset"),
+    *("columns", "max_samples"),
+)
 
 # Returns the exit status; None is 0.
 Run = Callable[[argparse.Namespace], int | None]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like every other error."""
+    """A parser of one command, or of a group of commands; `words` uses it.
+
+    commands: the parsers of a group's commands. takes_settings: whether settings, a configuration
+    file and their options may be among the words. named: arguments that may be written as options
+    as well, {"--output": "output"}. sets: options that are settings, too, {"model": "model"}.
+    without_effect: settings that the command has no use for, and why.
+    """
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **more})
+        self.commands: Mapping[str, Parser] = {}
+        self.takes_settings = False
+        self.named: dict[str, str] = {}
+        self.sets: dict[str, str] = {}
+        self.without_effect: dict[str, str] = {}
+
+    def add_subparsers(self, **more: Any) -> Any:
+        """Make this the parser of a group; what is returned is for `add_command`."""
+        action = super().add_subparsers(**more)
+        self.commands = action.choices
+        return action
+
+    def option(self, name: str) -> argparse.Action | None:
+        """Return the option of a name, which may have underscores for hyphens."""
+        name = name.replace("_", "-") if name.startswith("--") else name
+        return next((a for a in self._actions if name in a.option_strings), None)
+
+    def option_names(self) -> list[str]:
+        """Return the names of all options, and of the arguments that may be written so."""
+        return [name for a in self._actions for name in a.option_strings] + list(self.named)
+
+    def arguments(self) -> list[argparse.Action]:
+        """Return the arguments that are not options, in their order."""
+        return [action for action in self._actions if not action.option_strings]
+
+    def may_repeat(self, dest: str) -> bool:
+        """Return whether an option collects a list."""
+        kind = argparse._AppendAction
+        return any(action.dest == dest and isinstance(action, kind) for action in self._actions)
 
     def error(self, message: str) -> NoReturn:
         """Raise a SimPOError, for one line and exit status 2."""
@@ -30,7 +74,7 @@ class Parser(argparse.ArgumentParser):
 # --- adding commands -------------------------------------------------------------------------
 
 
-def add_command(commands: Any, name: str, run: Run, summary: str) -> argparse.ArgumentParser:
+def add_command(commands: Any, name: str, run: Run, summary: str) -> Parser:
     """Add a command to argparse's ``commands``: it calls ``run`` and has --json."""
     parser = commands.add_parser(name, help=summary, description=_sentence(summary))
     parser.set_defaults(run=run)
@@ -40,24 +84,42 @@ def add_command(commands: Any, name: str, run: Run, summary: str) -> argparse.Ar
 
 def add_command_with_settings(
     commands: Any, name: str, run: Run, summary: str, required: str = ""
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Add a command that takes a configuration file and settings.
 
     argparse cannot show those in the usage line, so it is written here: ``required`` is what it
     shows of the command's own arguments, for example "--data DATA".
     """
     parser = add_command(commands, name, run, summary)
+    parser.takes_settings = True
     parser.description = f"{_sentence(summary)} {SETTINGS_HELP}"
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", help="YAML file of settings; CONFIG.yaml is the same"
+    )
     words = ("%(prog)s", "[options]", required, "[CONFIG.yaml]", "[name=value ...]")
     parser.usage = " ".join(filter(None, words))
     return parser
 
 
-def add_model_and_adapter(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a model and an adapter."""
+def add_argument(
+    parser: Parser, dest: str, metavar: str, help: str, *options: str, **more: Any
+) -> None:
+    """Add an argument that may also be written as one of these options."""
+    help = f"{help}; also {' or '.join(options)}"
+    parser.add_argument(dest, metavar=metavar, help=help, **more)
+    parser.named |= dict.fromkeys(options, dest)
+
+
+def add_model_and_adapter(parser: Parser) -> None:
+    """Add the options that name a model and an adapter, for a command that writes no run."""
+    parser.sets["model"] = "model"
+    parser.without_effect["output"] = "no folder is written; --json > FILE saves the result"
     parser.add_argument("--model", help="Hub id or folder; default: the adapter's base model")
     parser.add_argument(
-        "--adapter", metavar="FOLDER", help="adapter to compare with the base model"
+        "--adapter",
+        "--adapter-path",
+        metavar="FOLDER",
+        help="adapter to compare with the base model",
     )
 
 
@@ -91,40 +153,7 @@ def _sentence(summary: str) -> str:
     return f"{summary[0].upper()}{summary[1:]}."
 
 
-# --- configuration and settings --------------------------------------------------------------
-
-
-def config_and_settings(rest: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Return the configuration file and the settings among arguments that are not options.
-
-    Raises:
-        SimPOError: an unknown option, or two files.
-    """
-    for argument in rest:
-        if argument.startswith("-"):
-            name = argument.lstrip("-").partition("=")[0].replace("-", "_")
-            hint = nearest_name(name, SimPOConfig)
-            raise SimPOError(
-                f"unknown option {argument!r}; settings are written as name=value{hint}"
-            )
-    files = [argument for argument in rest if "=" not in argument]
-    if len(files) > 1:
-        raise SimPOError(
-            f"one configuration file at most, not {' and '.join(files)}; settings are written as "
-            "name=value, without spaces"
-        )
-    return files[0] if files else None, [argument for argument in rest if "=" in argument]
-
-
-def reject_settings(options: argparse.Namespace, command: str) -> None:
-    """Reject settings and configuration files for a command that takes none.
-
-    Raises:
-        SimPOError: there is a setting or a file.
-    """
-    if options.config or options.settings:
-        extra = options.config or options.settings[0]
-        raise SimPOError(f"{command} takes no settings; leave out {extra!r}")
+# --- the configuration of an adapter -----------------------------------------------------------
 
 
 def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
@@ -142,7 +171,7 @@ def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
     folder = local_path(options.adapter) if options.adapter else None
     if folder and (folder / "config.yaml").is_file():
         # The data of that run is not what is evaluated now.
-        run = ["data.valid=null", "data.valid_split=null", "data.subset=null"]
+        run = [f"data.{name}=null" for name in _OF_THE_RUN]
         template = folder / "chat_template.jinja"
         run += [f"data.chat_template={template}"] if template.is_file() else []
         file = folder / "config.yaml"

@@ -4,11 +4,11 @@ import argparse
 from typing import Any
 
 from .arguments import (
+    add_argument,
     add_base_model,
     add_command,
     add_conversion_options,
     conversion_arguments,
-    reject_settings,
 )
 from .interrupt import exit_on_interrupt
 from .output import plain_console, print_conversion, print_json
@@ -27,8 +27,10 @@ def add(commands: Any) -> None:
     )
     from_peft = add_command(actions, "from-peft", run_from_peft, "write a PEFT adapter for mlx-lm")
     for parser in (to_peft, from_peft):
-        parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter")
-        parser.add_argument("output", metavar="OUT", help="new folder for the converted adapter")
+        add_argument(
+            parser, "adapter", "ADAPTER", "folder of the adapter", "--adapter", "--adapter-path"
+        )
+        add_argument(parser, "output", "OUT", "new folder for the converted adapter", "--output")
         add_base_model(parser, "the one that the adapter names")
         add_conversion_options(parser, "dtype of the adapter's weights; default: as stored")
     to_peft.add_argument(
@@ -41,8 +43,8 @@ def add(commands: Any) -> None:
     from_hf = add_command(
         actions, "from-hf", run_from_hf, "write a Hugging Face model in MLX's format"
     )
-    from_hf.add_argument("model", metavar="MODEL", help="Hub id or folder")
-    from_hf.add_argument("output", metavar="OUT", help="new folder for the model")
+    add_argument(from_hf, "model", "MODEL", "Hub id or folder", "--model")
+    add_argument(from_hf, "output", "OUT", "new folder for the model", "--output")
     from_hf.add_argument("--revision", help="branch, tag or commit of a Hub model")
     from_hf.add_argument(
         "--quantize", type=int, metavar="BITS", help="bits per weight: 2, 3, 4, 5, 6 or 8"
@@ -65,7 +67,6 @@ def add(commands: Any) -> None:
 
 def run_to_peft(options: argparse.Namespace) -> None:
     """Write a PEFT adapter and print its folder, or the result as JSON."""
-    reject_settings(options, "convert")
     with exit_on_interrupt():
         from ..convert import to_peft
 
@@ -75,7 +76,6 @@ def run_to_peft(options: argparse.Namespace) -> None:
 
 def run_from_peft(options: argparse.Namespace) -> None:
     """Write an mlx-lm adapter and print its folder, or the result as JSON."""
-    reject_settings(options, "convert")
     with exit_on_interrupt():
         from ..convert import from_peft
 
@@ -85,7 +85,6 @@ def run_from_peft(options: argparse.Namespace) -> None:
 
 def run_from_hf(options: argparse.Namespace) -> None:
     """Write a model in MLX's format and print its folder, or the result as JSON."""
-    reject_settings(options, "convert")
     with exit_on_interrupt():
         from ..convert import from_hf
 
@@ -95,7 +94,6 @@ def run_from_hf(options: argparse.Namespace) -> None:
 
 def run_architectures(options: argparse.Namespace) -> None:
     """Print the model types and their rules, as a table or JSON."""
-    reject_settings(options, "convert")
     with exit_on_interrupt():
         from rich.table import Table
 

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..errors import SimPOError
-from .arguments import add_command, reject_settings
+from .arguments import add_command
 from .interrupt import exit_on_interrupt
 from .output import print_json, print_text
 
@@ -24,7 +24,6 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         SimPOError: a check fails.
     """
-    reject_settings(options, "doctor")
     with exit_on_interrupt():
         from ..doctor import as_text, examine
 

@@ -4,11 +4,11 @@ import argparse
 from typing import Any
 
 from .arguments import (
+    add_argument,
     add_base_model,
     add_command,
     add_conversion_options,
     conversion_arguments,
-    reject_settings,
 )
 from .interrupt import exit_on_interrupt
 from .output import print_conversion
@@ -20,9 +20,12 @@ FORMATS = ("hf", "mlx")
 def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "fuse", run, "write a model with its adapter merged in")
-    parser.add_argument("output", metavar="OUT", help="new folder for the model")
+    add_argument(parser, "output", "OUT", "new folder for the model", "--output")
     parser.add_argument(
-        "--adapter", metavar="FOLDER", help="mlx-lm adapter; default: none, only the base model"
+        "--adapter",
+        "--adapter-path",
+        metavar="FOLDER",
+        help="mlx-lm adapter; default: none, only the base model",
     )
     add_base_model(parser, "the one that the adapter was trained on")
     parser.add_argument(
@@ -53,7 +56,6 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the merged model and print its folder, or the result as JSON."""
-    reject_settings(options, "fuse")
     with exit_on_interrupt():
         from ..convert import fuse
 

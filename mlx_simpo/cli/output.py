@@ -26,6 +26,11 @@ def announce(text: str) -> None:
     sys.stderr.flush()
 
 
+def print_note(text: str) -> None:
+    """Print to stderr what somebody should know who goes on."""
+    sys.stderr.write(f"mlx-simpo: {escaped(text)}\n")
+
+
 def print_error(error: object) -> None:
     """Print an error to stderr as the one line that every mistake of a user gets."""
     sys.stderr.write(f"mlx-simpo: error: {escaped(one_line(error))}\n")

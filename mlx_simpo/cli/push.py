@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_command, reject_settings
+from .arguments import add_command
 from .interrupt import exit_on_interrupt
 from .output import print_json, print_text
 
@@ -34,7 +34,6 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Push, and print the commit's address, what a dry run would send, or the result as JSON."""
-    reject_settings(options, "push")
     with exit_on_interrupt():
         from ..hub.push import push
 

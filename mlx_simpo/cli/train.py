@@ -1,12 +1,13 @@
 """``mlx-simpo train``."""
 
 import argparse
+import inspect
 import json
 import shutil
 import textwrap
 from typing import Any
 
-from ..config.schema import all_settings
+from ..config.schema import all_settings, section_classes
 from ..config.simpo_config import SimPOConfig, load_config, resume_config
 from ..config.value_types import is_required
 from ..errors import SimPOError
@@ -19,7 +20,8 @@ def add(commands: Any) -> None:
     """Add the command, whose help lists every setting."""
     parser = add_command_with_settings(commands, "train", run, "train an adapter")
     parser.description = (
-        "Train an adapter. Settings come from a YAML file, name=value, or both.\n\n"
+        "Train an adapter. Settings come from a YAML file, from name=value, and from\n"
+        "options: --model, --data, --output, --seed, --learning-rate, --lora-rank …\n\n"
         "Exit status: 0; 2: bad input; 3: the model is worse after training than before;\n"
         "130, 143, 129: interrupted by Ctrl-C, SIGTERM or SIGHUP, and saved."
     )
@@ -66,14 +68,26 @@ def run(options: argparse.Namespace) -> int:
 def _settings_list() -> str:
     """Return every setting with its meaning and default, for argparse."""
     width = max(40, shutil.get_terminal_size().columns - 2)  # argparse's own width
-    lines = ["settings, for the YAML file and as name=value:"]
+    lines = ["settings, in the YAML file, as name=value or as --name value:"]
+    section = None
     for name, item, _ in all_settings(SimPOConfig):
+        if section != (section := name.rpartition(".")[0]):
+            lines += ["", _heading(section)]
         default = "required" if is_required(item) else f"default {_yaml_text(item.default)}"
         words = textwrap.wrap(
             f"{item.metadata['help']} ({default})", width - 6, break_on_hyphens=False
         )
         lines += [f"  {name}", *(f"      {line}" for line in words)]
     return "\n".join(lines).replace("%", "%%")
+
+
+def _heading(section: str) -> str:
+    """Return what the settings of a section are about."""
+    if not section:
+        return "the run"
+    cls = next(cls for cls in section_classes(SimPOConfig) if section == cls.NAME)
+    about = (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")
+    return f"{section}: {about[0].lower()}{about[1:]}"
 
 
 def _yaml_text(value: Any) -> str:

@@ -2,11 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import ClassVar, Literal
 
-from .schema import FRACTION, NON_EMPTY, POSITIVE, SHARE, Rule, Section, setting
-from .sources import NamedSources, SourceConfig, Sources, TemplateArguments
+from .schema import FRACTION, NON_EMPTY, POSITIVE, SHARE, Rule, Section, join, setting
+from .sources import (
+    NAME,
+    NamedSources,
+    SourceConfig,
+    Sources,
+    TemplateArguments,
+    default_name,
+)
 
 _AT_LEAST_TWO = Rule("2 or greater", lambda v: v >= 2)
 
@@ -26,7 +32,7 @@ class DataConfig(Section):
         on_resume="free",
     )
     train_split: str | None = setting(
-        None, "split to train on, of a folder or Hub dataset", on_resume="free"
+        None, "split to train on, of a folder or Hub dataset", NON_EMPTY, "free"
     )
     valid: NamedSources | None = setting(
         None,
@@ -36,7 +42,7 @@ class DataConfig(Section):
         on_resume="free",
     )
     valid_split: str | None = setting(
-        None, "split to evaluate on, of a folder or Hub dataset", on_resume="free"
+        None, "split to evaluate on, of a folder or Hub dataset", NON_EMPTY, "free"
     )
     valid_main: str | None = setting(
         None,
@@ -53,6 +59,7 @@ class DataConfig(Section):
     subset: str | None = setting(
         None,
         "configuration of a Hub dataset that has several of them (load_dataset's name)",
+        NON_EMPTY,
         on_resume="free",
     )
     columns: dict[str, str] | None = setting(
@@ -122,7 +129,7 @@ class DataConfig(Section):
                 f"data.max_prompt_length is {self.max_prompt_length}; it must be less than "
                 f"data.max_length ({self.max_length}), so that there is room for the responses"
             )
-        if self.valid_split is not None and self.valid is None:
+        if self.valid_split is not None and self.valid is None and self.folder is None:
             yield (
                 "data.valid_split is set without data.valid; set data.valid to the folder or "
                 "dataset that has this split (it may be the same as data.train)"
@@ -139,20 +146,34 @@ class DataConfig(Section):
                 f"data.train_split is {self.train_split!r}, but the files of data.folder are named "
                 "by their splits; remove one of the two"
             )
+        yield from self._source_conflicts()
+
+    def _source_conflicts(self) -> Iterator[str]:
+        """Yield a message for what is wrong with the sources and sets taken together."""
         weighted = [source.weight is not None for source in self.train_sources()]
         if any(weighted) and not all(weighted):
             yield "only some sources of data.train have a weight; give each of them one, or none"
         names = [source.name for source in self.train_sources()]
         for name in sorted({str(name) for name in names if names.count(name) > 1}):
             yield f"two sources of data.train are called {name!r}; give one another name"
-        valid = self.valid_sources()
-        for name, source in valid.items():
+        sets = self._valid_by_name()
+        named = [*self.valid] if isinstance(self.valid, dict) else []
+        for name in named:
+            if not NAME.holds(name):
+                yield f"{name!r} in data.valid is the name of a set; it must be {NAME.text}"
+        for name, source in sets.items():
+            where = join("data.valid", name) if name else "data.valid"
             if source.weight is not None:
-                yield f"data.valid.{name}.weight is {source.weight}; only data.train has weights"
-        if self.valid_main is not None and self.valid_main not in valid:
-            sets = ", ".join(filter(None, valid)) or "has no named sets"
+                yield f"{where}.weight is {source.weight}; only data.train has weights"
+            if source.name is not None:
+                yield (
+                    f"{where}.name is {source.name!r}, but validation sets are named by their "
+                    f"keys, data.valid: {{{source.name}: …}}; remove it"
+                )
+        if self.valid_main is not None and self.valid_main not in named:
+            there = ", ".join(named) or "which has no named sets"
             name = repr(self.valid_main)
-            yield f"data.valid_main is {name}; it must be a name in data.valid ({sets})"
+            yield f"data.valid_main is {name}; it must be a name in data.valid ({there})"
 
     def train_sources(self) -> tuple[SourceConfig, ...]:
         """Return the sources of data.train, each with a name and with this section's defaults."""
@@ -171,13 +192,18 @@ class DataConfig(Section):
         """Return the sets of data.valid by name, with this section's defaults.
 
         The name of a set that has none is "". {} if the pairs are held out of the training pairs.
+        Without a split, those of data.folder are its validation files, however these are called.
         """
         if self.folder is not None:
-            return {"": self._complete(SourceConfig(self.folder, split="valid"), None)}
+            return {"": self._complete(SourceConfig(self.folder), self.valid_split)}
+        sets = self._valid_by_name()
+        return {name: self._complete(source, self.valid_split) for name, source in sets.items()}
+
+    def _valid_by_name(self) -> dict[str, SourceConfig]:
+        """Return the sets of data.valid as they are set; the name of an unnamed one is ""."""
         if self.valid is None:
             return {}
-        sets = self.valid if isinstance(self.valid, dict) else {"": _as_source(self.valid)}
-        return {name: self._complete(source, self.valid_split) for name, source in sets.items()}
+        return self.valid if isinstance(self.valid, dict) else {"": _as_source(self.valid)}
 
     def _complete(
         self, source: SourceConfig, split: str | None, max_samples: int | None = None
@@ -194,9 +220,3 @@ class DataConfig(Section):
 
 def _as_source(value: str | SourceConfig) -> SourceConfig:
     return SourceConfig(value) if isinstance(value, str) else value
-
-
-def default_name(path: str) -> str:
-    """Return what a source without a name is called: its file's name without endings, or the name
-    of its folder or dataset."""
-    return PurePath(path).name.split(".")[0] or path

@@ -9,12 +9,13 @@ overrides and Python keyword arguments all go through the same checks.
 """
 
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from ..errors import InvalidSettingsError, SimPOError, has_secret, messages_of
-from .aliases import hint_at_name, hint_at_section
+from .aliases import as_words, as_yaml, meaning
+from .hints import hint_at_section, hint_at_setting
 from .value_types import (
     RawText,
     describe,
@@ -107,9 +108,12 @@ def from_mapping(
         path = join(prefix, name)
         # Never ignored: with a typo in its name, a setting would silently have its default.
         if name not in known:
-            hint = nearest_section(path, root) if isinstance(value, Mapping) else ""
             names = setting_names(root) if where is None else [join(where, n) for n in known]
-            mistakes.append(f"unknown setting {path!r}{hint or hint_at_name(path, names)}")
+            mistakes.append(
+                _unknown(
+                    path, value, mapping, names, [section.NAME for section in section_classes(root)]
+                )
+            )
             continue
         try:
             if is_dataclass(hints[name]):
@@ -128,11 +132,23 @@ def from_mapping(
     return cls(**values)
 
 
+def _unknown(
+    path: str, value: Any, others: Mapping, names: Sequence[str], sections: Sequence[str]
+) -> str:
+    """Return the message for a setting that does not exist, with a hint at what it may mean."""
+    hint = hint_at_section(path, sections) if isinstance(value, Mapping) else ""
+    return f"unknown setting {path!r}{hint or hint_at_setting(path, names, value, others)}"
+
+
 def _read_section(value: Any, cls: Any, root: type[Section], path: str) -> Any:
     """Return a section of settings; InvalidSettingsError if ``value`` is none."""
     value = {} if value is None else value  # YAML, when all its lines are commented out
     if not isinstance(value, Mapping):
-        raise SimPOError(f"{path} is {value!r}; it must be a section of settings ({path}: …)")
+        here = meaning(path, value, {})
+        way = as_words if isinstance(value, RawText) else as_yaml
+        hint = f"; {way(here)}" if here else ""
+        message = f"{path} is {value!r}; it must be a section of settings ({path}: …)"
+        raise SimPOError(f"{message}{hint}")
     return from_mapping(cls, value, root)
 
 
@@ -157,22 +173,12 @@ def setting_names(cls: type[Section]) -> list[str]:
     return [name for name, _, _ in all_settings(cls)]
 
 
-def nearest_name(path: str, root: type[Section]) -> str:
-    """Return a hint at the setting under ``root`` that ``path`` probably means."""
-    return hint_at_name(path, setting_names(root))
-
-
-def nearest_section(name: str, root: type[Section]) -> str:
-    """Return a hint at the section of ``root`` that ``name`` misspells, or an empty string."""
-    return hint_at_section(name, list(section_names(root)))
-
-
-def section_names(cls: type[Section]) -> Iterator[str]:
-    """Yield the name of every section under ``cls``, those within sections too."""
+def section_classes(cls: type[Section]) -> Iterator[type[Section]]:
+    """Yield every section under ``cls``, those within sections too."""
     hints = typing.get_type_hints(cls)
     for inner in (hints[item.name] for item in fields(cls) if is_dataclass(hints[item.name])):
-        yield inner.NAME
-        yield from section_names(inner)
+        yield inner
+        yield from section_classes(inner)
 
 
 def checked(value: Any, item: Field, hint: Any, path: str) -> Any:

@@ -12,12 +12,13 @@ from typing import Any, Literal
 from ..errors import InvalidSettingsError, SimPOError, messages_of
 from ..paths import local_path
 from .data_config import DataConfig
-from .schema import NON_EMPTY, Rule, Section, from_mapping, nearest_name, setting, setting_names
+from .hints import hint_at_name
+from .schema import NON_EMPTY, Rule, Section, from_mapping, setting, setting_names
 from .sections import LogpsConfig, LoRAConfig, ObjectiveConfig
 from .sources import SourceConfig
 from .train_config import TrainConfig
 from .value_types import RawText
-from .yaml import dump_yaml, parse_yaml
+from .yaml import dump_yaml, key_lines, parse_yaml
 
 _SEED = Rule("0 or greater and less than 2**32", lambda v: 0 <= v < 2**32)
 
@@ -99,7 +100,7 @@ def load_config(
         InvalidSettingsError: unknown or missing settings, wrong types, or values that break their
             rule; it tells all of them.
     """
-    values = _copy(settings) if isinstance(settings, Mapping) else _read_file(settings)
+    values = _copy(settings) if isinstance(settings, Mapping) else read_file(settings)
     mistakes, earlier = [], []
     for override in overrides:
         try:
@@ -120,20 +121,37 @@ def _copy(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
 
 
-def _read_file(path: str | Path | None) -> dict[str, Any]:
-    """Return the settings in a YAML file; SimPOError if it cannot be read or has none."""
+def read_file(path: str | Path | None) -> dict[str, Any]:
+    """Return what a configuration file holds, unchecked; {} without one.
+
+    Raises:
+        SimPOError: it cannot be read, is not valid YAML, or holds something else than settings.
+    """
     if path is None:
         return {}
-    try:
-        text = local_path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, SimPOError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SimPOError(f"cannot read the configuration {str(path)!r}: {reason}") from None
-    values = parse_yaml(text, str(path))
+    values = parse_yaml(_read_text(path), str(path))
     values = {} if values is None else values  # an empty file
     if not isinstance(values, dict):
         raise SimPOError(f"{path} must contain settings (name: value), not {values!r}")
     return values
+
+
+def read_lines(path: str | Path | None) -> dict[str, int]:
+    """Return the line of each setting in a configuration file, and of each part of its value.
+
+    Raises:
+        SimPOError: the file cannot be read.
+    """
+    return {} if path is None else key_lines(_read_text(path))
+
+
+def _read_text(path: str | Path) -> str:
+    """Return the text of a configuration file; SimPOError if it cannot be read."""
+    try:
+        return local_path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, SimPOError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SimPOError(f"cannot read the configuration {str(path)!r}: {reason}") from None
 
 
 def _apply_override(values: dict, override: str, earlier: Sequence[str]) -> str:
@@ -151,7 +169,7 @@ def _apply_override(values: dict, override: str, earlier: Sequence[str]) -> str:
     """
     key, equals, value = override.partition("=")
     if not equals:
-        hint = nearest_name(key, SimPOConfig)
+        hint = hint_at_name(key, setting_names(SimPOConfig))
         raise SimPOError(f"{override!r} is not a setting of the form name=value{hint}")
     *sections, name = key.split(".")
     for depth, section in enumerate(sections, 1):
@@ -162,7 +180,9 @@ def _apply_override(values: dict, override: str, earlier: Sequence[str]) -> str:
             if whole in setting_names(SimPOConfig):
                 value = values[section]
                 raise SimPOError(f"{whole} is {value!r}, but {key} is set, too; remove one of them")
-            raise SimPOError(f"unknown setting {key!r}{nearest_name(key, SimPOConfig)}")
+            raise SimPOError(
+                f"unknown setting {key!r}{hint_at_name(key, setting_names(SimPOConfig))}"
+            )
         values = values[section]
     values[name] = RawText(value)
     if part := next((other for other in earlier if other.startswith(f"{key}.")), None):

@@ -7,11 +7,24 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal
 
+from ..errors import SimPOError
 from .yaml import parse_yaml
 
 
 class RawText(str):
     """A value from the command line, not parsed yet: the setting's type decides how it is read."""
+
+
+def plain_value(value: Any) -> Any:
+    """Return what text from the command line stands for where no type says how it is read: YAML,
+    and Python's True, False and None; other values as they are."""
+    if not isinstance(value, RawText):
+        return value
+    text = {"True": "true", "False": "false", "None": "null"}.get(value, str(value))
+    try:
+        return parse_yaml(text, "value")
+    except SimPOError:
+        return str(value)
 
 
 def is_required(item: Field) -> bool:

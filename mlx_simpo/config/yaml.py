@@ -111,6 +111,18 @@ def parse_yaml(text: str, where: str) -> Any:
         raise SimPOError(f"{where} is not valid YAML: {one_line(error)}") from None
 
 
+def key_lines(text: str) -> dict[str, int]:
+    """Return the line, from 1 on, of every key of valid YAML text; nested keys have dots."""
+    lines: dict[str, int] = {}
+    nodes = [("", yaml.compose(text, StrictLoader))]
+    while nodes:
+        prefix, node = nodes.pop()
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+            lines[f"{prefix}{key.value}"] = key.start_mark.line + 1
+            nodes.append((f"{prefix}{key.value}.", value))
+    return lines
+
+
 def dump_yaml(values: dict) -> str:
     """Return YAML text that `parse_yaml` reads back as ``values``, in the same order."""
     return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)

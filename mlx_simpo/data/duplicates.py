@@ -113,22 +113,37 @@ def leak_warning(train: PairsWithPrompts, valid: PairsWithPrompts, name: str = "
         name: of the validation set; "": it has none.
     """
     leaks = find_leaks(read_words(train.prompts()), read_words(valid.prompts()))
-    return leak_text(leaks, train, valid, name) if leaks else None
+    if not leaks:
+        return None
+    first = first_example(leaks)
+    example = (valid[first.query].source, train[first.other].source)
+    subject = f"pairs of the validation set {name!r}" if name else "pairs to evaluate on"
+    num_near = sum(not leak.is_same for leak in leaks)
+    return (
+        f"{leak_text(subject, len(leaks), num_near, len(valid), example)}; their accuracy says "
+        "how well they were memorized: remove these prompts from one of the two "
+        "(`mlx-simpo data inspect` lists them)"
+    )
+
+
+def first_example(leaks: Sequence[Match]) -> Match:
+    """Return the match that shows best what is meant: the first that is the same, if there is one."""
+    return next((leak for leak in leaks if leak.is_same), leaks[0])
 
 
 def leak_text(
-    leaks: Sequence[Match], train: PairsWithPrompts, valid: PairsWithPrompts, name: str = ""
+    subject: str,
+    num_leaks: int,
+    num_near: int,
+    num_pairs: int,
+    example: tuple[str, str],
+    where: str = "the training pairs",
 ) -> str:
-    """Return the sentences that tell of leaks: how many, an example, what to do."""
-    exact = [leak for leak in leaks if leak.is_same]
-    example = (exact or leaks)[0]
-    near = len(leaks) - len(exact)
-    how = "" if not near else ", all of them nearly" if not exact else f", {near:,} of them nearly"
-    share = len(leaks) / len(valid)
+    """Return "3 of 50 pairs to evaluate on (6.0%) have a prompt that is in …, too, e.g. …"."""
+    how = ""
+    if num_near:
+        how = ", all of them nearly" if num_near == num_leaks else f", {num_near:,} of them nearly"
     return (
-        f"{len(leaks):,} of the {len(valid):,} pairs to evaluate on{' (' + name + ')' if name else ''} "
-        f"({share:.1%}) have a prompt that is trained on, too{how}, e.g. "
-        f"{valid[example.query].source} and {train[example.other].source}; their accuracy says "
-        "what was memorized, not what was learned: remove these prompts from one of the two "
-        "(`mlx-simpo data inspect` lists them)"
+        f"{num_leaks:,} of {num_pairs:,} {subject} ({num_leaks / num_pairs:.1%}) have a prompt that "
+        f"is in {where}, too{how}, e.g. {example[0]} and {example[1]}"
     )

@@ -122,8 +122,8 @@ class Encoder:
         """Encode one pair.
 
         Raises:
-            InvalidRecordError: the template rejects it, no response token is left to score, or both
-                sequences are the same.
+            InvalidRecordError: the template rejects it or writes nothing of a response, no response
+                token is left to score, or both sequences are the same.
             SimPOError: the pair is a conversation but there is no chat template.
         """
         if self.config.compat == "official":
@@ -216,6 +216,9 @@ class Encoder:
 
         Args:
             prompt_text: with its generation prompt. boundaries: of the two conversations' texts.
+
+        Raises:
+            InvalidRecordError: the template writes nothing of a response.
         """
         texts = [boundary.unscored for boundary in boundaries]
         before = {text: self.special.with_bos(self._ids(text)) for text in {prompt_text, *texts}}
@@ -232,6 +235,12 @@ class Encoder:
             if boundary.template_text:
                 after_prompt = start - common_prefix(prompt, sequence)
                 template_tokens = max(template_tokens, after_prompt)
+        for name, sequence, start in zip(("chosen", "rejected"), tokens, starts, strict=True):
+            # Otherwise the model would learn to say nothing, or not to.
+            if self.special.are_ends(sequence[start:]):
+                after = self.config.score.replace("_", " ").removeprefix("all")
+                detail = f"the chat template writes nothing of {name} {after}".strip()
+                raise InvalidRecordError("empty response", detail)
         start = _Start(boundary_tokens, template_tokens, dropped)
         return ((tokens[0], starts[0]), (tokens[1], starts[1])), start
 

@@ -7,10 +7,12 @@ import numpy as np
 from rich.text import Text
 
 from ..errors import visible
+from .dropped import Dropped
 from .encode import EncodedPair, Encoder, TokenizedSequence
 from .pairs import Quarantined, count_reasons
 from .tokens import column, lengths
 
+_UNKNOWN = "\ufffd"  # what is decoded from bytes that are no character
 QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 
 
@@ -36,13 +38,42 @@ def summarize(
         "responses_cut": int(np.count_nonzero(cut_response)),
         "tokens_cut": _total(cut_prompt) + _total(cut_response),
         "boundary_merges": int(np.count_nonzero(column(pairs, "boundary_tokens"))),
+        "template_text": int(np.count_nonzero(column(pairs, "template_tokens"))),
+        "dropped": _count_flags(column(pairs, "dropped")),
         "tokens": _total(chosen) + _total(rejected),
         "scored_tokens": _total(responses["chosen"]) + _total(responses["rejected"]),
+        "length_bias": length_bias(responses["chosen"], responses["rejected"]),
         "lengths": {
             name: {label: int(np.quantile(values, q)) for label, q in QUANTILES.items()}
             for name, values in token_counts.items()
         },
     }
+
+
+def length_bias(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
+    """Return how often the longer response is the preferred one.
+
+    Args:
+        chosen, rejected: scored tokens of each pair's responses, int [N].
+
+    Returns:
+        longer_chosen: share of the pairs with responses of different lengths, or None if there are
+        none; pairs: number of these; mean_chosen, mean_rejected: tokens.
+    """
+    different = int(np.count_nonzero(chosen != rejected))
+    longer = int(np.count_nonzero(chosen > rejected))
+    return {
+        "longer_chosen": longer / different if different else None,
+        "pairs": different,
+        "mean_chosen": float(chosen.mean()) if len(chosen) else None,
+        "mean_rejected": float(rejected.mean()) if len(rejected) else None,
+    }
+
+
+def _count_flags(values: np.ndarray) -> dict[str, int]:
+    """Return in how many pairs the template drops each kind of part, of those that it drops."""
+    counts = {str(flag.name): int(np.count_nonzero(values & flag)) for flag in Dropped}
+    return {name.lower(): count for name, count in counts.items() if count}
 
 
 def _total(values: np.ndarray) -> int:
@@ -59,13 +90,55 @@ def marked(sequence: TokenizedSequence, tokenizer: Any, style: str) -> Text:
     text = Text()
     text.append(show(tokenizer, sequence.tokens[: sequence.score_start].tolist()), style="dim")
     text.append("⟦", style="bold")
-    for number, token in enumerate(sequence.tokens[sequence.score_start :].tolist()):
-        text.append(show(tokenizer, [token]), style=f"{style} underline" if number % 2 else style)
+    pieces = Pieces(tokenizer).split(sequence.tokens[sequence.score_start :].tolist())
+    for number, (piece, _) in enumerate(pieces):
+        text.append(_breaks_shown(piece), style=f"{style} underline" if number % 2 else style)
         text.append("|", style="dim")
     text.append("⟧", style="bold")
     return text
 
 
+class Pieces:
+    """Divides tokens into pieces of text, one per token where a token is whole characters."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        # Some tokenizers omit the space before the first word: a token is decoded after another one.
+        self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._prefix = tokenizer.decode(self._before)
+        self._texts: dict[int, str] = {}
+
+    def split(self, tokens: list[int]) -> list[tuple[str, int]]:
+        """Return (text, number of tokens) of each piece, with escapes for control characters.
+
+        The bytes of one character may be several tokens: these are one piece.
+        """
+        pieces, first = [], 0
+        while first < len(tokens):
+            count, text = 1, self._text(tokens[first])
+            # No character has more than 4 bytes; what is no text at all stays as it is.
+            while _UNKNOWN in text and count < 4 and first + count < len(tokens):
+                count += 1
+                text = self._decode(tokens[first : first + count])
+            if _UNKNOWN in text:
+                count, text = 1, self._text(tokens[first])
+            pieces.append((visible(text), count))
+            first += count
+        return pieces
+
+    def _text(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self._decode([token])
+        return self._texts[token]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(self._before + tokens).removeprefix(self._prefix)
+
+
 def show(tokenizer: Any, tokens: list[int]) -> str:
     """Return tokens as text in which line breaks and control characters are visible."""
-    return visible(tokenizer.decode(tokens)).replace("\n", "↵\n")
+    return _breaks_shown(visible(tokenizer.decode(tokens)))
+
+
+def _breaks_shown(text: str) -> str:
+    return text.replace("\n", "↵\n")

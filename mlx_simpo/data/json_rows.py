@@ -24,6 +24,7 @@ _CHUNK_CHARACTERS = 1 << 16
 # A longer first line is not looked at to tell JSON Lines from a document.
 _MAX_FIRST_LINE = 1 << 24
 _SPACE = " \t\r\n"
+_IN_NUMBERS = "+-.0123456789eE"
 _EXPECTED = 'a list of records, an object with one such list ({"data": [...]}), or JSON Lines'
 
 
@@ -181,9 +182,11 @@ class _Document:
             except (ValueError, RecursionError) as error:  # a huge integer; deeply nested brackets
                 self.fail(str(error), self.position)
             else:
-                # A number at the end of the buffer may go on.
-                if end < len(self._buffer) or not self._read_more():
-                    self._advance(end if end < len(self._buffer) else len(self._buffer))
+                # A number near the end of the buffer may go on: the 1 of "1.5" is one, too.
+                length, after = end - self.position, self._buffer[end : end + 1]
+                is_whole = after not in _IN_NUMBERS if after else not isinstance(value, int | float)
+                if is_whole or not self._read_more():
+                    self._advance(self.position + length)
                     return value
 
     def elements(self) -> Iterator[tuple[int, Any]]:

@@ -129,7 +129,9 @@ def prompt_text(pair: Pair) -> str:
     return json.dumps(messages, sort_keys=True, ensure_ascii=True, default=str)
 
 
-def held_out(prompts: Iterable[bytes], fraction: float, seed: int) -> np.ndarray:
+def held_out(
+    prompts: Iterable[bytes], fraction: float, seed: int, max_pairs: int | None = None
+) -> np.ndarray:
     """Return which pairs are held out for validation: bool [N].
 
     Pairs with the same prompt stay together. Which prompts are held out depends on the prompts and
@@ -139,6 +141,7 @@ def held_out(prompts: Iterable[bytes], fraction: float, seed: int) -> np.ndarray
         prompts: `prompt_text` of each pair, encoded.
         fraction: of the distinct prompts, from 0 (none) to below 1.
         seed: of the run.
+        max_pairs: no further prompt is held out with which there would be more pairs than this.
     """
     hashes = bytearray()
     for text in prompts:  # 16 bytes of a hash: little memory, and no collisions
@@ -146,4 +149,7 @@ def held_out(prompts: Iterable[bytes], fraction: float, seed: int) -> np.ndarray
     # Hashes are random numbers: the first ones in sorted order are a random sample of prompts.
     distinct, rank = np.unique(np.frombuffer(hashes, "S16"), return_inverse=True)
     count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1) if fraction > 0 else 0
+    if max_pairs is not None and count > 0:
+        pairs = np.bincount(rank)[:count].cumsum()
+        count = max(1, int(np.searchsorted(pairs, max_pairs, "right")))
     return rank < count

@@ -128,6 +128,12 @@ def read_words(prompts: Iterable[bytes]) -> PromptWords:
     )
 
 
+def user_text(messages: Sequence[Message]) -> str:
+    """Return the last turn of the user in a prompt; of any role if there is none."""
+    turns = [message for message in messages if message.get("role") == "user"] or messages
+    return _content(turns[-1]) if turns else ""
+
+
 def _content(message: Message) -> str:
     """Return a message's text; of a turn that only calls tools, the calls."""
     calls: Any = message.get("tool_calls")

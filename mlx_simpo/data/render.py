@@ -1,6 +1,7 @@
 """Choose the chat template and write conversations as text with it."""
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from jinja2 import TemplateError
@@ -17,8 +18,11 @@ from .template_args import (
 )
 
 # Expressions in a template run on a record's content: they raise whatever Python's operators raise.
+# mlx-lm's templates in Python assert what they require of a conversation.
 TEMPLATE_ERRORS = (
     TemplateError,
+    AssertionError,
+    NotImplementedError,
     TypeError,
     ValueError,
     AttributeError,
@@ -96,6 +100,12 @@ class Renderer:
         elif used:
             self.origin += f", with {describe_arguments(used)} (mlx-lm's choice for this tokenizer)"
 
+    def with_arguments(self, arguments: Mapping[str, Any]) -> "Renderer":
+        """Return a renderer that passes these arguments, too, or with these values."""
+        changed = copy(self)
+        changed._options = {**self._options, **arguments}
+        return changed
+
     def conversation(self, pair: Pair) -> tuple[list[Message], list[Message], list[Message]]:
         """Return (prompt, chosen, rejected) as messages; strings become one user turn and one
         assistant turn.
@@ -121,18 +131,13 @@ class Renderer:
         tools: list | None = None,
         *,
         generation: bool = False,
-        arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the text of a conversation; with the next response's header if ``generation``.
-
-        Args:
-            arguments: for the template, beside those of this renderer or instead of them.
 
         Raises:
             InvalidRecordError: the template rejects this conversation.
         """
         options = self._options if tools is None else {**self._options, "tools": tools}
-        options = {**options, **arguments} if arguments else options
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation, **options

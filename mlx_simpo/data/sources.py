@@ -5,7 +5,7 @@ from the first ones, whose columns are checked (see `columns`).
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -128,17 +128,23 @@ def looks_like_hub_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not name.endswith(SUFFIXES)
 
 
+def data_files(folder: Path) -> list[Path]:
+    """Return the data files under ``folder``, sorted by name; SimPOError if there are none."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name.endswith(SUFFIXES)]
+    if not files:
+        raise SimPOError(
+            f"{folder} holds no data; it must contain files ending in {', '.join(SUFFIXES)}"
+        )
+    return files
+
+
 def folder_files(folder: Path, split: str | None) -> list[Path]:
     """Return the data files of one split under ``folder``, sorted by name.
 
     Raises:
         SimPOError: there are none, or there are several splits and none is named.
     """
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name.endswith(SUFFIXES)]
-    if not files:
-        raise SimPOError(
-            f"{folder} holds no data; it must contain files ending in {', '.join(SUFFIXES)}"
-        )
+    files = data_files(folder)
     if split is not None:
         pattern = re.compile(rf"(?:^|[-_./]){re.escape(split)}(?=[-_./]|$)")
         split_files = [f for f in files if pattern.search(f.relative_to(folder).as_posix())]
@@ -147,14 +153,20 @@ def folder_files(folder: Path, split: str | None) -> list[Path]:
             raise SimPOError(f"{folder} has no files of the split {split!r}; it has {names}")
         return _first_group(split_files)
     files = _first_group(files)
-    words = {w for f in files for w in _SPLIT_WORDS.findall(f.relative_to(folder).as_posix())}
+    words = split_names(folder, files)
     if len(words) > 1:
         example = "train" if "train" in words else min(words)
         raise SimPOError(
             f"{folder} holds several splits ({', '.join(sorted(words))}); name one, e.g. "
-            f"data.train_split={example}"
+            f"data.train_split={example}, or set data.folder={folder} instead of data.train and "
+            "data.valid"
         )
     return files
+
+
+def split_names(folder: Path, files: Iterable[Path]) -> set[str]:
+    """Return the names of splits that occur in the paths of files under ``folder``."""
+    return {w for f in files for w in _SPLIT_WORDS.findall(f.relative_to(folder).as_posix())}
 
 
 def _first_group(files: Sequence[Path]) -> list[Path]:

@@ -48,5 +48,9 @@ class SpecialTokens:
             return tokens[:end]
         return self.with_eos(tokens)
 
+    def are_ends(self, tokens: list[int]) -> bool:
+        """Return whether these are tokens that end a turn, one or more, and nothing else."""
+        return bool(tokens) and all(token in self.ends for token in tokens)
+
     def _is_space(self, token: int) -> bool:
         return not self._tokenizer.decode([token]).strip()

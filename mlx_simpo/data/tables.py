@@ -23,15 +23,16 @@ def _open_table(path: Path, kind: str) -> Iterator[Any]:
     Raises:
         SimPOError: it cannot be read; also for errors while it is open.
     """
-    from pyarrow import ArrowException, OSFile, ipc
+    from pyarrow import ArrowException, ipc
     from pyarrow.parquet import ParquetFile
 
     try:
-        if kind == "Parquet":
-            with ParquetFile(path) as file:
-                yield file
-            return
-        with OSFile(str(path)) as content:
+        # Opened by Python, because pyarrow takes no names that are not UTF-8.
+        with path.open("rb") as content:
+            if kind == "Parquet":
+                with ParquetFile(content) as file:
+                    yield file
+                return
             # Arrow has a format for files and one for streams, which `datasets` writes.
             is_file = content.read(6) == b"ARROW1"
             content.seek(0)

@@ -97,9 +97,9 @@ def _open_file(path: Path) -> Any:
     if path.name.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.name.endswith(".zst"):
-        from pyarrow import CompressedInputStream, OSFile
+        from pyarrow import CompressedInputStream, PythonFile
 
-        return CompressedInputStream(OSFile(str(path)), "zstd")
+        return CompressedInputStream(PythonFile(path.open("rb"), "r"), "zstd")
     return path.open("rb")
 
 

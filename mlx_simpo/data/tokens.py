@@ -7,12 +7,13 @@ text.bin      UTF-8: for each pair its source ("file:line"), then its prompt (`p
 """
 
 import mmap
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import numpy as np
 
@@ -48,7 +49,47 @@ RECORD_DTYPE = np.dtype(
 READS_BEFORE_RELEASE = 256
 
 
-class TokenizedPairs(Sequence[EncodedPair]):
+class StoredPairs(Sequence[EncodedPair]):
+    """Pairs on disk, whose numbers can be read without their tokens.
+
+    A subclass has the methods that have no body here.
+    """
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> "EncodedPair | Self":
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        return self._pair(index)
+
+    @abstractmethod
+    def _pair(self, index: int) -> EncodedPair:
+        """Read the pair at an index; IndexError beyond the last."""
+
+    @abstractmethod
+    def take(self, indices: np.ndarray) -> Self:
+        """Return the pairs at ``indices`` (int [n]) of this sequence, in that order."""
+
+    @abstractmethod
+    def column(self, name: str) -> np.ndarray:
+        """Return one of COLUMNS for all pairs: int32 [N], or int64 [N] for "index"."""
+
+    @abstractmethod
+    def largest_token_ids(self) -> np.ndarray:
+        """Return the largest token id of each pair, see the function of this name."""
+
+    @abstractmethod
+    def _prompt(self, index: int) -> bytes:
+        """Read the text of the prompt of the pair at an index."""
+
+    def prompts(self) -> Iterable[bytes]:
+        """Yield the text of each pair's prompt, as it was passed to `TokenWriter.add`."""
+        return map(self._prompt, range(len(self)))
+
+
+class TokenizedPairs(StoredPairs):
     """The pairs in a folder, or a selection of them; each `EncodedPair` is created when indexed.
 
     Only the row numbers of a selection (8 bytes per pair) are held in memory. The files may be
@@ -71,13 +112,7 @@ class TokenizedPairs(Sequence[EncodedPair]):
     def __len__(self) -> int:
         return len(self._records if self._rows is None else self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> EncodedPair: ...
-    @overload
-    def __getitem__(self, index: slice) -> "TokenizedPairs": ...
-    def __getitem__(self, index: int | slice) -> "EncodedPair | TokenizedPairs":
-        if isinstance(index, slice):
-            return self.take(np.arange(len(self))[index])
+    def _pair(self, index: int) -> EncodedPair:
         record = self._record(index)
         num_tokens = record["chosen"] + record["rejected"]
         offset = 4 * record["token_offset"]  # in bytes, of int32
@@ -97,7 +132,7 @@ class TokenizedPairs(Sequence[EncodedPair]):
         )
 
     def take(self, indices: np.ndarray) -> "TokenizedPairs":
-        """Return the pairs at ``indices`` (int [n]) of this sequence, in that order."""
+        """Return the pairs at these indices; they share the files of these."""
         selection = object.__new__(TokenizedPairs)  # shares the maps: no file is opened again
         selection._records, selection._tokens = self._records, self._tokens
         selection._text = self._text
@@ -105,12 +140,12 @@ class TokenizedPairs(Sequence[EncodedPair]):
         return selection
 
     def column(self, name: str) -> np.ndarray:
-        """Return one of COLUMNS for all pairs: int32 [N], or int64 [N] for "index"."""
+        """Return one of COLUMNS, or of OFFSETS_AND_SIZES, for all pairs."""
         values = self._records[name]
         return values if self._rows is None else values[self._rows]
 
     def largest_token_ids(self) -> np.ndarray:
-        """Return the largest token id of each pair, see the function of this name."""
+        """Return the largest token id of each pair, uint32 [N]."""
         starts = self.column("token_offset")
         ends = starts + self.column("chosen") + self.column("rejected")
         result = np.empty(len(self), np.uint32)
@@ -119,12 +154,10 @@ class TokenizedPairs(Sequence[EncodedPair]):
             result[index] = tokens[starts[index] : ends[index]].max()
         return result
 
-    def prompts(self) -> Iterable[bytes]:
-        """Yield the text of each pair's prompt, as it was passed to `TokenWriter.add`."""
-        for index in range(len(self)):
-            record = self._record(index)
-            start = record["text_offset"] + record["source_size"]
-            yield self._text.read()[start : start + record["prompt_size"]]
+    def _prompt(self, index: int) -> bytes:
+        record = self._record(index)
+        start = record["text_offset"] + record["source_size"]
+        return self._text.read()[start : start + record["prompt_size"]]
 
     def _record(self, index: int) -> dict[str, int]:
         row = index if self._rows is None else self._rows[index]
@@ -198,7 +231,7 @@ class _MappedFile:
 
 def largest_token_ids(pairs: Sequence[EncodedPair]) -> np.ndarray:
     """Return the largest token id of each pair, uint32 [N]; a negative one counts as very large."""
-    if isinstance(pairs, TokenizedPairs):
+    if isinstance(pairs, StoredPairs):
         return pairs.largest_token_ids()
     return np.array(
         [
@@ -211,7 +244,7 @@ def largest_token_ids(pairs: Sequence[EncodedPair]) -> np.ndarray:
 
 def column(pairs: Sequence[EncodedPair], name: str) -> np.ndarray:
     """Return one of COLUMNS for each pair, int [N], without reading tokens of pairs on disk."""
-    if isinstance(pairs, TokenizedPairs):
+    if isinstance(pairs, StoredPairs):
         return pairs.column(name)
     return np.fromiter(map(COLUMNS[name], pairs), np.int64, len(pairs))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..config.simpo_config import SimPOConfig, TrainConfig
 from ..data.encode import EncodedPair, TokenizedSequence
-from ..data.order import epoch_steps
+from ..data.mixing import epoch_order
 from ..data.tokens import COLUMNS, column, lengths
 from ..engine.choice import Engine
 
@@ -52,7 +52,9 @@ def largest_micro_batch(
     Args:
         engine: of the run. Its micro-batches are compared by positions and longest sequence.
     """
-    orders = _first_steps(len(pairs), config, steps)
+    size = config.train.step_pairs
+    every = epoch_order(pairs, config.seed).steps(size)
+    orders = list(itertools.islice(every, min(steps, max(1, MAX_RANKED_PAIRS // size))))
     options = config.train
     ranked = _largest_steps(orders, pairs, options.batch_size)
     by_length = _LengthsOnly(pairs)
@@ -62,17 +64,6 @@ def largest_micro_batch(
     _, largest, count = _plan(pairs, orders[step], engine, options)
     positions = engine.collate(largest).positions
     return LargestMicroBatch(largest, step + 1, positions, is_alone=count == 1)
-
-
-def _first_steps(num_pairs: int, config: SimPOConfig, steps: int) -> list[np.ndarray]:
-    """Return the pair indices of each of the first steps, of MAX_RANKED_PAIRS pairs at most."""
-    size = config.train.step_pairs
-    every = (
-        order
-        for epoch in itertools.count()
-        for order in epoch_steps(num_pairs, size, config.seed, epoch)
-    )
-    return list(itertools.islice(every, min(steps, max(1, MAX_RANKED_PAIRS // size))))
 
 
 def _largest_steps(

@@ -123,9 +123,9 @@ class Display:
         if not keep:
             live.remove_task(task)
 
-    def evaluations(self, columns: Mapping[str, Evaluation], title: str = "") -> None:
-        """Show evaluations of the same pairs side by side."""
-        self._print(evaluation_table(columns, title))
+    def evaluations(self, columns: Mapping[str, Evaluation], name: str = "") -> None:
+        """Show evaluations of the same pairs side by side, under the name of their set."""
+        self._print(evaluation_table(columns, name))
 
     def _print(self, content: Any, **options: Any) -> None:
         with suppress(OSError):
@@ -138,10 +138,14 @@ def literal(text: str) -> Text:
     return Text(visible(redacted(text)))
 
 
-def evaluation_table(columns: Mapping[str, Evaluation], title: str = "") -> Table:
-    """Return a table of evaluations of the same pairs, one column per evaluation."""
-    pairs = len(next(iter(columns.values())).pairs)
-    table = Table(title=title or count_text(pairs, "pair"), title_justify="left")
+def evaluation_table(columns: Mapping[str, Evaluation], name: str = "") -> Table:
+    """Return a table of evaluations of the same pairs, one column per evaluation.
+
+    Args:
+        name: of the validation set, for the title.
+    """
+    pairs = count_text(len(next(iter(columns.values())).pairs), "pair")
+    table = Table(title=f"{name}: {pairs}" if name else pairs, title_justify="left")
     table.add_column("metric")
     for name in columns:
         table.add_column(name, justify="right")

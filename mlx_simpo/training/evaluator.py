@@ -5,10 +5,11 @@ from collections.abc import Callable
 from ..errors import SimPOError
 from ..evaluation import Evaluation
 from ..reporting import advice
+from ..reporting.display import count_text
 from ..runs.folder import RunFolder
 from ..sampling.samples import Sample, sample_responses
 from .early_stopping import EarlyStopping
-from .recording import record_samples
+from .recording import evaluation_record, record_samples
 from .resuming import Evaluations, Progress
 from .session import Session
 
@@ -55,10 +56,14 @@ class Evaluator:
         is_due = step == 0 or self.is_over or (every is not None and step % every == 0)
         if not is_due or progress.evaluated == step:
             return False
-        result = samples = None
-        if session.valid:
-            title = "Before" if step == 0 else "After" if self.is_over else f"Step {step}"
-            result = session.evaluate(title, self._check)
+        if step == 0 and session.valid_sets:
+            pairs = sum(map(len, session.valid_sets.values()))
+            session.display.note(
+                f"step 1 begins after an evaluation on {count_text(pairs, 'pair')}; a smaller "
+                "data.valid_max makes it shorter"
+            )
+        title = "Before" if step == 0 else "After" if self.is_over else f"Step {step}"
+        results, samples = session.evaluate_sets(title, self._check), None
         if options.sample_prompts:
             samples = sample_responses(
                 session.model,
@@ -68,8 +73,8 @@ class Evaluator:
                 options.sample_tokens,
             )
         # Only now, when nothing can fail any more: a run that is resumed does all of it again.
-        if result is not None:
-            self._add_evaluation(step, result)
+        if results:
+            self._add_evaluations(step, results)
         if samples is not None:
             progress.samples = progress.samples or [sample.as_dict() for sample in samples]
             first = [Sample(**sample) for sample in progress.samples]
@@ -78,17 +83,21 @@ class Evaluator:
         progress.evaluated = step
         return True
 
-    def _add_evaluation(self, step: int, result: Evaluation) -> None:
-        """Log the result, keep the adapter if it is the best one, and see whether to stop."""
-        every = self._session.config.train.eval_every
+    def _add_evaluations(self, step: int, results: dict[str, Evaluation]) -> None:
+        """Log the results, keep the adapter if it is the best one, and see whether to stop.
+
+        The main validation set alone decides.
+        """
+        main, every = self._session.valid_main, self._session.config.train.eval_every
+        result = results[main]
         if every is not None and step > 0:
             self._keep_if_best(step, result.metrics["loss"])
-        self._folder.log({"step": step, **{f"eval_{k}": v for k, v in result.as_dict().items()}})
-        self._evaluations.latest = result
+        self._folder.log({"step": step} | evaluation_record(results))
+        self._evaluations.latest = results
         if step == 0:
-            self._evaluations.before = result
+            self._evaluations.before = results
         if self._evaluations.before and not self._has_fallen:
-            fall = advice.collapse(self._evaluations.before, result)
+            fall = advice.collapse(self._evaluations.before[main], result)
             self._session.display.warn(fall)
             self._has_fallen = fall is not None
         reason = self._early_stopping.add_evaluation(result.metrics)

@@ -55,5 +55,5 @@ def forecast_training(
         with gradient_checkpointing(model) if options.gradient_checkpointing else nullcontext():
             mx.eval(step_gradients(function, batch))
 
-    steps = total_steps(config.train, len(pairs))
+    steps = total_steps(config, pairs)
     return forecast_memory(model, pairs, config, engine, steps, compute_gradient)

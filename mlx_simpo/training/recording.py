@@ -1,9 +1,10 @@
 """What happens in a run, written to its folder and shown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import one_line
+from ..evaluation import Evaluation
 from ..reporting.display import Display
 from ..runs.folder import NONFINITE, SAMPLES, RunFolder
 from ..sampling.samples import Sample, sample_warning
@@ -18,6 +19,16 @@ def record_skipped(folder: RunFolder, display: Display, record: dict[str, Any]) 
         f"step {record['step']} was skipped: its {record['what']} is not a finite number; its "
         f"pairs are in {folder.path / NONFINITE}"
     )
+
+
+def evaluation_record(results: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Return evaluations as metrics.jsonl has them: eval_loss …, of a named set eval/NAME/loss …"""
+    prefixes = {name: f"eval/{name}/" if name else "eval_" for name in results}
+    return {
+        f"{prefixes[name]}{metric}": value
+        for name, result in results.items()
+        for metric, value in result.as_dict().items()
+    }
 
 
 def record_samples(

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
+from ..data.mixing import SourceCounts
 from ..engine.vocabulary import vocabulary_size
 from ..evaluation import Evaluation
 from ..reporting import advice
@@ -17,13 +18,26 @@ from .watch import CollapseWatch
 ENDED_WORSE = 3
 
 
+class BeforeAndAfter(NamedTuple):
+    """The evaluations of one validation set before and after the training, as far as there are."""
+
+    before: Evaluation | None
+    after: Evaluation | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return both as plain values, for JSON."""
+        return {k: None if v is None else v.as_dict() for k, v in self._asdict().items()}
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """The result of a run.
 
-    adapter: the output folder. pairs: number of training pairs. last: the last step. before, after:
-    evaluations; None without validation pairs, and after also if the run was interrupted. best: the
-    step with the lowest evaluation loss, whose adapter is in best/ (with train.eval_every).
+    adapter: the output folder. pairs: number of training pairs. sources: what there is of each
+    training source. last: the last step. before, after: evaluations of the main validation set;
+    None without validation pairs, and after also if the run was interrupted. valid_sets: those of
+    all sets that have names. best: the step with the lowest evaluation loss, whose adapter is in
+    best/ (with train.eval_every).
     signal: the number of the signal that interrupted the run. stopped_early: by
     train.early_stopping. skipped: steps without an update, because it was not finite. worse: the
     model is worse after training than before (`advice.ended_worse`). seconds: of training and
@@ -33,9 +47,11 @@ class TrainResult:
 
     adapter: Path
     pairs: int
+    sources: dict[str, SourceCounts]
     last: StepMetrics
     before: Evaluation | None
     after: Evaluation | None
+    valid_sets: dict[str, BeforeAndAfter]
     best: int | None
     signal: int | None
     stopped_early: bool
@@ -62,6 +78,7 @@ class TrainResult:
         return {
             "adapter": str(self.adapter),
             "pairs": self.pairs,
+            "sources": {name: counts._asdict() for name, counts in self.sources.items()},
             "steps": self.last.step,
             "best": self.best,
             "interrupted": self.interrupted,
@@ -72,8 +89,8 @@ class TrainResult:
             "save_seconds": round(self.save_seconds, 2),
             "peak_memory_gb": round(self.peak_memory_gb, 2),
             "train": self.last.as_dict(),
-            "before": self.before.as_dict() if self.before else None,
-            "after": self.after.as_dict() if self.after else None,
+            **BeforeAndAfter(self.before, self.after).as_dict(),
+            "valid_sets": {name: both.as_dict() for name, both in self.valid_sets.items()},
         }
 
 

@@ -8,7 +8,6 @@ progress.json         `Progress` and the run's fingerprint
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..config.simpo_config import ObjectiveConfig
-from ..data.encode import EncodedPair
 from ..errors import SimPOError
 from ..evaluation import Evaluation, summarize_logps
 from ..files import load_safetensors, read_json, save_safetensors
@@ -58,10 +55,10 @@ class Progress:
 
 @dataclass
 class Evaluations:
-    """The evaluation before the first step, and the latest one."""
+    """The evaluations before the first step, and the latest ones, by the names of the sets."""
 
-    before: Evaluation | None = None
-    latest: Evaluation | None = None
+    before: dict[str, Evaluation] = field(default_factory=dict)
+    latest: dict[str, Evaluation] = field(default_factory=dict)
 
 
 def write_checkpoint(
@@ -82,10 +79,11 @@ def write_checkpoint(
     if progress.best is not None and best.is_dir():  # somebody may have moved it away
         copy_files(best, folder / "best")
     arrays = session.state.arrays()
-    for name, evaluation in vars(evaluations).items():
-        if evaluation is not None:
-            arrays[f"{name}.chosen"] = mx.array(evaluation.chosen_logps)
-            arrays[f"{name}.rejected"] = mx.array(evaluation.rejected_logps)
+    for when, results in vars(evaluations).items():
+        for name, evaluation in results.items():
+            key = _evaluation_key(when, name)
+            arrays[f"{key}.chosen"] = mx.array(evaluation.chosen_logps)
+            arrays[f"{key}.rejected"] = mx.array(evaluation.rejected_logps)
     save_safetensors(folder / STATE, arrays, "mlx")
     progress.step, progress.skipped = session.state.step, session.state.skipped
     progress.logs = run.log_positions()
@@ -148,10 +146,7 @@ def restore_checkpoint(
         session.display.warn(message)
     _restore_best(path / "best", run.path / "best")
     evaluations = Evaluations(
-        *(
-            _evaluation(arrays, name, session.valid, session.config.objective)
-            for name in ("before", "latest")
-        )
+        *(_evaluations(arrays, item.name, session) for item in fields(Evaluations))
     )
     session.display.note(f"resuming after step {step} of {total}, from {path}")
     return progress, evaluations
@@ -195,14 +190,17 @@ def _restore_best(saved: Path, best: Path) -> None:
         ) from None
 
 
-def _evaluation(
-    arrays: dict[str, mx.array],
-    name: str,
-    pairs: Sequence[EncodedPair],
-    objective: ObjectiveConfig,
-) -> Evaluation | None:
-    """Return the evaluation that was saved under this name, if there is one."""
-    if f"{name}.chosen" not in arrays:
-        return None
-    chosen, rejected = (np.array(arrays[f"{name}.{side}"]) for side in ("chosen", "rejected"))
-    return summarize_logps(pairs, chosen, rejected, objective)
+def _evaluation_key(when: str, name: str) -> str:
+    """Return the beginning of the names of a set's log-probabilities in a checkpoint."""
+    return f"{when}/{name}" if name else when
+
+
+def _evaluations(arrays: dict[str, mx.array], when: str, session: Session) -> dict[str, Evaluation]:
+    """Return the evaluations of all sets that were saved for one of the fields of `Evaluations`."""
+    results = {}
+    for name, pairs in session.valid_sets.items():
+        key = _evaluation_key(when, name)
+        if f"{key}.chosen" in arrays:
+            chosen, rejected = (np.array(arrays[f"{key}.{n}"]) for n in ("chosen", "rejected"))
+            results[name] = summarize_logps(pairs, chosen, rejected, session.config.objective)
+    return results

@@ -14,7 +14,7 @@ from ..runs.folder import NONFINITE, RunFolder, resume_command
 from .evaluator import Evaluator
 from .fingerprint import fingerprint
 from .recording import record_skipped
-from .result import TrainResult, recorded_step, verdict
+from .result import BeforeAndAfter, TrainResult, recorded_step, verdict
 from .resuming import Evaluations, Progress, remove_remains, restore_checkpoint, write_checkpoint
 from .saver import Saver
 from .session import Session
@@ -211,17 +211,18 @@ class Run:
 
     def _result(self, number: int | None) -> TrainResult:
         """Write summary.json and return the result, after showing the evaluations."""
-        session, progress, evaluations = self.session, self.progress, self.evaluations
-        before, after = evaluations.before, evaluations.latest
-        if after is not None and (number or progress.evaluated != session.state.step):
-            after = None
+        session, progress = self.session, self.progress
+        sets = self._evaluated_sets(is_final=number is None)
+        before, after = sets.get(session.valid_main, BeforeAndAfter(None, None))
         message = None if number else verdict(session.model, before, after, self.watch)
         result = TrainResult(
             adapter=self.folder.path,
             pairs=len(session.train),
+            sources=session.sources,
             last=self._last or recorded_step(progress.last, session.total_steps),
             before=before,
             after=after,
+            valid_sets={name: both for name, both in sets.items() if name},
             best=progress.best[1] if progress.best else None,
             signal=number,
             stopped_early=number is None and session.state.step < session.total_steps,
@@ -231,11 +232,21 @@ class Run:
             save_seconds=self.saver.seconds,
             peak_memory_gb=mx.get_peak_memory() / 1e9,
         )
-        if before and after:
-            self.display.evaluations({"before": before, "after": after})
+        for name, both in sets.items():
+            if both.before and both.after:
+                self.display.evaluations({"before": both.before, "after": both.after}, name)
         self.display.warn(message)
         try:
             self.folder.finish(result.as_dict())
         except SimPOError as error:  # the adapter is saved, and nothing of this is lost
             self.display.warn(str(error))
         return result
+
+    def _evaluated_sets(self, *, is_final: bool) -> dict[str, BeforeAndAfter]:
+        """Return the evaluations of each validation set; after: only of the end of a whole run."""
+        is_final &= self.progress.evaluated == self.session.state.step
+        after = self.evaluations.latest if is_final else {}
+        return {
+            name: BeforeAndAfter(self.evaluations.before.get(name), after.get(name))
+            for name in self.session.valid_sets
+        }

@@ -11,6 +11,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from ..config.simpo_config import SimPOConfig
 from ..data.encode import EncodedPair, Encoder
+from ..data.mixing import SourceCounts
 from ..data.pairs import Quarantined
 from ..engine.choice import Engine, choose_engine
 from ..engine.vocabulary import check_prompt_ids, check_token_ids
@@ -24,7 +25,7 @@ from ..model.record import RECORD_KEY, get_dict, training_record
 from ..reporting import advice
 from ..reporting.display import Display
 from ..sampling.prompts import named, prompt_tokens
-from .datasets import encode_datasets, hold_out
+from .datasets import read_pairs
 from .state import TrainingState
 from .trainer import StepMetrics, total_steps, train_steps
 
@@ -39,9 +40,11 @@ class Session:
     ...     if step.step % 100 == 0:
     ...         session.save(f"adapter-{step.step}")
 
-    adapter: the content of mlx-lm's adapter_config.json. record: what the adapter is trained on
-    (`model.record.training_record`). loaded: the base model as it was loaded. state: how far the
-    training is. display: where notes and progress of all methods go.
+    train: the training pairs. valid_sets: the validation pairs by the name of their set; one that
+    has no name is "". valid_main: the set that decides which adapter is best. sources: what there
+    is of each training source. adapter: the content of mlx-lm's adapter_config.json. record: what
+    the adapter is trained on (`model.record.training_record`). loaded: the base model as it was
+    loaded. state: how far the training is. display: where notes and progress of all methods go.
     """
 
     config: SimPOConfig
@@ -50,7 +53,9 @@ class Session:
     encoder: Encoder
     adapter: dict[str, Any]
     train: Sequence[EncodedPair]
-    valid: Sequence[EncodedPair]
+    valid_sets: dict[str, Sequence[EncodedPair]]
+    valid_main: str
+    sources: dict[str, SourceCounts]
     quarantined: list[Quarantined]
     engine: Engine
     display: Display
@@ -61,7 +66,12 @@ class Session:
     @property
     def total_steps(self) -> int:
         """Number of optimizer steps of the whole training."""
-        return total_steps(self.config.train, len(self.train))
+        return total_steps(self.config, self.train)
+
+    @property
+    def valid(self) -> Sequence[EncodedPair]:
+        """The validation pairs of the main set; empty if there are none."""
+        return self.valid_sets.get(self.valid_main, ())
 
     def steps(self) -> Iterator[StepMetrics]:
         """Train, one optimizer step after another; see `trainer.train_steps`.
@@ -73,7 +83,7 @@ class Session:
     def evaluate(
         self, title: str = "Evaluating", check: Callable[[], None] = lambda: None
     ) -> Evaluation:
-        """Evaluate the current weights on the validation pairs.
+        """Evaluate the current weights on the validation pairs, of several sets on the main one.
 
         Args:
             title: of the progress bar. check: called after each batch; what it raises ends the
@@ -86,8 +96,26 @@ class Session:
             raise SimPOError(
                 "there are no validation pairs; set data.valid, or data.valid_fraction above 0"
             )
+        return self._evaluate(self.valid, title, check)
+
+    def evaluate_sets(
+        self, title: str = "Evaluating", check: Callable[[], None] = lambda: None
+    ) -> dict[str, Evaluation]:
+        """Evaluate the current weights on each set of validation pairs; see `evaluate`.
+
+        Returns:
+            The evaluations by the names of the sets; {} without validation pairs.
+        """
+        return {
+            name: self._evaluate(pairs, f"{title} ({name})" if name else title, check)
+            for name, pairs in self.valid_sets.items()
+        }
+
+    def _evaluate(
+        self, pairs: Sequence[EncodedPair], title: str, check: Callable[[], None]
+    ) -> Evaluation:
         return evaluate_with_progress(
-            self.model, self.valid, self.config, self.engine, self.display, title, check
+            self.model, pairs, self.config, self.engine, self.display, title, check
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -109,39 +137,39 @@ class Session:
 
 
 def prepare(
-    config: SimPOConfig, display: Display | None = None, *, resuming: bool = False
+    config: SimPOConfig,
+    display: Display | None = None,
+    *,
+    train: Any = None,
+    valid: Any = None,
+    resuming: bool = False,
 ) -> Session:
     """Prepare a run up to its first step; every error of the input is raised here.
 
     Args:
-        display: where notes and progress go; default: stderr. resuming: the adapter's weights come
-            from a checkpoint, so that ``lora.init_from`` is not read.
+        display: where notes and progress go; default: stderr. train, valid: rows from memory
+            instead of data.train and data.valid (docs/data.md says which kinds); valid may be
+            several sets by name, {"chat": rows, "safety": rows}, the first of which is the main
+            one. resuming: the adapter's weights come from a checkpoint, so that
+            ``lora.init_from`` is not read.
 
     Raises:
         SimPOError: data, a model or settings that cannot be read or used.
     """
     display = display or Display()
-    data = config.data
-    sources = [*data.train_sources(), *data.valid_sources().values()]
-    if not data.train_sources():
-        raise SimPOError("data.train is missing; name a file, a folder or a Hugging Face dataset")
     # First, so that a kernel that cannot run here is reported before anything is read.
     choose_implementation(config.logps.impl)
     # All records are checked before a model of gigabytes is downloaded.
-    encoder, encoded = encode_datasets(config, sources, display)
-    if len(encoded) == 1:
-        train, valid = hold_out(encoded[0].pairs, config)
-    else:
-        train, valid = (dataset.pairs for dataset in encoded)
-    if config.train.eval_every is not None and not valid:
+    encoder, pairs, quarantined = read_pairs(config, train, valid, display)
+    if config.train.eval_every is not None and not pairs.valid:
         raise SimPOError(
             f"train.eval_every is {config.train.eval_every}, but there are no validation pairs; "
             "set data.valid, or data.valid_fraction above 0"
         )
     loaded = load_base_model(config, display)  # its weights are read when first used
     model, template = loaded.model, encoder.renderer.text
-    for pairs in (train, valid):
-        check_token_ids(pairs, model, config.model)
+    for part in (pairs.train, *pairs.valid.values()):
+        check_token_ids(part, model, config.model)
     for prompt in named(config.train.sample_prompts):
         check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
     lora = replace(config.lora, init_from=None) if resuming else config.lora
@@ -156,14 +184,16 @@ def prepare(
         tokenizer=encoder.tokenizer,
         encoder=encoder,
         adapter=adapter,
-        train=train,
-        valid=valid,
-        quarantined=[record for dataset in encoded for record in dataset.quarantined],
+        train=pairs.train,
+        valid_sets={**pairs.valid},
+        valid_main=config.data.valid_main or next(iter(pairs.valid), ""),
+        sources=pairs.sources,
+        quarantined=quarantined,
         engine=choose_engine(config.train.engine, model, config.logps.impl),
         display=display,
         record=training_record(loaded, config, template),
         loaded=loaded,
-        state=TrainingState(model, config, total_steps(config.train, len(train))),
+        state=TrainingState(model, config, total_steps(config, pairs.train)),
     )
 
 

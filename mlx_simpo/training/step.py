@@ -5,8 +5,9 @@ is being computed, and nothing is read back in between.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -28,13 +29,15 @@ class StepBatch(NamedTuple):
     """The pairs of one optimizer step, in the order of its micro-batches, and these as arrays.
 
     chosen_tokens: per micro-batch, [B] numbers of scored tokens of the chosen responses. totals:
-    the step's numbers of pairs and of scored chosen tokens, as scalars.
+    the step's numbers of pairs and of scored chosen tokens, as scalars. sources: of several
+    sources, how many of the pairs each has; empty for one.
     """
 
     pairs: list[EncodedPair]
     micro_batches: list[MicroBatch]
     chosen_tokens: list[mx.array]
     totals: tuple[mx.array, mx.array]
+    sources: Mapping[str, int] = MappingProxyType({})
 
     @property
     def positions(self) -> int:

@@ -19,7 +19,8 @@ import numpy as np
 
 from ..config.simpo_config import SimPOConfig, TrainConfig
 from ..data.encode import EncodedPair
-from ..data.order import epoch_steps, steps_per_epoch
+from ..data.mixing import Mixture, epoch_order
+from ..data.order import steps_per_epoch
 from ..engine.choice import Engine, choose_engine
 from ..engine.gradient_checkpointing import gradient_checkpointing
 from ..errors import SimPOError
@@ -43,7 +44,8 @@ class StepMetrics:
     named as in `objectives.simpo_loss`, and
 
     - learning_rate; grad_norm: the gradient's norm before clipping
-    - pairs; tokens: of both sequences of each pair, the prompt counted twice, without padding
+    - pairs, and of several sources those of each, pairs/<name>
+    - tokens: of both sequences of each pair, the prompt counted twice, without padding
     - positions: tokens that the trunk processed, padding included
     - traces: how often mx.compile has traced the step since the loop began; seconds
 
@@ -63,11 +65,13 @@ class StepMetrics:
         return {"step": self.step, "epoch": round(self.epoch, 4), **skipped, **self.metrics}
 
 
-def total_steps(config: TrainConfig, pairs: int) -> int:
-    """Return the number of optimizer steps of a run over ``pairs`` pairs."""
-    if config.steps is not None:
-        return config.steps
-    return math.ceil((config.epochs or 1.0) * steps_per_epoch(pairs, config.step_pairs))
+def total_steps(config: SimPOConfig, pairs: Sequence[EncodedPair]) -> int:
+    """Return the number of optimizer steps of a run on these pairs."""
+    options = config.train
+    if options.steps is not None:
+        return options.steps
+    per_epoch = epoch_order(pairs, config.seed).num_pairs
+    return math.ceil((options.epochs or 1.0) * steps_per_epoch(per_epoch, options.step_pairs))
 
 
 def train_steps(
@@ -95,7 +99,8 @@ def train_steps(
         raise SimPOError("there are no pairs to train on")
     options = config.train
     engine = engine or choose_engine(options.engine, model, config.logps.impl)
-    steps = total_steps(options, len(pairs))
+    steps = total_steps(config, pairs)
+    per_epoch = steps_per_epoch(epoch_order(pairs, config.seed).num_pairs, options.step_pairs)
     state = state or TrainingState(model, config, steps)
     gradient_function = create_gradient_function(model, config, engine)
     batches = step_batches(pairs, config, engine, state.step, steps)
@@ -125,8 +130,7 @@ def train_steps(
             "learning_rate": float(state.optimizer.learning_rate),
             "seconds": time.perf_counter() - started,
         }
-        epoch = state.step / steps_per_epoch(len(pairs), options.step_pairs)
-        yield StepMetrics(state.step, steps, epoch, means, nonfinite)
+        yield StepMetrics(state.step, steps, state.step / per_epoch, means, nonfinite)
         batch = next_batch
 
 
@@ -182,19 +186,20 @@ def step_batches(
     pairs: Sequence[EncodedPair], config: SimPOConfig, engine: Engine, done: int, steps: int
 ) -> Iterator[StepBatch]:
     """Yield the batches of a run's first ``steps`` optimizer steps, without the first ``done``."""
-    size = config.train.step_pairs
-    orders = (
-        order
-        for epoch in itertools.count()
-        for order in epoch_steps(len(pairs), size, config.seed, epoch)
-    )
-    for order in itertools.islice(orders, done, steps):
-        yield collate_step([pairs[i] for i in order], engine, config.train)
+    orders = epoch_order(pairs, config.seed).steps(config.train.step_pairs, done)
+    mixture = pairs if isinstance(pairs, Mixture) and len(pairs.names) > 1 else None
+    numbers = None if mixture is None else mixture.source_numbers
+    for order in itertools.islice(orders, max(0, steps - done)):
+        batch = collate_step([pairs[i] for i in order], engine, config.train)
+        if mixture is not None and numbers is not None:
+            batch = batch._replace(sources=mixture.count_sources(numbers[order]))
+        yield batch
 
 
 def _size_metrics(batch: StepBatch) -> dict[str, int]:
     """Return the numbers of pairs, tokens and positions of a step; see `StepMetrics`."""
     return {
+        **{f"pairs/{name}": count for name, count in batch.sources.items()},
         "pairs": len(batch.pairs),
         "tokens": sum(len(p.chosen.tokens) + len(p.rejected.tokens) for p in batch.pairs),
         "positions": batch.positions,

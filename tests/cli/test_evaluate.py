@@ -116,6 +116,60 @@ def test_evaluate_takes_one_split_of_a_folder(
     assert "holds several splits" in complaint(command(capsys, "evaluate", *arguments))
 
 
+def test_evaluate_takes_the_validation_files_of_a_folder(
+    capsys: Capture, model_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    for name, size in (("train", 3), ("dev", 4), ("test", 5)):
+        write_jsonl(tmp_path / f"{name}.jsonl", some_pairs(size))
+    for arguments in (("--model", model_folder), ("--adapter", adapter)):
+        words = ("evaluate", *arguments, f"data.folder={tmp_path}", "--json")
+        assert command(capsys, *words).json["pairs"] == 4
+        assert command(capsys, *words, "--split", "test").json["pairs"] == 5
+    (tmp_path / "dev.jsonl").unlink()
+    assert complaint(command(capsys, *words)) == (
+        f"data.folder is '{tmp_path}', which has no validation file (valid.jsonl); it has "
+        "test.jsonl, train.jsonl: name one of its splits with data.valid_split=test"
+    )
+
+
+def test_data_takes_the_place_of_a_settings_files_folder_and_sets(
+    capsys: Capture, model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    settings = tmp_path / "recipe.yaml"
+    for data in ("{folder: nowhere}", "{valid: {chat: nowhere}, valid_main: chat}"):
+        settings.write_text(f"model: {model_folder}\ndata: {data}\n")
+        ran = command(capsys, "evaluate", "--data", pairs_file, "--json", settings)
+        assert ran.json["pairs"] == 12
+
+
+def test_evaluate_needs_data(capsys: Capture, adapter: Path) -> None:
+    assert complaint(command(capsys, "evaluate", "--adapter", adapter)) == (
+        "--data is missing; name the pairs to evaluate on, or a folder with data.folder=…"
+    )
+
+
+def test_several_sets_have_tables_and_records_of_their_own(
+    capsys: Capture, adapter: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    few = write_jsonl(tmp_path / "few.jsonl", some_pairs(3))
+    sets = f"data.valid={{chat: {{path: {pairs_file}}}, code: {{path: {few}}}}}"
+    words = ("evaluate", "--adapter", adapter, sets, "--per-pair", tmp_path / "per-pair.jsonl")
+    ran = command(capsys, *words)
+    assert ran.status == 0, ran.err
+    assert "chat: 12 pairs" in ran.out
+    assert "code: 3 pairs" in ran.out
+    records = json_lines(tmp_path / "per-pair.jsonl")
+    assert [(r["set"], r["index"]) for r in records] == [
+        *(("chat", i) for i in range(12)),
+        *(("code", i) for i in range(3)),
+    ]
+    result = command(capsys, *words, "--json").json
+    assert result.keys() == {"adapter", "valid_sets"}
+    for name, path in (("chat", pairs_file), ("code", few)):
+        alone = command(capsys, "evaluate", "--adapter", adapter, "--data", path, "--json").json
+        assert result["valid_sets"][name] == {k: v for k, v in alone.items() if k != "adapter"}
+
+
 def test_a_run_on_a_hub_subset_can_be_evaluated_on_a_file(
     capsys: Capture, adapter: Path, pairs_file: Path, tmp_path: Path
 ) -> None:

@@ -186,7 +186,7 @@ def test_the_defaults_read_back() -> None:
 
 
 def test_a_source_is_written_with_what_is_set() -> None:
-    train = [{"path": "a"}, {"path": "b", "columns": {"prompt": "q"}, "weight": 2.0}]
+    train = [{"path": "a"}, {"path": "b", "columns": {"prompt": "q"}, "max_samples": 2}]
     config = load_config({"model": "x", "data": {"train": train}})
     assert config.as_dict()["data"]["train"] == train
     config = SimPOConfig(model="x", data=DataConfig(valid={"b": SourceConfig("c", split="d")}))
@@ -263,9 +263,9 @@ def test_an_override_of_every_type(override: str, name: str, expected: Any) -> N
         ("data.columns={a: b", "data.columns is not valid YAML"),
         ("lora.rank=four", "lora.rank is 'four'; it must be a whole number"),
         ("lora.rank=[", "lora.rank is not valid YAML"),
-        ("gamma=1", "did you mean objective.gamma_beta_ratio"),
-        ("lr=1", "did you mean train.learning_rate?"),
-        ("lora.alpha=1", "did you mean lora.lora_alpha?"),
+        ("gamma=1", "unknown setting 'gamma'; write objective.gamma_beta_ratio=0.5; here"),
+        ("lr=1", "unknown setting 'lr'; write train.learning_rate=1"),
+        ("lora.alpha=1", "unknown setting 'lora.alpha'; write lora.lora_alpha=1"),
         ("train.batchsize=1", "did you mean 'train.batch_size'?"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.stored import make_pairs, plain, write_and_open
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +17,6 @@ from mlx_simpo.data.tokens import (
     COLUMNS,
     FILES,
     RECORD_DTYPE,
-    TokenizedPairs,
-    TokenWriter,
     column,
     largest_token_ids,
     lengths,
@@ -34,36 +33,6 @@ SEQUENCE = st.builds(
 PAIR = st.builds(
     EncodedPair, SEQUENCE, SEQUENCE, st.integers(0, 2**62), st.text(), NUMBER, NUMBER, NUMBER
 )
-
-
-def write_and_open(folder: Path, pairs: list[EncodedPair], prompts: list[bytes]) -> TokenizedPairs:
-    folder.mkdir()
-    with TokenWriter(folder) as writer:
-        for pair, prompt in zip(pairs, prompts, strict=True):
-            writer.add(pair, prompt)
-    assert writer.num_pairs == len(pairs)
-    return TokenizedPairs(folder)
-
-
-def plain(pair: EncodedPair) -> tuple:
-    sequences = [(s.tokens.tolist(), s.score_start) for s in (pair.chosen, pair.rejected)]
-    return (
-        *sequences,
-        pair.index,
-        pair.source,
-        pair.boundary_tokens,
-        pair.cut_prompt,
-        pair.cut_response,
-    )
-
-
-def make_pairs(count: int) -> list[EncodedPair]:
-    def sequence(n: int) -> TokenizedSequence:
-        return TokenizedSequence(np.arange(n, dtype=np.int32), 1)
-
-    return [
-        EncodedPair(sequence(3 + i % 5), sequence(2 + i % 7), i, f"f:{i}") for i in range(count)
-    ]
 
 
 @given(st.lists(st.tuples(PAIR, st.binary(max_size=9)), max_size=5))

@@ -1,12 +1,13 @@
 """Chat templates that behave as those of well-known models do, with a tokenizer for all of them."""
 
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers.tiny import _TEXT
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parent / "templates"
@@ -32,22 +33,9 @@ class Template(NamedTuple):
 
 CHATML = ("<|im_start|>",)
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "[gMASK]", "<sop>")
-R1 = tuple(
-    f"<｜{name}｜>"
-    for name in [
-        "User",
-        "Assistant",
-        "tool▁calls▁begin",
-        "tool▁calls▁end",
-        "tool▁call▁begin",
-        "tool▁call▁end",
-        "tool▁sep",
-        "tool▁outputs▁begin",
-        "tool▁outputs▁end",
-        "tool▁output▁begin",
-        "tool▁output▁end",
-    ]
-)
+R1_NAMES = ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep", "outputs▁begin")
+R1_NAMES += ("outputs▁end", "output▁begin", "output▁end")
+R1 = ("<｜User｜>", "<｜Assistant｜>", *(f"<｜tool▁{name}｜>" for name in R1_NAMES))
 HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>")
 INST = ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]")
 TEMPLATES = {
@@ -87,10 +75,31 @@ def template_tokenizer(name: str, wrapped: bool = True) -> Any:
     wrapped: in mlx-lm's wrapper, which passes enable_thinking by itself; else transformers' own.
     """
     template = TEMPLATES[name]
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=_bpe(template),
+        bos_token=template.bos,
+        eos_token=template.eos,
+        chat_template=template.text,
+    )
+    return TokenizerWrapper(own) if wrapped else own
+
+
+@cache
+def shipped_tokenizer(name: str) -> Any:
+    """The same for a template that mlx-lm ships as Python code."""
+    module = import_module(f"mlx_lm.chat_templates.{name}")
+    template = TEMPLATES["deepseek_r1"]
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=_bpe(template), bos_token=template.bos, eos_token=template.eos
+    )
+    return TokenizerWrapper(own, chat_template=module.apply_chat_template)
+
+
+def _bpe(template: Template) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     # As Qwen's and Llama's: line breaks with the white space before them are pieces of their own.
     split = pre_tokenizers.Split(
-        pattern=_pattern(r"\s*[\r\n]+|\s+(?!\S)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"),
+        pattern=Regex(r"\s*[\r\n]+|\s+(?!\S)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"),
         behavior="isolated",
     )
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -107,16 +116,4 @@ def template_tokenizer(name: str, wrapped: bool = True) -> Any:
     if template.thinks:
         # Tokens of their own that are not special: transformers shows them in texts.
         tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
-    own = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=template.bos,
-        eos_token=template.eos,
-        chat_template=template.text,
-    )
-    return TokenizerWrapper(own) if wrapped else own
-
-
-def _pattern(text: str) -> Any:
-    from tokenizers import Regex
-
-    return Regex(text)
+    return tokenizer

@@ -17,8 +17,8 @@ from mlx_simpo.reporting.display import Display
 
 
 def small_run(model: Path, pairs: Path, output: Path, *more: str) -> list[str]:
-    """Return the settings of a run of three steps; those in ``more`` override them."""
-    return [
+    """Return the settings of a run of three steps; those in ``more`` take their places."""
+    settings = [
         f"model={model}",
         f"data.train={pairs}",
         f"output={output}",
@@ -29,8 +29,9 @@ def small_run(model: Path, pairs: Path, output: Path, *more: str) -> list[str]:
         "train.learning_rate=1e-2",
         "train.warmup_ratio=0",
         "train.steps=3",
-        *more,
     ]
+    changed = {word.partition("=")[0] for word in more}
+    return [word for word in settings if word.partition("=")[0] not in changed] + list(more)
 
 
 class Ran(NamedTuple):

@@ -32,7 +32,10 @@ SECTIONS |= {"train.early_stopping": EarlyStoppingConfig}
 
 
 # What a setting needs beside it to be valid.
-TOGETHER_WITH = {"data.valid_main": {"valid": {"x": "pairs.jsonl"}}}
+TOGETHER_WITH: dict[str, dict[str, Any]] = {
+    "data.valid_main": {"valid": {"x": "pairs.jsonl"}},
+    "data.valid_split": {"valid": "pairs"},
+}
 
 
 def section_with(name: str, value: Any) -> Section:

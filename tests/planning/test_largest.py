@@ -1,6 +1,6 @@
 """The largest micro-batch, compared with those of all steps."""
 
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,7 +11,7 @@ from helpers.tiny import tiny_model, token_pair
 
 from mlx_simpo import SimPOConfig
 from mlx_simpo.data.encode import EncodedPair
-from mlx_simpo.data.order import epoch_steps
+from mlx_simpo.data.mixing import epoch_order
 from mlx_simpo.data.tokens import TokenizedPairs, TokenWriter
 from mlx_simpo.engine.choice import REFERENCE, Engine, shared_prefix_engine
 from mlx_simpo.planning import largest
@@ -31,13 +31,8 @@ def all_micro_batches(
     pairs: list[EncodedPair], config: SimPOConfig, engine: Engine, steps: int
 ) -> list[list[EncodedPair]]:
     options = config.train
-    orders = (
-        order
-        for epoch in count()
-        for order in epoch_steps(len(pairs), options.step_pairs, config.seed, epoch)
-    )
     result = []
-    for order in islice(orders, steps):
+    for order in islice(epoch_order(pairs, config.seed).steps(options.step_pairs), steps):
         members = [pairs[i] for i in order]
         plan = engine.plan(members, options.batch_size, options.max_tokens_per_step)
         result += [[members[i] for i in indices] for indices in plan]
@@ -81,7 +76,7 @@ def test_the_longest_pair_and_its_step_are_named() -> None:
     config = step_config(batch_size=2, gradient_accumulation_steps=2)
     result = largest_micro_batch(pairs, config, ENGINES["shared_prefix"], 8)
     assert result.longest is pairs[-1]
-    order = list(epoch_steps(31, 4, config.seed, 0))[result.step - 1]
+    order = list(islice(epoch_order(pairs, config.seed).steps(4), 8))[result.step - 1]
     assert 30 in order
     assert not result.is_alone
 
@@ -89,7 +84,7 @@ def test_the_longest_pair_and_its_step_are_named() -> None:
 def test_only_steps_of_the_run_count() -> None:
     pairs = some_pairs(32)
     config = step_config(batch_size=4)
-    by_step = list(epoch_steps(32, 4, config.seed, 0))
+    by_step = list(islice(epoch_order(pairs, config.seed).steps(4), 8))
     last = by_step[-1][0]
     pairs[last] = token_pair(100, 300, 200)
     engine = ENGINES["reference"]

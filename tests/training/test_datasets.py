@@ -16,8 +16,8 @@ from mlx_simpo import (
     load_pairs,
 )
 from mlx_simpo.data.encode import Encoder
-from mlx_simpo.training import datasets as datasets_module
-from mlx_simpo.training.datasets import EncodedDataset, encode_datasets, hold_out, open_dataset
+from mlx_simpo.training.datasets import encode_datasets, hold_out, read_pairs
+from mlx_simpo.training.inputs import open_dataset
 
 
 class Encoded:
@@ -27,12 +27,13 @@ class Encoded:
         display, text = captured_display()
         display.console.width = 1000
         self.config = load_config(None, [f"model={model}", f"data.train={data}", *settings])
-        _, (self.dataset,) = encode_datasets(self.config, [SourceConfig(str(data))], display)
+        source = open_dataset(self.config, SourceConfig(str(data)), display)
+        _, (self.dataset,) = encode_datasets(self.config, [source], display)
         self.text = text.getvalue()
 
     def parts(self) -> tuple[list[int], list[int]]:
         """The indices of the training pairs and of those held out."""
-        train, valid = hold_out(self.dataset.pairs, self.config)
+        train, valid = hold_out(self.dataset.pairs, self.config, captured_display()[0])
         return [p.index for p in train], [p.index for p in valid]
 
 
@@ -91,48 +92,148 @@ def test_quarantined_records_are_counted_and_the_first_one_is_shown(
         Encoded(model_folder, data)
 
 
-def test_every_dataset_is_opened_before_the_tokenizer_is_loaded(
-    pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        datasets_module, "load_only_tokenizer", lambda *a, **k: pytest.fail("it is")
+# --- mixing, holding out, limiting -----------------------------------------------------------
+
+
+def mixed_files(folder: Path, **sizes: int) -> dict[str, Path]:
+    """Write NAME.jsonl with so many pairs; each prompt occurs in every file."""
+    return {
+        name: write_jsonl(
+            folder / f"{name}.jsonl",
+            [r | {"chosen": f"{r['chosen']} {name}"} for r in some_pairs(size)],
+        )
+        for name, size in sizes.items()
+    }
+
+
+class Arranged:
+    """The pairs of a run with these settings of the section data, and what was shown."""
+
+    def __init__(self, model: Path, **data: Any) -> None:
+        display, text = captured_display()
+        display.console.width = 1000
+        config = SimPOConfig(model=str(model), data=DataConfig(**data))
+        _, self.pairs, self.quarantined = read_pairs(config, None, None, display)
+        self.text = text.getvalue()
+
+    @property
+    def sources(self) -> tuple[list[str], list[str]]:
+        """file:line of the training pairs and of the unnamed validation set."""
+        return [p.source for p in self.pairs.train], [p.source for p in self.pairs.valid[""]]
+
+
+def line_numbers(sources: list[str]) -> set[str]:
+    return {source.rpartition(":")[2] for source in sources}
+
+
+def test_prompts_are_held_out_of_all_sources_together(model_folder: Path, tmp_path: Path) -> None:
+    paths = mixed_files(tmp_path, a=12, b=12, c=12)
+    arranged = Arranged(model_folder, train=[str(p) for p in paths.values()], valid_fraction=0.25)
+    train, valid = arranged.sources
+    assert (len(train), len(valid)) == (27, 9)
+    assert line_numbers(train).isdisjoint(line_numbers(valid))  # the same line: the same prompt
+    expected = {f"{path}:{number}" for path in paths.values() for number in line_numbers(valid)}
+    assert set(valid) == expected
+    assert {name: c.pairs for name, c in arranged.pairs.sources.items()} == {"a": 9, "b": 9, "c": 9}
+
+
+def test_the_weights_are_those_of_the_pairs_that_remain(model_folder: Path, tmp_path: Path) -> None:
+    paths = mixed_files(tmp_path, a=40, b=10)
+    train = [{"path": str(paths["a"]), "weight": 3}, {"path": str(paths["b"]), "weight": 1}]
+    arranged = Arranged(model_folder, train=train, valid_fraction=0.2)
+    a, b = arranged.pairs.sources.values()
+    assert a.pairs == 32
+    assert b.per_epoch == b.pairs
+    assert a.per_epoch == 3 * b.per_epoch
+    assert (a.share, b.share) == (0.75, 0.25)
+    assert (
+        f"a: 32 pairs to train on, 0 records quarantined; an epoch takes {a.per_epoch}, "
+        "75.0% of its pairs"
+    ) in arranged.text
+
+
+def test_quarantined_records_are_counted_per_source(model_folder: Path, tmp_path: Path) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl", some_pairs(6))
+    bad = write_jsonl(tmp_path / "bad.jsonl", [*some_pairs(8), {"prompt": "x"}])
+    train = [str(good), str(bad)]
+    arranged = Arranged(model_folder, train=train, valid_fraction=0.0, max_quarantined=0.2)
+    assert [c.quarantined for c in arranged.pairs.sources.values()] == [0, 1]
+    assert [q.source for q in arranged.quarantined] == [f"{bad}:9"]
+    assert "bad: 8 pairs to train on, 1 record quarantined; an epoch takes 8, 57.1%" in (
+        arranged.text
     )
-    config = SimPOConfig(model="nobody/nothing")
-    names = [SourceConfig(str(pairs_file)), SourceConfig(str(tmp_path / "no"))]
-    with pytest.raises(SimPOError, match=r"no such file, folder or dataset: .*no'"):
-        encode_datasets(config, names, captured_display()[0])
+    with pytest.raises(SimPOError, match=r"bad\.jsonl: 1 of 9 records are quarantined"):
+        # One of 15, but the share counts per source.
+        Arranged(model_folder, train=train, max_quarantined=0.1)
 
 
-def test_datasets_are_encoded_in_their_order(model_folder: Path, tmp_path: Path) -> None:
-    files = [write_jsonl(tmp_path / f"{n}.jsonl", some_pairs(n)) for n in (5, 3)]
-    results: list[EncodedDataset] = encode_datasets(
-        SimPOConfig(model=str(model_folder)),
-        [SourceConfig(str(f)) for f in files],
-        captured_display()[0],
-    )[1]
-    assert [len(result.pairs) for result in results] == [5, 3]
-
-
-@pytest.mark.parametrize("setting", ["train", "valid"])
-def test_a_subset_of_local_data_is_an_error(pairs_file: Path, setting: str) -> None:
-    names: dict[str, Any] = {"train": str(pairs_file), setting: str(pairs_file)}
-    config = SimPOConfig(model="m", data=DataConfig(**names, subset="some"))
-    with pytest.raises(SimPOError, match=r"data\.subset is 'some', but .* is local"):
-        open_dataset(config, SourceConfig(str(pairs_file)))
-
-
-@pytest.mark.parametrize(
-    ("train_from", "subset"), [("owner/name", None), ("FILE", "some"), (None, "some")]
-)
-def test_a_subset_of_a_hub_dataset_does_not_concern_a_local_file_beside_it(
-    pairs_file: Path, train_from: str | None, subset: str | None
+def test_a_source_with_a_weight_must_keep_pairs_to_train_on(
+    model_folder: Path, tmp_path: Path
 ) -> None:
-    """But a subset that belongs to no dataset is an error, and never ignored."""
-    train_from = str(pairs_file) if train_from == "FILE" else train_from
-    data = DataConfig(train=train_from, valid=str(pairs_file), subset="some")
-    config = SimPOConfig(model="m", data=data)
-    if subset is None:
-        assert open_dataset(config, SourceConfig(str(pairs_file))).count() == 12
-    else:
-        with pytest.raises(SimPOError, match=r"data\.subset is 'some'"):
-            open_dataset(config, SourceConfig(str(pairs_file)))
+    paths = mixed_files(tmp_path, a=12, b=1)
+    alone = [str(p) for p in paths.values()]
+    weighted = [{"path": path, "weight": 1} for path in alone]
+    # A fraction of which the only prompt of b is a part.
+    fraction = next(
+        fraction
+        for fraction in (0.1, 0.3, 0.5, 0.7, 0.9)
+        if not Arranged(model_folder, train=alone, valid_fraction=fraction).pairs.train.sizes["b"]
+    )
+    with pytest.raises(SimPOError, match="no pair of the source 'b' is left to train on, because"):
+        Arranged(model_folder, train=weighted, valid_fraction=fraction)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 5])
+def test_no_more_pairs_are_held_out_than_are_evaluated(
+    limit: int, model_folder: Path, tmp_path: Path
+) -> None:
+    """Whole prompts: the others stay in the training."""
+    paths = mixed_files(tmp_path, a=20, b=20)
+    settings: dict[str, Any] = {"train": [str(p) for p in paths.values()], "valid_fraction": 0.5}
+    everything = Arranged(model_folder, **settings, valid_max=None)
+    limited = Arranged(model_folder, **settings, valid_max=limit)
+    train, valid = limited.sources
+    assert len(everything.sources[1]) == 20
+    assert len(valid) == (1 if limit == 1 else limit - 1)  # each prompt has two pairs
+    assert set(valid) < set(everything.sources[1])
+    assert line_numbers(train).isdisjoint(line_numbers(valid))
+    assert len(train) == 38 if limit < 5 else 36
+    held = 2 if limit == 1 else len(valid)
+    assert f"evaluating on {held} of 20 pairs (data.valid_max); the others are trained on" in (
+        limited.text
+    )
+
+
+def test_a_validation_set_is_limited_by_a_sample(model_folder: Path, tmp_path: Path) -> None:
+    paths = mixed_files(tmp_path, a=12, b=30, c=4)
+    settings: dict[str, Any] = {
+        "train": str(paths["a"]),
+        "valid": {"chat": str(paths["b"]), "code": str(paths["c"])},
+        "valid_max": 5,
+    }
+    arranged, again = Arranged(model_folder, **settings), Arranged(model_folder, **settings)
+    chat, code = arranged.pairs.valid.values()
+    assert (len(chat), len(code)) == (5, 4)
+    assert [p.index for p in chat] == [p.index for p in again.pairs.valid["chat"]]
+    assert [p.index for p in chat] == sorted({p.index for p in chat})
+    assert "evaluating on 5 of 30 pairs of chat (data.valid_max)\n" in arranged.text
+    assert "pairs of code" not in arranged.text
+
+
+def test_a_folder_without_a_validation_file_has_pairs_held_out(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    mixed_files(tmp_path, train=12, test=5)
+    arranged = Arranged(model_folder, folder=str(tmp_path), valid_fraction=0.25)
+    assert [len(part) for part in arranged.sources] == [9, 3]
+    assert (
+        f"{tmp_path} has no validation file (valid.jsonl); data.valid_fraction=0.25 of the "
+        "training prompts are held out"
+    ) in arranged.text
+
+
+def test_one_source_is_mixed_with_nothing(model_folder: Path, pairs_file: Path) -> None:
+    arranged = Arranged(model_folder, train=str(pairs_file), valid_fraction=0.0)
+    assert "an epoch takes" not in arranged.text
+    assert arranged.pairs.sources == {"pairs": (12, 0, 12, 1.0)}
+    assert arranged.pairs.valid == {}

@@ -24,9 +24,12 @@ from mlx_simpo.training.fingerprint import check_same_run, fingerprint
 SAME = {
     "dtype",
     "seed",
+    "data.valid_main",
     "data.valid_fraction",
     "data.max_length",
     "data.max_prompt_length",
+    "data.template_args",
+    "data.score",
     "data.compat",
     "data.implicit_string_prompts",
     "objective.beta",

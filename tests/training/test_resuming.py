@@ -99,11 +99,9 @@ def test_a_checkpoint_that_is_restored_and_written_again_is_the_same(
 
 def test_evaluations_are_the_same_after_resuming(finished: Runs, runs: Runs) -> None:
     _, _, evaluations = restored(runs)
-    assert evaluations.before is not None
-    assert evaluations.latest is not None
     summary = json.loads((finished.root / "run" / "summary.json").read_text("utf-8"))
-    assert evaluations.before.as_dict() == summary["before"]
-    assert evaluations.latest.as_dict() == summary["after"]
+    assert evaluations.before[""].as_dict() == summary["before"]
+    assert evaluations.latest[""].as_dict() == summary["after"]
 
 
 def test_a_restored_session_does_not_need_the_checkpoint_any_more(runs: Runs) -> None:

@@ -182,14 +182,14 @@ def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(
 def test_a_signal_during_an_evaluation_ends_it_and_it_is_done_when_resumed(
     whole: Whole, runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = Session.evaluate
+    evaluate = Session.evaluate_sets
 
     def interrupted(self: Session, title: str, check: Callable[[], None]) -> Any:
         if title == "Step 2":
             send(signal.SIGTERM)
         return evaluate(self, title, check)
 
-    monkeypatch.setattr(Session, "evaluate", interrupted)
+    monkeypatch.setattr(Session, "evaluate_sets", interrupted)
     assert runs.begin("run").result.exit_status == 143
     assert lines(runs.root / "run") == LINES[:3]
     monkeypatch.undo()

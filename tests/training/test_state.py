@@ -29,7 +29,7 @@ VARIANTS: dict[str, tuple[dict, dict]] = {
 def begin(config: SimPOConfig, **lora: Any) -> tuple[Any, TrainingState]:
     """Return a model and the state before its first step."""
     model = model_with_lora(**lora)
-    return model, TrainingState(model, config, total_steps(config.train, len(PAIRS)))
+    return model, TrainingState(model, config, total_steps(config, PAIRS))
 
 
 def numbers(steps: Sequence[StepMetrics]) -> list[dict]:

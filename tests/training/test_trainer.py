@@ -12,7 +12,7 @@ from helpers.tiny import tiny_model
 
 from mlx_simpo import LoRAConfig, SimPOError
 from mlx_simpo.data.encode import EncodedPair
-from mlx_simpo.data.order import epoch_steps
+from mlx_simpo.data.mixing import epoch_order
 from mlx_simpo.engine.choice import REFERENCE
 from mlx_simpo.model.lora import attach_lora
 from mlx_simpo.training.state import TrainingState
@@ -56,7 +56,7 @@ def test_training_does_not_depend_on_the_micro_batches(batch_size: int, accumula
 )
 def test_the_number_of_steps(train: dict, pairs: int, expected: int) -> None:
     config = step_config(**train)
-    assert total_steps(config.train, pairs) == expected
+    assert total_steps(config, encoded_pairs(pairs)) == expected
     steps = train_steps(model_with_lora(), encoded_pairs(pairs), config)
     assert [step.step for step in steps] == list(range(1, expected + 1))
 
@@ -154,7 +154,7 @@ def token_of_one_step(order: Sequence[int], step: int) -> int:
 def test_a_step_that_is_not_finite_can_be_skipped(compiled: bool) -> None:
     """Weights and moments stay as they were, and the learning rate follows its schedule."""
     config = step_config(engine="reference", compile=compiled, epochs=1.0, on_nonfinite="skip")
-    order = np.concatenate(list(epoch_steps(11, 4, config.seed, 0))).tolist()
+    order = epoch_order(PAIRS, config.seed).epoch(0).tolist()
     model, plain = untied_model(), untied_model()
     rates = [s.metrics["learning_rate"] for s in train_steps(plain, PAIRS, config)]
     poisoned(model, token_of_one_step(order, 1))

@@ -1,0 +1,108 @@
+"""The same records in every format of file and in memory give the same tokens, and train."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.commands import captured_display, small_run
+from helpers.forms import FORMATS, FORMS, STRINGS, as_chat, in_form, tokens, write_format
+from helpers.growth import resident_bytes
+from helpers.tiny import system, write_jsonl
+
+from mlx_simpo import load_config, load_pairs, prepare
+from mlx_simpo.data.sources import FORMATS as ENDINGS
+from mlx_simpo.data.sources import open_source
+
+MESSAGES = [as_chat(pair, system("Be kind")) for pair in STRINGS]
+# Cells with what CSV must quote, and an empty one.
+AWKWARD = [
+    {"prompt": 'a "b",\n\n c;\td', "chosen": " x\r\ny ", "rejected": '"', "system": ""},
+    {"prompt": "é 空", "chosen": '["a", "b"]', "rejected": "{'a': 1}", "system": "s"},
+]
+
+
+def test_every_ending_is_tested() -> None:
+    assert set(ENDINGS) == {kind.rpartition("~")[2] for kind in FORMATS} - {"dataset"}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("records", [STRINGS, MESSAGES, AWKWARD], ids=["text", "chat", "awkward"])
+def test_a_format_gives_the_tokens_of_json_lines(
+    tmp_path: Path, kind: str, records: list[Any]
+) -> None:
+    source = open_source(str(write_format(tmp_path, kind, records)))
+    expected = open_source(str(write_jsonl(tmp_path / "expected.jsonl", records)))
+    assert tokens(source) == tokens(expected)
+    assert [row.number for row in source.rows()] == list(range(len(records)))
+    assert all(row.source.startswith(source.name) for row in source.rows())
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        (".jsonl", 3),
+        (".jsonl.gz", 3),
+        (".jsonl.zst", 3),
+        ("lines~.json", 3),
+        (".json", 12),  # five lines each, after one with a bracket
+        (".json.zst", 12),
+        ("wrapped~.json", 1),
+        (".csv", 4),
+        (".tsv.gz", 4),
+        (".parquet", 3),
+        (".arrow", 3),
+        ("stream~.arrow", 3),
+        ("saved~dataset", 3),
+    ],
+)
+def test_the_location_of_a_record(tmp_path: Path, kind: str, number: int) -> None:
+    """Lines of text, and rows of tables, both from 1."""
+    bad = [*STRINGS[:2], {**STRINGS[2], "rejected": STRINGS[2]["chosen"]}, *STRINGS[3:]]
+    path = write_format(tmp_path, kind, bad)
+    assert [q.source for q in load_pairs(str(path)).quarantined] == [f"{path}:{number}"]
+
+
+# --- two steps of training -------------------------------------------------------------------
+
+PLAIN = [kind for kind in FORMATS if not kind.endswith((".gz", ".zst"))]
+# Each form in one format, and each format with one form, as far as its cells can hold it.
+CASES = [(form, PLAIN[n % len(PLAIN)]) for n, form in enumerate(FORMS)]
+CASES += [("strings", kind) for kind in FORMATS if kind not in dict(CASES).values()]
+
+
+@pytest.fixture(scope="module")
+def losses(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that returns the losses of two steps on a file."""
+
+    def two_steps(path: Path) -> list[float]:
+        output = tmp_path_factory.mktemp("run")
+        settings = small_run(model_folder, path, output / "run", "train.steps=2")
+        session = prepare(load_config(None, settings), captured_display()[0])
+        return [step.metrics["loss"] for step in session.steps()]
+
+    return two_steps
+
+
+@pytest.mark.parametrize(("form", "kind"), CASES)
+def test_two_steps_of_training(losses: Any, tmp_path: Path, form: str, kind: str) -> None:
+    """Every form and every format is trained on as its plain records are."""
+    records, expected = in_form(form)
+    actual = losses(write_format(tmp_path, kind, records))
+    assert len(actual) == 2
+    assert actual == losses(write_jsonl(tmp_path / "expected.jsonl", expected))
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.zst", ".json", ".csv", ".parquet", ".arrow"])
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, kind: str) -> None:
+    """60 MB of text, of which 15 may stay: buffers, a batch, what the allocator keeps."""
+    text = "the quick brown fox " * 500
+    rows = [{"prompt": f"{n} {text}", "chosen": text, "rejected": "b"} for n in range(3000)]
+    source = open_source(str(write_format(tmp_path, kind, rows)))
+    del rows
+    next(source.rows())
+    before = resident_bytes()
+    assert sum(1 for _ in source.rows()) == 3000
+    assert resident_bytes() - before < 15e6
