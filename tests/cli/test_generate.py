@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,24 @@ def test_a_terminal_shows_headings_or_columns(
         assert text.index(visible(expected["base"])) > start
         assert text.index("adapter", start) < text.index(visible(expected["adapter"]))
     assert "cut at 5 tokens" in text
+
+
+def test_a_reader_that_goes_away_ends_the_command(model_folder: Path) -> None:
+    words = ("generate", "--model", str(model_folder), "-p", PROMPT, "-m", "100000")
+    with subprocess.Popen(
+        [sys.executable, "-m", "mlx_simpo", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert "Traceback" not in errors
+    assert "Exception" not in errors
 
 
 def test_what_libraries_print_meanwhile_is_not_among_the_results(

@@ -114,6 +114,12 @@ def test_a_template_that_writes_nothing_is_an_error() -> None:
         prompt_tokens(encoder("{{ '' }}"), NamedPrompt(PROMPT))
 
 
+def test_the_arguments_of_the_template_are_those_of_training() -> None:
+    template = "{{ mood }}: {{ messages[0]['content'] }}"
+    config = DataConfig(template_args={"mood": "angry"})
+    assert text_of_prompt(Encoder(tiny_tokenizer(template), config), PROMPT) == f"angry: {PROMPT}"
+
+
 # --- system prompts --------------------------------------------------------------------------
 
 
