@@ -59,7 +59,7 @@ class SortedWords:
 
     plain: list[Plain] = field(default_factory=list)
     own: list[str] = field(default_factory=list)
-    named: dict[str, str] = field(default_factory=dict)
+    named: dict[str, list[str]] = field(default_factory=dict)
     typed: dict[str, list[str]] = field(default_factory=dict)
     settings: list[Setting] = field(default_factory=list)
     foreign: list[Foreign] = field(default_factory=list)
@@ -102,9 +102,10 @@ class _Sorter:
         if action := self.parser.option(name):
             self._own_option(action, word, value)
         elif dest := self.parser.named.get(name):
-            values = self._values("value", value)
+            is_list = any(a.dest == dest and a.nargs == "*" for a in self.parser.arguments())
+            values = self._values("values" if is_list else "value", value)
             self.line.typed.setdefault(dest, []).append(_typed(word, values, value))
-            self.line.named[dest] = values[0] if values else ""
+            self.line.named[dest] = values or [""]
         elif not self.parser.takes_settings:
             self._unknown(word, value)
         elif plain_name(name) in ALIASES and "." not in name:

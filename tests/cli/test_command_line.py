@@ -58,6 +58,21 @@ def test_a_file_without_the_usual_ending(tmp_path: Path) -> None:
     assert read(f"{file}").options.config == str(file)
 
 
+@pytest.mark.parametrize("line", ["a.yaml d", "d a.yaml", "-c a.yaml d", "a.yaml --data d"])
+def test_a_file_among_the_arguments(line: str) -> None:
+    parser = build_parser().commands["data"]
+    for name, dest, value in (("convert", "source", "d"), ("inspect", "data", ["d"])):
+        result = read_command_line(parser.commands[name], line.split())
+        assert (result.options.config, getattr(result.options, dest)) == ("a.yaml", value)
+        assert result.mistakes == []
+
+
+def test_several_arguments_as_an_option() -> None:
+    parser = build_parser().commands["data"].commands["inspect"]
+    result = read_command_line(parser, "--data a.jsonl b.jsonl --model m".split())
+    assert result.options.data == ["a.jsonl", "b.jsonl"]
+
+
 # --- twice -----------------------------------------------------------------------------------
 
 
@@ -138,7 +153,8 @@ def test_values_of_the_commands_own_options_are_checked_with_the_rest(capsys: Ca
         capsys, "generate", "--model", "m", "-p", "x", "--temp", "hot", "lora.rank=0"
     )
     assert messages == [
-        "argument --temp/--temperature: invalid float value: 'hot'; see `mlx-simpo generate --help`",
+        "argument --temp/--temperature: invalid float value: 'hot'; see `mlx-simpo generate "
+        "--help`",
         "lora.rank is 0; it must be greater than 0",
     ]
 

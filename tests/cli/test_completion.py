@@ -55,9 +55,9 @@ def complete(request: pytest.FixtureRequest, tmp_path: Path) -> Complete:
             [shell, *more, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
         )
         assert ended.stderr == ""
-        found_files = {"FILES", "pairs.jsonl", f"completion.{shell}"}
+        files = {"FILES", "pairs.jsonl", f"completion.{shell}"}
         lines = [text.rstrip(" ") for text in ended.stdout.splitlines() if text.strip()]
-        return [text.rstrip("=") for text in lines if text not in found_files]
+        return [text.rstrip("=") for text in lines if text not in files]
 
     return run
 

@@ -1,4 +1,4 @@
-"""The page of `mlx-simpo` alone: its size, and that each of its examples is a valid command line."""
+"""The page of `mlx-simpo` alone: its size, and that each of its examples is valid."""
 
 import re
 import shlex

@@ -142,7 +142,7 @@ def test_a_command_without_settings_has_none() -> None:
 
 def test_an_argument_may_be_written_as_an_option() -> None:
     line = sort("--output", "a", "--adapter-path", "b", command="fuse")
-    assert line.named == {"output": "a"}
+    assert line.named == {"output": ["a"]}
     assert line.own == ["--adapter=b"]
 
 
