@@ -57,7 +57,7 @@ def train_error(
         (["data.train=/no/such.jsonl"], "no such file, folder or dataset: '/no/such.jsonl'"),
         (["data.train=null"], "data.train is missing"),
         (["data.train_split=test"], "the split is 'test'"),
-        (["data.subset=x"], "only Hub datasets have subsets"),
+        (["data.subset=x"], "data.subset is 'x', but "),
         (["data.valid=/no/such.jsonl"], "no such file, folder or dataset"),
         (["data.chat_template=/no/such.jinja"], "data.chat_template is '/no/such.jinja'"),
         (["data.compat=official"], "this tokenizer has no BOS token"),
@@ -302,13 +302,10 @@ def test_bad_input_of_the_other_commands(
     ("command_line", "message"),
     [
         (["nope"], "unknown command 'nope'; the commands are train, evaluate, generate, data, "),
-        (["evaluate"], "are required: --data; see `mlx-simpo evaluate --help`"),
+        (["evaluate", "--model", "x"], "--data is missing; name the pairs to evaluate on, or a"),
         (["generate", "--prompt"], "argument -p/--prompt: expected one argument"),
         (["generate", "--prompt", "x", "--max-tokens", "many"], "invalid int value: 'many'"),
-        (
-            ["data", "inspect", "--model", "x"],
-            "required: data; see `mlx-simpo data inspect --help`",
-        ),
+        (["data", "convert"], "are required: SOURCE; see `mlx-simpo data convert --help`"),
     ],
 )
 def test_an_incomplete_command_line(capsys: Capture, command_line: list[str], message: str) -> None:
