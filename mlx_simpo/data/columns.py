@@ -18,12 +18,15 @@ _SAMPLE_ROWS = 100
 _MAX_NAMES = 40
 
 
-def with_our_names(source: Source, columns: Mapping[str, str] | None) -> Source:
+def with_our_names(
+    source: Source, columns: Mapping[str, str] | None, *, require_pairs: bool = True
+) -> Source:
     """Return a source whose rows have our names for the columns that ``columns`` maps.
 
     Args:
         source: its rows are as in the data, with all columns of each record, nulls included.
         columns: {our name: its name in the data}.
+        require_pairs: look whether the data has these columns, and those of pairs.
 
     Raises:
         SimPOError: an unknown name of ours; a column that the data lacks; data without a record
@@ -38,7 +41,7 @@ def with_our_names(source: Source, columns: Mapping[str, str] | None) -> Source:
             )
     if len(set(columns.values())) < len(columns):
         raise SimPOError(f"data.columns uses one column for two names: {columns}")
-    note = _look(source, columns)
+    note = _look(source, columns) if require_pairs else None
 
     def rows() -> Iterator[Row]:
         for number, row in enumerate(source.rows()):

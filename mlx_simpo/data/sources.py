@@ -70,7 +70,7 @@ SUFFIXES = tuple(FORMATS)
 _SPLIT_WORDS = re.compile(r"(?:^|[-_./])(train|valid|validation|val|dev|test|eval)(?=[-_./]|$)")
 
 
-def open_source(source: SourceConfig | str) -> Source:
+def open_source(source: SourceConfig | str, *, require_pairs: bool = True) -> Source:
     """Open a file, a folder of files, a dataset or standard input.
 
     Args:
@@ -79,13 +79,14 @@ def open_source(source: SourceConfig | str) -> Source:
             train.jsonl, train-00000-of-00002.parquet and train/a.jsonl); of a Hub dataset or a
             saved DatasetDict, its split. subset: configuration name of a Hub dataset. columns: its
             names for ours. Text is a path alone.
+        require_pairs: its columns must be those of pairs. False: its rows may be anything.
 
     Raises:
         SimPOError: there is no such source, it cannot be read, it has several splits and none is
             named, or its columns are not those that are named or recognized.
     """
     source = SourceConfig(source) if isinstance(source, str) else source
-    return with_our_names(_open(source), source.columns)
+    return with_our_names(_open(source), source.columns, require_pairs=require_pairs)
 
 
 def _open(source: SourceConfig) -> Source:

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..config.sources import SourceConfig
 from ..data.records import describe, parse_tools
-from ..data.rows import InvalidRecordError
-from ..data.sources import Row, open_source
+from ..data.rows import InvalidRecordError, Row
+from ..data.sources import open_source
 from ..errors import SimPOError
 from ..files import require_regular_file
 from ..paths import local_path
@@ -37,7 +37,7 @@ def read_prompts(
     elif name.lower().endswith(".txt"):
         prompts = _text_prompts(_text_lines(local_path(name)), name)
     else:
-        rows = open_source(SourceConfig(name)).rows()
+        rows = open_source(SourceConfig(name), require_pairs=False).rows()
         prompts = [_record_prompt(row, columns or {}) for row in rows]
     if not prompts:
         shown = "standard input" if name == STDIN else name

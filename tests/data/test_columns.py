@@ -50,7 +50,7 @@ def test_the_cache_tells_mappings_apart(tmp_path: Path) -> None:
 def test_a_mapped_column_replaces_one_of_our_name() -> None:
     rows = [{**pair, "other": "another prompt"} for pair in STRINGS]
     pairs = load_pairs(rows, columns={"prompt": "other"}).pairs
-    assert {pair.prompt for pair in pairs} == {"another prompt"}
+    assert [pair.prompt for pair in pairs] == ["another prompt"] * len(STRINGS)
 
 
 def test_a_mapped_system_column() -> None:
@@ -148,6 +148,13 @@ def test_one_recognized_record_is_enough() -> None:
     result = load_pairs([*[{"prompt": "q"}] * 150, STRINGS[0]])
     assert len(result.pairs) == 1
     assert {q.reason for q in result.quarantined} == {"missing response"}
+
+
+def test_rows_that_are_no_pairs_may_be_asked_for(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "q", "tools": None}])
+    assert [r.value for r in open_source(str(path), require_pairs=False).rows()] == [
+        {"prompt": "q"}
+    ]
 
 
 def test_records_for_kto_have_a_reason_of_their_own() -> None:
