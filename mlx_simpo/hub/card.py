@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..errors import SimPOError, one_line, redacted
+from .card_datasets import datasets
 from .card_values import card_values
 from .folders import Folder, as_text, lookup, read_text
 from .outgoing import CARD
@@ -83,7 +84,7 @@ def metadata(folder: Folder) -> ModelCardData:
     """
     base = folder.public_name(folder.base)
     base_id = base.text if base and base.on_hub else None
-    data = folder.public_name(lookup(folder.settings, "data.train"))
+    trained_on = [line for line in datasets(folder) if line.title == "Pairs" and line.name.on_hub]
     training_tags = ("simpo", "lora") if folder.settings else ()
     license_fields = stated_license(folder)
     return ModelCardData(
@@ -92,7 +93,7 @@ def metadata(folder: Folder) -> ModelCardData:
         library_name=folder.kind.library,
         pipeline_tag="text-generation",
         tags=[*training_tags, *folder.kind.tags, "mlx-simpo"],
-        datasets=[data.text] if data and data.on_hub else None,
+        datasets=list(dict.fromkeys(line.name.text for line in trained_on)) or None,
         license=license_fields.get("license"),
         license_name=license_fields.get("license_name"),
         license_link=license_fields.get("license_link"),

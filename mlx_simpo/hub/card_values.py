@@ -7,12 +7,13 @@ missing or of another type. What is not there is None or empty; no default takes
 import json
 import math
 import shlex
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..config.sections import LoRAConfig
 from ..reporting.display import EVALUATION_ROWS, count_text, metric_text
 from ..version import __version__
-from .folders import RUN, Folder, PublicName, as_text, lookup
+from .card_datasets import datasets
+from .folders import RUN, Folder, as_text, lookup
 from .markdown import code, format_value, is_number, table
 
 PLACEHOLDER = "path/to/base-model"  # where the base model has no name on the Hub
@@ -46,15 +47,6 @@ _SETTINGS = (
     "dtype",
     "seed",
 )
-
-
-class Dataset(NamedTuple):
-    """A line of the card: a dataset and the part of it that was used."""
-
-    title: str
-    name: PublicName
-    subset: str | None
-    split: str | None
 
 
 def card_values(folder: Folder, repo: str, revision: str | None) -> dict[str, Any]:
@@ -113,21 +105,6 @@ def number_or_none(value: Any) -> int | float | None:
     return value if is_number(value) else None
 
 
-def datasets(folder: Folder) -> list[Dataset]:
-    """Return what was trained and evaluated on, as far as the settings name it."""
-    data = lookup(folder.settings, "data")
-    subset = as_text(lookup(data, "subset"))
-    lines = []
-    for title, key, split_key in (
-        ("Pairs", "train", "train_split"),
-        ("Evaluation", "valid", "valid_split"),
-    ):
-        name = folder.public_name(lookup(data, key))
-        if name is not None:
-            lines.append(Dataset(title, name, subset, as_text(lookup(data, split_key))))
-    return lines
-
-
 def valid_fraction(folder: Folder) -> float | None:
     """Return the share of the prompts that was held out, if these are the evaluation pairs."""
     data = lookup(folder.settings, "data")
@@ -181,6 +158,9 @@ def lora_scale(folder: Folder) -> float | None:
 def evaluations(folder: Folder) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return (headings, rows of cells) of the evaluations before and after the training."""
     both = {name: lookup(folder.summary, name) for name in ("before", "after")}
+    sets = lookup(folder.summary, "valid_sets")
+    if isinstance(sets, dict) and sets:
+        both = {f"{code(str(n))}, {w}": lookup(sets[n], w) for n in sets for w in both}
     columns = {name: values for name, values in both.items() if isinstance(values, dict)}
     rows: list[tuple[str, ...]] = []
     for name in EVALUATION_ROWS:

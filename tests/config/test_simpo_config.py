@@ -14,9 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo import DataConfig, LoRAConfig, SimPOConfig, SimPOError, TrainConfig, load_config
-from mlx_simpo.config.data_config import default_name
 from mlx_simpo.config.simpo_config import resume_config
-from mlx_simpo.config.sources import SourceConfig
+from mlx_simpo.config.sources import SourceConfig, default_name
 from mlx_simpo.config.yaml import dump_inline
 from mlx_simpo.errors import InvalidSettingsError
 
@@ -50,7 +49,7 @@ def numbers(rule: str) -> st.SearchStrategy[float]:
 
 
 # Not "path", with which a mapping is one source and not several by name.
-NAMES = texts(min_size=1).filter(lambda name: name != "path")
+NAMES = st.from_regex("[A-Za-z0-9_-]{1,8}", fullmatch=True).filter(lambda name: name != "path")
 
 
 def anything() -> st.SearchStrategy:
@@ -60,13 +59,13 @@ def anything() -> st.SearchStrategy:
 
 
 @st.composite
-def sources(draw: st.DrawFn, *, weighted: bool = False) -> SourceConfig:
-    """Any source."""
+def sources(draw: st.DrawFn, *, weighted: bool = False, may_have_name: bool = True) -> SourceConfig:
+    """Any source; one of validation pairs has no name."""
     optional = st.none() | texts(min_size=1)
     columns = st.none() | st.dictionaries(texts(), texts(), max_size=2)
     return SourceConfig(
         draw(texts(min_size=1)),
-        name=draw(optional),
+        name=draw(st.none() | NAMES) if may_have_name else None,
         split=draw(optional),
         subset=draw(optional),
         columns=draw(columns),
@@ -108,8 +107,9 @@ def value_of(name: str) -> st.SearchStrategy:
         lists = st.booleans().flatmap(lambda weighted: st.lists(sources(weighted=weighted)))
         values = texts(min_size=1) | sources() | lists.filter(have_names_of_their_own).map(tuple)
     elif what == "sources by name":
-        sets = st.dictionaries(NAMES, sources(), min_size=1, max_size=3)
-        values = texts(min_size=1) | sources() | sets
+        source = sources(may_have_name=False)
+        sets = st.dictionaries(NAMES, source, min_size=1, max_size=3)
+        values = texts(min_size=1) | source | sets
     else:
         values = texts(min_size=1 if rule else 0)
     return st.none() | values if may_be_null else values

@@ -5,9 +5,9 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from helpers.tiny import assistant, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers.tiny import assistant, system, user
 
 from mlx_simpo.data.near import THRESHOLD, near_matches
 from mlx_simpo.data.prompt_words import PromptWords, read_words, words_of

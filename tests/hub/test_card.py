@@ -11,6 +11,7 @@ from helpers.commands import small_run
 from helpers.shared_folders import (
     BASE,
     card_data,
+    evaluation,
     every_kind,
     peft_folder,
     run_copy,
@@ -230,6 +231,48 @@ def test_a_local_path_is_its_last_part(path: str, tmp_path: Path) -> None:
         assert "`pairs.jsonl` (a local file)" in card.text
 
 
+SOURCES = [
+    {"path": "ann/chat", "split": "train", "subset": "english", "weight": 2},
+    {"path": "/home/ann/secret-client/code.jsonl", "weight": 0.5},
+    {"path": "ann/chat", "split": "more", "weight": 1},
+]
+
+
+def test_several_sources_and_validation_sets_are_listed(tmp_path: Path) -> None:
+    recorded = training_record()
+    sets = {"chat": {"path": "bob/chat", "split": "test"}, "code": {"path": "../secret/c.csv"}}
+    config = recorded["training"]["config"]
+    config["data"] |= {"train": SOURCES, "valid": sets}
+    results = {"before": evaluation(1.5, 0.5), "after": evaluation(0.5, 0.9)}
+    recorded["training"]["summary"]["valid_sets"] = {"chat": results, "code": results}
+    card = card_of(peft_folder(tmp_path / "peft", recorded))
+    assert card.data.to_dict()["datasets"] == ["ann/chat"]
+    link = "https://huggingface.co/datasets"
+    lines = card.text.partition("## Data\n")[2].partition("\n## ")[0].split("\n")
+    assert [line for line in lines if line] == [
+        f"- Pairs: [ann/chat]({link}/ann/chat), subset `english`, split `train`, weight 2",
+        "- Pairs: `code.jsonl` (a local file), weight 0.5",
+        f"- Pairs: [ann/chat]({link}/ann/chat), split `more`, weight 1",
+        f"- Evaluation (`chat`): [bob/chat]({link}/bob/chat), split `test`",
+        "- Evaluation (`code`): `c.csv` (a local file)",
+        "- Pairs trained on: 950",
+    ]
+    assert "secret" not in str(card)
+    assert rows(card)["metric"] == [
+        f"`{name}`, {when} (50 pairs)" for name in ("chat", "code") for when in ("before", "after")
+    ]
+    assert rows(card)["loss"] == ["1.5000", "0.5000"] * 2
+
+
+def test_a_folder_is_named_as_a_local_one(tmp_path: Path) -> None:
+    recorded = training_record()
+    recorded["training"]["config"]["data"] |= {"train": None, "folder": "secret/pairs"}
+    card = card_of(peft_folder(tmp_path / "peft", recorded))
+    assert "- Pairs: `pairs` (a local file)\n" in card.text
+    assert "secret" not in str(card)
+    assert "datasets" not in card.data.to_dict()
+
+
 # --- what cannot break it --------------------------------------------------------------------
 
 NASTY = [
@@ -253,7 +296,9 @@ def test_no_text_of_a_record_breaks_the_card(text: str, tmp_path: Path) -> None:
     recorded = training_record(version=text, template_sha256=text)
     recorded["base"] |= {"model": text, "revision": text}
     values: dict[str, Any] = {"revision": text, "dtype": text, "seed": text}
-    values["data"] = {"train": text, "train_split": text, "subset": text, "valid": text}
+    source = {"path": text, "split": text, "subset": text, "weight": text}
+    values["data"] = {"train": [text, source], "train_split": text, "valid": {text: source}}
+    recorded["training"]["summary"]["valid_sets"] = {text: {"before": evaluation(1.0, 0.5)}}
     values["lora"] = {"target_modules": [text, "q_proj"]}
     recorded["training"] |= {"config": values}
     text_of_card = make_card(open_folder(peft_folder(tmp_path / "peft", recorded)), REPO)
