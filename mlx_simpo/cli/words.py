@@ -125,7 +125,8 @@ class _Sorter:
         """Pass an option on to argparse, which reads and checks its value."""
         option = next((o for o in action.option_strings if o.startswith("--")), word)
         if action.nargs == 0:
-            values, words = [], [word]  # with a value, argparse complains
+            # With a value, argparse complains.
+            values, words = [], [word.replace("_", "-") if value is None else word]
         elif action.nargs is None:
             values = self._values("value", value)
             words = [f"{option}={values[0]}" if values else option]
@@ -200,7 +201,9 @@ class _Sorter:
         name, equals, value = word.partition("=")
         is_name = _NAME.fullmatch(name) is not None
         is_spaced = is_name and not equals and following.startswith("=")
-        if is_name and not value and (equals or is_setting(name)):  # model= X, model X
+        if not self.parser.takes_settings:
+            is_spaced = False
+        elif is_name and not value and (equals or is_setting(name)):  # model= X, model X
             is_spaced = is_spaced or (following != "" and not _stands_alone(following))
         if is_spaced:
             words = [word, self.words.popleft()]

@@ -140,6 +140,13 @@ def test_a_command_without_settings_has_none() -> None:
     assert [plain.word for plain in line.plain] == ["out"]
 
 
+def test_own_options_may_have_underscores() -> None:
+    line = sort("output", "a", "--trust_remote_code", "--no_verify", "--dtype=x", command="fuse")
+    assert line.own == ["--trust-remote-code", "--no-verify", "--dtype=x"]
+    assert [plain.word for plain in line.plain] == ["output", "a"]
+    assert line.mistakes == []
+
+
 def test_an_argument_may_be_written_as_an_option() -> None:
     line = sort("--output", "a", "--adapter-path", "b", command="fuse")
     assert line.named == {"output": ["a"]}
