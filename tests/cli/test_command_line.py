@@ -69,7 +69,7 @@ def test_a_file_among_the_arguments(line: str) -> None:
 
 def test_several_arguments_as_an_option() -> None:
     parser = build_parser().commands["data"].commands["inspect"]
-    result = read_command_line(parser, "--data a.jsonl b.jsonl --model m".split())
+    result = read_command_line(parser, ["--data", "a.jsonl", "b.jsonl", "--model", "m"])
     assert result.options.data == ["a.jsonl", "b.jsonl"]
 
 
