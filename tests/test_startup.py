@@ -130,6 +130,8 @@ except SystemExit as exit:
         ["push", "--help"],
         ["train", "lora.rank=0"],
         ["evaluate"],
+        ["generate"],
+        ["generate", "-p", "x", "--top-p", "0.9"],
     ],
 )
 def test_the_command_line_loads_nothing_heavy_for(arguments: list[str]) -> None:

@@ -80,6 +80,12 @@ def may_be_config(word: str) -> bool:
     return path is not None and _is_path(path) and not local_path(path).is_dir()
 
 
+def lacks_equals(word: str) -> bool:
+    """Return whether a word is a setting's name, or ``name: value`` as in a file."""
+    colon = _COLON.fullmatch(word)
+    return is_setting(word) or (colon is not None and setting_named(colon[1]) is not None)
+
+
 def misplaced_word(word: str, before: str | None) -> str:
     """Return the message for a word that is neither an option nor a setting nor a YAML file.
 

@@ -54,7 +54,13 @@ def histogram(series: Mapping[str, np.ndarray]) -> Histogram:
                 continue
             first, last = int(edges[index]), int(edges[index + 1]) - 1
             is_last = is_open and index == len(values) - 1
-            size = f"{first:,} or more" if is_last else f"{first:,}" if first == last else f"{first:,} to {last:,}"
+            size = (
+                f"{first:,} or more"
+                if is_last
+                else f"{first:,}"
+                if first == last
+                else f"{first:,} to {last:,}"
+            )
             height = max(1.0, (HEIGHT - 4) * count / highest)
             bars.append(
                 Bar(

@@ -8,11 +8,13 @@ import numpy as np
 
 from ..config.simpo_config import SimPOConfig
 from ..data.cache import load_or_tokenize
+from ..data.duplicates import leak_warnings
 from ..data.encode import Encoder
 from ..data.mixing import Mixture, SourceCounts, epoch_order
 from ..data.order import draw_sample
 from ..data.pairs import Quarantined, check_share, held_out
 from ..data.rows import Source
+from ..data.template_messages import template_messages
 from ..data.tokens import StoredPairs, TokenizedPairs
 from ..errors import SimPOError
 from ..model.loading import load_only_tokenizer
@@ -111,6 +113,11 @@ def encode(encoder: Encoder, source: Source, name: str, display: Display) -> Enc
             f"{name}: {len(quarantined)} records quarantined, e.g. {first.reason}: {first.location}"
         )
     display.note(advice.truncation(result.pairs, encoder.config))
+    about_template = template_messages(encoder, result.pairs)
+    for note in about_template.notes:
+        display.note(f"{name}: {note}")
+    for warning in about_template.warnings:
+        display.warn(f"{name}: {warning}")
     return EncodedDataset(result.pairs, quarantined)
 
 
@@ -158,6 +165,15 @@ def arrange(
                 f"{source.per_epoch:,}, {source.share:.1%} of its pairs"
             )
     return RunPairs(pairs, sets, counts)
+
+
+def warn_of_leaks(pairs: RunPairs, display: Display) -> None:
+    """Warn of prompts that are both trained and evaluated on, exactly or nearly."""
+    if pairs.valid:
+        with display.progress("Comparing", len(pairs.train)) as advance:
+            warnings = leak_warnings(pairs.train, pairs.valid, advance)
+        for warning in warnings:
+            display.warn(warning)
 
 
 def hold_out(pairs: _Pairs, config: SimPOConfig, display: Display) -> tuple[_Pairs, _Pairs]:

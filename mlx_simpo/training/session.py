@@ -25,7 +25,7 @@ from ..model.record import RECORD_KEY, get_dict, training_record
 from ..reporting import advice
 from ..reporting.display import Display
 from ..sampling.prompts import named, prompt_tokens
-from .datasets import read_pairs
+from .datasets import read_pairs, warn_of_leaks
 from .state import TrainingState
 from .trainer import StepMetrics, total_steps, train_steps
 
@@ -149,9 +149,8 @@ def prepare(
     Args:
         display: where notes and progress go; default: stderr. train, valid: rows from memory
             instead of data.train and data.valid (docs/data.md says which kinds); valid may be
-            several sets by name, {"chat": rows, "safety": rows}, the first of which is the main
-            one. resuming: the adapter's weights come from a checkpoint, so that
-            ``lora.init_from`` is not read.
+            several sets by name, {"chat": rows, "safety": rows}, of which the first is the main one.
+            resuming: the weights come from a checkpoint, and ``lora.init_from`` is not read.
 
     Raises:
         SimPOError: data, a model or settings that cannot be read or used.
@@ -166,6 +165,8 @@ def prepare(
             f"train.eval_every is {config.train.eval_every}, but there are no validation pairs; "
             "set data.valid, or data.valid_fraction above 0"
         )
+    if not resuming:  # it was said when the run began
+        warn_of_leaks(pairs, display)
     loaded = load_base_model(config, display)  # its weights are read when first used
     model, template = loaded.model, encoder.renderer.text
     for part in (pairs.train, *pairs.valid.values()):
@@ -175,7 +176,8 @@ def prepare(
     lora = replace(config.lora, init_from=None) if resuming else config.lora
     if lora.init_from is not None:
         initial = get_dict(read_adapter_config(lora.init_from), RECORD_KEY)
-        display.warn(advice.adapter_mismatch(initial, loaded, template))
+        arguments = config.data.template_args or {}
+        display.warn(advice.adapter_mismatch(initial, loaded, template, arguments))
     adapter = attach_lora(model, lora, config.seed)
     maybe_set_recommended_wired_limit()  # or macOS may page weights out between steps
     return Session(

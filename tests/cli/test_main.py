@@ -44,7 +44,10 @@ def test_help(capsys: Capture, arguments: list[str], options: list[str]) -> None
     [
         (["train"], "[options] [CONFIG.yaml] [name=value ...]"),
         (["evaluate"], "[options] --data DATA [CONFIG.yaml] [name=value ...]"),
-        (["generate"], "[options] --prompt TEXT [CONFIG.yaml] [name=value ...]"),
+        (
+            ["generate"],
+            "[options] (--prompt TEXT | --prompts FILE | --chat) [CONFIG.yaml] [name=value ...]",
+        ),
         (["data", "inspect"], "[options] DATA [CONFIG.yaml] [name=value ...]"),
     ],
 )

@@ -1,5 +1,6 @@
 """The same records in every format of file and in memory give the same tokens, and train."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,12 @@ from helpers.commands import captured_display, small_run
 from helpers.forms import FORMATS, FORMS, STRINGS, as_chat, in_form, tokens, write_format
 from helpers.growth import resident_bytes
 from helpers.tiny import system, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mlx_simpo import load_config, load_pairs, prepare
+from mlx_simpo import SimPOError, load_config, load_pairs, prepare
+from mlx_simpo.data.records import parse_pair
+from mlx_simpo.data.rows import InvalidRecordError
 from mlx_simpo.data.sources import FORMATS as ENDINGS
 from mlx_simpo.data.sources import open_source
 
@@ -74,6 +79,7 @@ CASES += [("strings", kind) for kind in FORMATS if kind not in dict(CASES).value
 def losses(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A function that returns the losses of two steps on a file."""
 
+    @cache
     def two_steps(path: Path) -> list[float]:
         output = tmp_path_factory.mktemp("run")
         settings = small_run(model_folder, path, output / "run", "train.steps=2")
@@ -90,6 +96,33 @@ def test_two_steps_of_training(losses: Any, tmp_path: Path, form: str, kind: str
     actual = losses(write_format(tmp_path, kind, records))
     assert len(actual) == 2
     assert actual == losses(write_jsonl(tmp_path / "expected.jsonl", expected))
+
+
+# --- damage ----------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_damaged_files_are_errors_or_quarantined_rows(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Never anything else than a SimPOError, and the count is that of the rows."""
+    kind = data.draw(st.sampled_from([kind for kind in FORMATS if kind != "saved~dataset"]))
+    path = write_format(tmp_path_factory.getbasetemp(), kind, MESSAGES[:2])
+    content = bytearray(path.read_bytes())
+    start = data.draw(st.integers(0, len(content)))
+    length = data.draw(st.integers(0, 4) | st.integers(0, len(content)))
+    content[start : start + length] = data.draw(st.binary(max_size=4))
+    path.write_bytes(content)
+    try:
+        source = open_source(str(path))
+        rows = list(source.rows())
+    except SimPOError:
+        return
+    assert len(rows) == source.count()
+    for row in rows:
+        with suppress(InvalidRecordError):
+            parse_pair(row)
 
 
 # --- memory ----------------------------------------------------------------------------------
