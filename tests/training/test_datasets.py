@@ -246,6 +246,7 @@ def test_what_the_template_adds_and_drops_is_told_from_the_cache_as_well(tmp_pat
     rows = [{**row, "tools": [{"name": "sky"}]} for row in some_pairs(3)]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     model = tiny_folder(tmp_path / "model", template=template)
+    text = ""
     for _ in range(2):
         text = Encoded(model, data).text
         for message in (
