@@ -149,8 +149,8 @@ def prepare(
     Args:
         display: where notes and progress go; default: stderr. train, valid: rows from memory
             instead of data.train and data.valid (docs/data.md says which kinds); valid may be
-            several sets by name, {"chat": rows, "safety": rows}, of which the first is the main one.
-            resuming: the weights come from a checkpoint, and ``lora.init_from`` is not read.
+            several sets by name, {"chat": rows, "safety": rows}, the first of which is the main
+            one. resuming: the weights come from a checkpoint, and ``lora.init_from`` is not read.
 
     Raises:
         SimPOError: data, a model or settings that cannot be read or used.
