@@ -302,7 +302,7 @@ def test_bad_input_of_the_other_commands(
     ("command_line", "message"),
     [
         (["nope"], "unknown command 'nope'; the commands are train, evaluate, generate, data, "),
-        (["evaluate", "--model", "x"], "--data is missing; name the pairs to evaluate on, or a"),
+        (["evaluate"], "--data is missing; name the pairs to evaluate on, or a folder"),
         (["generate", "--prompt"], "argument -p/--prompt: expected one argument"),
         (["generate", "--prompt", "x", "--max-tokens", "many"], "invalid int value: 'many'"),
         (["data", "convert"], "are required: SOURCE; see `mlx-simpo data convert --help`"),
