@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config.simpo_config import SimPOConfig
-from .config.sources import SourceConfig
 from .data.encode import EncodedPair, Encoder
 from .data.inspection import summarize
-from .data.memory import memory_source
+from .data.mixing import Mixture
+from .data.overview import InspectedSource, Overview, overview
 from .engine.choice import choose_engine
 from .errors import SimPOError
 from .evaluation import Evaluation
@@ -22,7 +22,7 @@ from .reporting import advice
 from .reporting.display import Display, count_text
 from .runs.folder import open_run
 from .training.datasets import encode_datasets
-from .training.inputs import open_dataset, open_valid, sample
+from .training.inputs import open_inspected, open_valid
 from .training.keep_awake import keep_awake
 from .training.memory_check import check_memory
 from .training.result import TrainResult
@@ -159,33 +159,52 @@ def _nothing_to_evaluate(config: SimPOConfig) -> SimPOError:
 
 
 class Inspection(NamedTuple):
-    """A dataset as it would be trained on. summary: see `data.inspection.summarize`."""
+    """Data as they would be trained on.
+
+    pairs: of all sources, one source after the other. summary: see `data.inspection.summarize`;
+    with what `data.overview.Overview` has, and with "sources", the same for each source.
+    """
 
     pairs: Sequence[EncodedPair]
     encoder: Encoder
     summary: dict[str, Any]
+    overview: Overview
 
 
 def inspect(
-    config: SimPOConfig, data: Any, split: str | None = None, display: Display | None = None
+    config: SimPOConfig,
+    data: Any = None,
+    split: str | None = None,
+    display: Display | None = None,
 ) -> Inspection:
-    """Read and tokenize a dataset without training on it, however many records are quarantined.
+    """Read and tokenize data without training on them, however many records are quarantined.
 
     Args:
-        data: file, folder or Hugging Face dataset, instead of the one in the configuration; or
-            rows from memory, see `prepare`. split: of a folder or Hub dataset.
+        data: file, folder or Hugging Face dataset, or a list of several; or rows from memory, see
+            `prepare`. None: all sources of the configuration. split: of folders and Hub datasets.
 
     Raises:
-        SimPOError: a dataset or tokenizer that cannot be read, or a dataset without a valid pair.
+        SimPOError: data or a tokenizer that cannot be read, or a source without a valid pair.
     """
     lenient = replace(config, data=replace(config.data, max_quarantined=1.0))
-    display, columns, size = display or Display(), config.data.columns, config.data.max_samples
-    if isinstance(data, str | Path):
-        named = SourceConfig(str(data), split=split, columns=columns, max_samples=size)
-        source = open_dataset(lenient, named, display)
-    elif split is not None:
-        raise SimPOError(f"the split is {split!r}, but rows from memory have none; leave it away")
-    else:
-        source = sample(memory_source(data, "rows", columns), size, config, display)
-    encoder, (dataset,) = encode_datasets(lenient, [source], display)
-    return Inspection(dataset.pairs, encoder, summarize(*dataset, encoder))
+    display = display or Display()
+    opened = open_inspected(lenient, data, split, display)
+    encoder, datasets = encode_datasets(lenient, [source.source for source in opened], display)
+    sources = [
+        InspectedSource(source.name, source.role, *dataset)
+        for source, dataset in zip(opened, datasets, strict=True)
+    ]
+    pairs = Mixture({str(number): source.pairs for number, source in enumerate(sources)})
+    together = overview(sources, pairs)
+    quarantined = [record for source in sources for record in source.quarantined]
+    summary = summarize(pairs, quarantined, encoder) | together.as_dict()
+    summary["sources"] = [
+        {
+            "name": source.name,
+            "role": source.role,
+            **summarize(source.pairs, source.quarantined, encoder),
+            "distinct_prompts": distinct,
+        }
+        for source, distinct in zip(sources, together.distinct, strict=True)
+    ]
+    return Inspection(pairs, encoder, summary, together)

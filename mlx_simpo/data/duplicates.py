@@ -5,26 +5,17 @@ the same those that share most of their words (`near`).
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
-from .encode import EncodedPair, TokenizedSequence
+from .encode import TokenizedSequence
 from .near import Match, near_matches
 from .prompt_words import PromptWords, join_words, read_words
-
-
-class PairsWithPrompts(Protocol):
-    """Pairs whose prompts are stored beside their tokens, like `tokens.TokenizedPairs`."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> EncodedPair: ...
-    def prompts(self) -> Iterable[bytes]:
-        """Yield the text of each pair's prompt (`pairs.prompt_text`)."""
-        ...
+from .tokens import StoredPairs
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class Repeats:
     contradictory: list[tuple[int, int]]
 
 
-def find_repeats(pairs: PairsWithPrompts, words: PromptWords) -> Repeats:
+def find_repeats(pairs: StoredPairs, words: PromptWords) -> Repeats:
     """Return the repeated prompts and pairs of a dataset.
 
     Args:
@@ -106,28 +97,36 @@ def find_leaks(train: PromptWords, valid: PromptWords) -> list[Match]:
     return sorted(leaks)
 
 
-def leak_warning(train: PairsWithPrompts, valid: PairsWithPrompts, name: str = "") -> str | None:
-    """Warn if prompts of a validation set occur in the training pairs; None if none does.
+def leak_warnings(
+    train: StoredPairs,
+    valid_sets: Mapping[str, StoredPairs],
+    advance: Callable[[int], Any] = lambda prompts: None,
+) -> list[str]:
+    """Return a warning for each validation set with prompts that occur in the training pairs.
 
     Args:
-        name: of the validation set; "": it has none.
+        valid_sets: by name; the name of an only one may be "".
+        advance: called with the number of training prompts that were read since the last call.
     """
-    leaks = find_leaks(read_words(train.prompts()), read_words(valid.prompts()))
-    if not leaks:
-        return None
-    first = first_example(leaks)
-    example = (valid[first.query].source, train[first.other].source)
-    subject = f"pairs of the validation set {name!r}" if name else "pairs to evaluate on"
-    num_near = sum(not leak.is_same for leak in leaks)
-    return (
-        f"{leak_text(subject, len(leaks), num_near, len(valid), example)}; their accuracy says "
-        "how well they were memorized: remove these prompts from one of the two "
-        "(`mlx-simpo data inspect` lists them)"
-    )
+    train_words, warnings = read_words(train.prompts(), advance), []
+    for name, valid in valid_sets.items():
+        leaks = find_leaks(train_words, read_words(valid.prompts()))
+        if not leaks:
+            continue
+        first = first_example(leaks)
+        example = (valid[first.query].source, train[first.other].source)
+        subject = f"pairs of the validation set {name!r}" if name else "pairs to evaluate on"
+        num_near = sum(not leak.is_same for leak in leaks)
+        warnings.append(
+            f"{leak_text(subject, len(leaks), num_near, len(valid), example)}; their accuracy "
+            "says how well they are memorized: remove these prompts from one of the two "
+            "(`mlx-simpo data inspect` lists them)"
+        )
+    return warnings
 
 
 def first_example(leaks: Sequence[Match]) -> Match:
-    """Return the match that shows best what is meant: the first that is the same, if there is one."""
+    """Return the match that shows best what is meant: the first that is the same, if any is."""
     return next((leak for leak in leaks if leak.is_same), leaks[0])
 
 
@@ -142,8 +141,10 @@ def leak_text(
     """Return "3 of 50 pairs to evaluate on (6.0%) have a prompt that is in …, too, e.g. …"."""
     how = ""
     if num_near:
-        how = ", all of them nearly" if num_near == num_leaks else f", {num_near:,} of them nearly"
+        number = "all" if num_near == num_leaks else f"{num_near:,}"
+        how = f", {number} of them nearly"
+    share = num_leaks / num_pairs
     return (
-        f"{num_leaks:,} of {num_pairs:,} {subject} ({num_leaks / num_pairs:.1%}) have a prompt that "
-        f"is in {where}, too{how}, e.g. {example[0]} and {example[1]}"
+        f"{num_leaks:,} of {num_pairs:,} {subject} ({share:.1%}) have a prompt that is in {where}, "
+        f"too{how}, e.g. {example[0]} and {example[1]}"
     )

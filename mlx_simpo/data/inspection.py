@@ -103,7 +103,7 @@ class Pieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        # Some tokenizers omit the space before the first word: a token is decoded after another one.
+        # Some tokenizers omit the space before the first word: no token is decoded first.
         self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._prefix = tokenizer.decode(self._before)
         self._texts: dict[int, str] = {}

@@ -1,8 +1,8 @@
 """Nearly equal prompts among many: candidates from small sketches, verified by what both contain.
 
-Two prompts are near duplicates if the Jaccard similarity of their shingles is at least THRESHOLD:
-of all words of the user, of what several prompts do not begin or end with (`preambles`), and of the
-last turn.
+Two prompts are near duplicates if the Jaccard similarity of their shingles is at least THRESHOLD,
+and that of their last turns is, too. Of a prompt with a preamble that several prompts share
+(`preambles`), the rest has to be in the other prompt to the same degree.
 
 An edit within a text changes three shingles, and the ends of the text count as words: one word may
 differ in a prompt of 25 words, none in one of 10. "What is 7 times 8?" is not "What is 7 times 9?".
@@ -53,52 +53,68 @@ def near_matches(
             queries before it.
     """
     everything = queries if others is None else np.concatenate([queries, others])
-    compare = _Comparison(prompts, everything)
-    result, previous, verified = [], -1, 0
-    for query, other in _candidates(compare.bodies, len(queries), others is None):
-        verified = verified if query == previous else 0
-        previous = query
-        if verified < MAX_VERIFIED:
-            verified += 1
-            value = compare.similarity(query, other)
+    prompts_to_compare = _Comparison(prompts, everything)
+    matches: dict[int, Match] = {}
+    for candidates in prompts_to_compare.candidates(len(queries), others is None):
+        previous, verified = -1, 0
+        for query, other in candidates:
+            verified = verified + 1 if query == previous else 1
+            previous = query
+            if verified > MAX_VERIFIED or query in matches:
+                continue
+            value = prompts_to_compare.similarity(query, other)
             if value >= THRESHOLD:
-                result.append(Match(int(everything[query]), int(everything[other]), value))
-                verified = MAX_VERIFIED
-    return result
+                matches[query] = Match(int(everything[query]), int(everything[other]), value)
+    return [matches[query] for query in sorted(matches)]
 
 
 class _Comparison:
     """Some of the prompts, ready to be compared by their row."""
 
     def __init__(self, prompts: PromptWords, indices: np.ndarray) -> None:
-        self._words, self._whole = prompts.words, prompts.spans.take(indices)
-        body = bodies(prompts, self._whole)
-        self.bodies = ShingleSets(prompts.words, body)
-        last = np.clip(prompts.last_turns[indices], body.starts, body.ends)
-        self._last = Spans(last, body.ends)
-        # What else has to be alike, if it is not the body itself.
-        self._has_preamble = (body.ends - body.starts) < (self._whole.ends - self._whole.starts)
-        self._has_turns = last > body.starts
+        self._words = prompts.words
+        whole = prompts.spans.take(indices)
+        body = bodies(prompts, whole)
+        last = np.maximum(prompts.last_turns[indices], whole.starts)
+        self._last = Spans(last, whole.ends)
+        self._has_turns = last > whole.starts
+        self._has_preamble = (body.ends - body.starts) < (whole.ends - whole.starts)
+        self._whole = self._bodies = ShingleSets(prompts.words, whole)
+        if self._has_preamble.any():
+            self._bodies = ShingleSets(prompts.words, body)
+
+    def candidates(
+        self, num_queries: int, only_earlier: bool
+    ) -> Iterator[Iterator[tuple[int, int]]]:
+        """Yield the candidates, once or twice: see `_candidates`."""
+        yield _candidates(self._bodies, num_queries, only_earlier)
+        # Where the preamble itself differs in a word, it is part of the body of one of the two.
+        if self._has_preamble.any():
+            yield _candidates(self._whole, num_queries, only_earlier, self._has_preamble)
 
     def similarity(self, a: int, b: int) -> float:
         """Return the least of the similarities that count."""
-        value = self.bodies.similarity(a, b)
-        for is_needed, spans in (
-            (self._has_preamble, self._whole),
-            (self._has_turns, self._last),
-        ):
-            if value >= THRESHOLD and (is_needed[a] or is_needed[b]):
-                value = min(value, similarity(self._words, spans, a, b))
+        value = self._whole.similarity(a, b)
+        if value >= THRESHOLD and (self._has_turns[a] or self._has_turns[b]):
+            value = min(value, similarity(self._words, self._last, a, b))
+        for one, other in ((a, b), (b, a)):
+            if value >= THRESHOLD and self._has_preamble[one]:
+                share = self._bodies.share_in(one, self._whole, other)
+                # The similarity of two sets of one size that share so much.
+                value = min(value, share / (2 - share))
         return value
 
 
 def _candidates(
-    sets: ShingleSets, num_queries: int, only_earlier: bool
+    sets: ShingleSets,
+    num_queries: int,
+    only_earlier: bool,
+    differ_in: np.ndarray | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (query, other) whose sketches have enough in common, those with the most first.
 
     The first ``num_queries`` rows are the queries; the other rows are the others, or with
-    ``only_earlier`` the queries before.
+    ``only_earlier`` the queries before. If there is ``differ_in`` (bool [N]), the two differ in it.
     """
     first = 0 if only_earlier else num_queries
     hashes = sets.sketches[first:, :BUCKET_HASHES].ravel()
@@ -122,9 +138,11 @@ def _candidates(
             queries[which] * len(sets.sizes) + rows[(low + offset)[which]]
             for offset, which in enumerate(is_one)
         ]
-        a, b = np.divmod(np.unique(np.concatenate(pairs)), len(sets.sizes))
+        a, b = np.divmod(_unique(np.concatenate(pairs)), len(sets.sizes))
         smaller, larger = np.sort([sets.sizes[a], sets.sizes[b]], axis=0)
         is_possible = smaller >= THRESHOLD * larger
+        if differ_in is not None:
+            is_possible &= differ_in[a] != differ_in[b]
         yield from _similar_sketches(sets.sketches, a[is_possible], b[is_possible])
 
 
@@ -140,3 +158,11 @@ def _similar_sketches(
         order = np.lexsort((-shared, a))
         order = order[(shared >= MIN_SHARED * sizes)[order]]
         yield from zip(a[order].tolist(), b[order].tolist(), strict=True)
+
+
+def _unique(values: np.ndarray) -> np.ndarray:
+    """Return the distinct values, sorted; for so many, faster than np.unique."""
+    values.sort()
+    is_new = np.ones(len(values), bool)
+    is_new[1:] = values[1:] != values[:-1]
+    return values[is_new]

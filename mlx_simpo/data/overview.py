@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .duplicates import Match, PairsWithPrompts, Repeats, find_leaks, find_repeats
+from .duplicates import Match, Repeats, find_leaks, find_repeats
 from .pairs import Quarantined
 from .prompt_words import PromptWords, join_words, read_words
+from .tokens import StoredPairs
 
 TRAIN, VALID = "train", "valid"
 
@@ -18,7 +19,7 @@ class InspectedSource(NamedTuple):
 
     name: str
     role: str
-    pairs: PairsWithPrompts
+    pairs: StoredPairs
     quarantined: list[Quarantined]
 
 
@@ -51,7 +52,7 @@ class Overview:
             all before it.
     """
 
-    pairs: Any
+    pairs: StoredPairs
     names: tuple[str, ...]
     starts: tuple[int, ...]
     distinct: tuple[int, ...]
@@ -100,7 +101,7 @@ class Overview:
         }
 
 
-def overview(sources: Sequence[InspectedSource], pairs: Any) -> Overview:
+def overview(sources: Sequence[InspectedSource], pairs: StoredPairs) -> Overview:
     """Compare the prompts of sources, of which those to train on come first.
 
     Args:

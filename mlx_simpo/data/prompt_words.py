@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -28,6 +28,10 @@ _SIGN = re.compile(r"(?<=[\d)])\s*([-*/%])\s*(?=[a-z]\b|[\d(])|(?<=\b[a-z])\s*([
 _SIGN_WORDS = {"-": " minus ", "*": " times ", "/": " over ", "%": " mod "}
 # Chinese and Japanese characters, and Thai ones, are written without spaces between words.
 _WITHOUT_SPACES = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+
+_ADVANCE = 1000
+# Marks before and after the words of a turn; a word's hash is one of them as rarely as another's.
+_BEGINS, _ENDS = (1, 1), (2, 2)
 
 
 class _Separators(dict[int, str]):
@@ -73,15 +77,15 @@ class PromptWords:
     """The words of N prompts, one after the other: the user's, or all if those are too few.
 
     Attributes:
-        words: uint32 [total], a hash per word.
-        starts: int64 [N + 1], where each prompt begins in ``words``, and the end.
+        words: uint32 [total], a hash per word, and two marks before and after each turn.
+        spans: where the words of each prompt are, from its first word to its last.
         last_turns: int64 [N], where the last turn of each prompt begins in ``words``.
         keys: 16 bytes [N], equal for prompts that are the same after normalization.
         conversations: 16 bytes [N], equal if all turns of all roles are the same, too.
     """
 
     words: np.ndarray
-    starts: np.ndarray
+    spans: Spans
     last_turns: np.ndarray
     keys: np.ndarray
     conversations: np.ndarray
@@ -89,39 +93,41 @@ class PromptWords:
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
-    def spans(self) -> Spans:
-        """Where the words of each prompt are."""
-        return Spans(self.starts[:-1], self.starts[1:])
 
-
-def read_words(prompts: Iterable[bytes]) -> PromptWords:
+def read_words(
+    prompts: Iterable[bytes], advance: Callable[[int], Any] = lambda prompts: None
+) -> PromptWords:
     """Return the words of prompts that are stored as `pairs.prompt_text` writes them.
 
-    About 4 bytes per word and 48 per prompt are held in memory.
+    About 4 bytes per word and 72 per prompt are held in memory.
+
+    Args:
+        advance: called now and then with the number of prompts that were read since the last call.
     """
-    words, starts, last_turns = array("I"), array("q", [0]), array("q")
+    words, starts, ends, last_turns = array("I"), array("q"), array("q"), array("q")
     keys, conversations = bytearray(), bytearray()
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts, start=1):
+        if number % _ADVANCE == 0:
+            advance(_ADVANCE)
         messages = json.loads(prompt)
         turns = [(message.get("role"), words_of(_content(message))) for message in messages]
-        users = [turn for role, turn in turns if role == "user"]
+        compared = [turn for role, turn in turns if role == "user"]
         conversation = b"\n".join(b"%a:%b" % (role, b" ".join(turn)) for role, turn in turns)
         conversations += blake2b(conversation, digest_size=16).digest()
-        if sum(map(len, users)) < MIN_USER_WORDS:
+        if sum(map(len, compared)) < MIN_USER_WORDS:
             keys += conversations[-16:]
-            users = [turn for _, turn in turns]
+            compared = [turn for _, turn in turns] or [[]]
         else:
-            text = b"\n".join(map(b" ".join, users))
+            text = b"\n".join(map(b" ".join, compared))
             keys += blake2b(text, digest_size=16).digest()
-        for turn in users[:-1]:
-            words.extend(map(crc32, turn))
-        last_turns.append(len(words))
-        words.extend(map(crc32, users[-1] if users else ()))
-        starts.append(len(words))
+        starts.append(len(words) + len(_BEGINS))
+        for turn in compared:
+            words.extend((*_BEGINS, *map(crc32, turn), *_ENDS))
+        last_turns.append(len(words) - len(_ENDS) - len(compared[-1]))
+        ends.append(len(words) - len(_ENDS))
     return PromptWords(
         np.frombuffer(words, np.uint32),
-        np.frombuffer(starts, np.int64),
+        Spans(np.frombuffer(starts, np.int64), np.frombuffer(ends, np.int64)),
         np.frombuffer(last_turns, np.int64),
         np.frombuffer(keys, "S16"),
         np.frombuffer(conversations, "S16"),
@@ -146,7 +152,10 @@ def join_words(parts: Sequence[PromptWords]) -> PromptWords:
     shifted = [(part, size) for part, size in zip(parts, sizes, strict=False)]
     return PromptWords(
         np.concatenate([part.words for part in parts]),
-        np.concatenate([[0], *(part.starts[1:] + size for part, size in shifted)]),
+        Spans(
+            np.concatenate([part.spans.starts + size for part, size in shifted]),
+            np.concatenate([part.spans.ends + size for part, size in shifted]),
+        ),
         np.concatenate([part.last_turns + size for part, size in shifted]),
         np.concatenate([part.keys for part in parts]),
         np.concatenate([part.conversations for part in parts]),

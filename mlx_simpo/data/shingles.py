@@ -26,7 +26,9 @@ class ShingleSets:
         count = len(spans.starts)
         self.sizes = np.zeros(count, np.int64)
         self.sketches = np.full((count, SKETCH_SIZE), NO_HASH)
-        parts = [np.zeros(0, np.uint64)]
+        # As many as there are if no shingle is repeated; what is not written takes no memory.
+        self._hashes = np.empty(int((spans.ends - spans.starts + 2).sum()), np.uint64)
+        filled = 0
         for start in range(0, count, _CHUNK):
             part = spans.take(slice(start, start + _CHUNK))
             hashes, rows = shingles(words, part)
@@ -34,14 +36,20 @@ class ShingleSets:
             rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
             smallest = rank < SKETCH_SIZE
             self.sketches[start + rows[smallest], rank[smallest]] = hashes[smallest]
-            parts.append(hashes)
-        self._hashes, self._ends = np.concatenate(parts), np.cumsum(self.sizes)
-        # A text is compared with several others in a row, which are often alike.
-        self._set = lru_cache(maxsize=8192)(self._read_set)
+            self._hashes[filled : filled + len(hashes)] = hashes
+            filled += len(hashes)
+        self._ends = np.cumsum(self.sizes)
+        # A text is compared with several others in a row.
+        self._set = lru_cache(maxsize=256)(self._read_set)
 
     def similarity(self, a: int, b: int) -> float:
         """Return the Jaccard similarity of two texts."""
         return jaccard(self._set(a), self._set(b))
+
+    def share_in(self, row: int, others: "ShingleSets", other: int) -> float:
+        """Return how much of a text, from 0 to 1, is in one of other texts."""
+        own = self._set(row)
+        return len(own & others._set(other)) / len(own)
 
     def _read_set(self, row: int) -> frozenset[int]:
         end = self._ends[row]
@@ -63,29 +71,22 @@ def jaccard(one: frozenset[int], other: frozenset[int]) -> float:
 
 
 def shingles(words: np.ndarray, spans: Spans) -> tuple[np.ndarray, np.ndarray]:
-    """Return (hashes uint64 [n], rows int [n]): the distinct shingles of each text, sorted by row
-    and hash.
+    """Return (hashes uint64 [n], rows int [n]): the distinct shingles that a word of each span is
+    in, sorted by row and hash.
 
-    Two marks stand before the words and two after them, so that every word is in three shingles.
+    Those at the ends of a span reach over them: into marks where a turn begins or ends, so that
+    every word is in three shingles.
     """
-    sizes = spans.ends - spans.starts
-    offsets = np.cumsum(sizes + 4) - (sizes + 4)
-    padded = np.full(int(sizes.sum()) + 4 * len(sizes), 2**32, np.uint64)
-    rows = np.repeat(np.arange(len(sizes)), sizes)
-    within = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    padded[offsets[rows] + 2 + within] = words[spans.starts[rows] + within]
-    for mark in (2, 3):
-        padded[offsets + sizes + mark] = 2**32 + 1
-    hashes = np.zeros(max(0, len(padded) - 2), np.uint64)
+    counts = spans.ends - spans.starts + 2
+    rows = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first = spans.starts[rows] - 2 + within
+    hashes = np.zeros(len(first), np.uint64)
     for shift in range(3):  # order counts: each word is mixed into what precedes it
-        hashes = (hashes ^ padded[shift : shift + len(hashes)]) * _MIX[0]
+        hashes = (hashes ^ words[first + shift]) * _MIX[0]
         hashes ^= hashes >> np.uint64(29)
     hashes = hashes * _MIX[1]
     hashes ^= hashes >> np.uint64(32)
-    rows = np.repeat(np.arange(len(sizes)), sizes + 4)[: len(hashes)]
-    # The last two positions of each text reach into the next one.
-    is_inside = np.arange(len(hashes)) < (offsets + sizes + 2)[rows]
-    hashes, rows = hashes[is_inside], rows[is_inside]
     order = np.lexsort((hashes, rows))
     hashes, rows = hashes[order], rows[order]
     is_new = np.ones(len(hashes), bool)

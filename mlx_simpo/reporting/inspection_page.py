@@ -5,9 +5,10 @@ escapes, and the page's content security policy allows its own script and style 
 """
 
 import json
+import re
 from base64 import b64encode
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,36 +18,40 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..data.dropped import Dropped
+from ..data.duplicates import Match
 from ..data.encode import EncodedPair, Encoder, TokenizedSequence
 from ..data.inspection import Pieces
 from ..data.overview import Overview
 from ..data.prompt_words import user_text
-from ..data.tokens import column
+from ..data.tokens import StoredPairs, column
 from ..errors import visible
 from ..version import __version__
 from .display import count_text
-from .histogram import HEIGHT, WIDTH, histogram
+from .histogram import HEIGHT, WIDTH, Histogram, histogram
 from .remarks import remarks
 
 MAX_PAIRS = 500
 MAX_LISTED = 50  # of the pairs that repeat others, of leaks, and of quarantined records
 _EXCERPT = 160  # characters of a prompt in its line
+# Embeddings, overrides and isolates of Unicode's bidirectional algorithm.
+_DIRECTIONS = re.compile("[\u202a-\u202e\u2066-\u2069]")
 _HERE = Path(__file__).parent
 
 
 class ShownSequence(NamedTuple):
     """A response as the page shows it.
 
-    before: unscored text of it. pieces: (text, number of tokens) of the scored part.
+    before: unscored text of it. pieces: (text, number of tokens) of the scored part, which has
+    num_tokens in all.
     """
 
     before: str
     pieces: list[tuple[str, int]]
-    num_scored: int
+    num_tokens: int
 
 
 class ShownPair(NamedTuple):
-    """A pair as the page shows it. number: from 1. flags: (kind, what is said of it)."""
+    """A pair as the page shows it. number: as for --pair. flags: (kind, what is said of it)."""
 
     number: int
     source: str
@@ -60,7 +65,10 @@ class ShownPair(NamedTuple):
 
 
 class ShownMatch(NamedTuple):
-    """Two pairs that are alike: (number or None, source) of each, and how much."""
+    """Two pairs that are alike: (number or None if it is not on the page, source) of each.
+
+    similarity: how alike their prompts are, or "".
+    """
 
     pair: tuple[int | None, str]
     other: tuple[int | None, str]
@@ -87,16 +95,8 @@ def inspection_page(
     template = _environment().from_string(_read("inspection.html.jinja"))
     numbers = set(indices)
 
-    def listed(matches: Iterable[tuple[int, int, float]]) -> list[ShownMatch]:
-        result = []
-        for query, other, similarity in list(matches)[:MAX_LISTED]:
-            sides = [
-                (index + 1 if index in numbers else None, overview.pairs[index].source)
-                for index in (query, other)
-            ]
-            alike = "the same" if similarity == 1 else f"{similarity:.0%} alike"
-            result.append(ShownMatch(*sides, alike))
-        return result
+    def listed(pairs: Sequence[Match] | Sequence[tuple[int, int]]) -> list[ShownMatch]:
+        return [_shown_match(pair, overview, numbers) for pair in pairs[:MAX_LISTED]]
 
     repeats = overview.repeats
     return template.render(
@@ -111,10 +111,10 @@ def inspection_page(
         charts=_charts(overview.pairs),
         chart_size=(WIDTH, HEIGHT),
         template=encoder.renderer.text,
-        leaks=[(leaks, listed(_same_is_one(leaks.matches))) for leaks in overview.leaks],
-        near=listed(_same_is_one(repeats.near)),
-        repeated=listed((pair, other, 1.0) for pair, other in repeats.pairs),
-        contradictory=listed((pair, other, 1.0) for pair, other in repeats.contradictory),
+        leaks=[(leaks, listed(leaks.matches)) for leaks in overview.leaks],
+        near=listed(repeats.near),
+        repeated=listed(repeats.pairs),
+        contradictory=listed(repeats.contradictory),
         pairs=shown,
         kinds=sorted({kind for pair in shown for kind, _ in pair.flags}),
         datasets=list(dict.fromkeys(pair.dataset for pair in shown)),
@@ -122,9 +122,17 @@ def inspection_page(
     )
 
 
-def _same_is_one(matches: Iterable[Any]) -> list[tuple[int, int, float]]:
-    """Return (query, other, similarity), where only prompts that are the same have exactly 1."""
-    return [(m.query, m.other, 1.0 if m.is_same else min(m.similarity, 0.99)) for m in matches]
+def _shown_match(
+    pair: Match | tuple[int, int], overview: Overview, numbers: Collection[int]
+) -> ShownMatch:
+    query, other = (
+        (index if index in numbers else None, overview.pairs[index].source) for index in pair[:2]
+    )
+    alike = ""
+    if isinstance(pair, Match):
+        # Of prompts that are not the same, "100 %" would say that they are.
+        alike = "the same" if pair.is_same else f"{min(pair.similarity, 0.99):.0%} alike"
+    return ShownMatch(query, other, alike)
 
 
 def chosen_indices(count: int, flagged: Iterable[int], limit: int) -> list[int]:
@@ -193,7 +201,7 @@ class _Shower:
         source = int(np.searchsorted(self._overview.starts, index, "right")) - 1
         text = " ".join(user_text(json.loads(prompt)).split())
         return ShownPair(
-            index + 1,
+            index,
             pair.source,
             self._overview.names[source],
             text if len(text) <= _EXCERPT else f"{text[: _EXCERPT - 1]}…",
@@ -213,7 +221,7 @@ class _Shower:
         )
 
 
-def _charts(pairs: Any) -> list[tuple[str, Any]]:
+def _charts(pairs: StoredPairs) -> list[tuple[str, Histogram]]:
     start = {name: column(pairs, f"{name}_score_start") for name in ("chosen", "rejected")}
     responses = {name: column(pairs, name) - values for name, values in start.items()}
     return [
@@ -229,7 +237,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         # Every text of the page goes through here.
-        finalize=lambda value: visible(value) if type(value) is str else value,
+        finalize=lambda value: _shown(value) if type(value) is str else value,
     )
     environment.filters |= {
         "thousands": "{:,}".format,
@@ -237,6 +245,12 @@ def _environment() -> Environment:
         "breaks": lambda text: text.replace("\n", "↵\n"),
     }
     return environment
+
+
+def _shown(text: str) -> str:
+    """Return text with escapes for control characters, and for those that turn text around: a
+    record must not look different from what it is."""
+    return _DIRECTIONS.sub(lambda match: f"\\u{ord(match[0]):04x}", visible(text))
 
 
 def _read(name: str) -> str:

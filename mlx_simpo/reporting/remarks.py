@@ -72,8 +72,8 @@ def _repeats(summary: Mapping[str, Any]) -> Iterator[str]:
         is_or_are = "prompt is" if len(near) == 1 else "prompts are"
         yield (
             f"{len(near):,} {is_or_are} nearly the same as an earlier one, e.g. {near[0]['pair']} "
-            f"and {near[0]['like']}. Where pairs are held out for validation, look for them on "
-            "both sides."
+            f"and {near[0]['like']}. If pairs are held out for validation, such prompts can be "
+            "on both sides; a run warns of that."
         )
 
 
@@ -87,9 +87,9 @@ def length_bias(bias: Mapping[str, Any]) -> str | None:
     if share is None or abs(share - 0.5) < max(MIN_BIAS, _DEVIATIONS * 0.5 / pairs**0.5):
         return None
     longer, shorter = ("longer", "shorter")[:: 1 if share > 0.5 else -1]
-    part = max(share, 1 - share)
+    part = "all" if share in (0, 1) else f"{max(share, 1 - share):.0%} of the"
     return (
-        f"In {part:.0%} of the pairs the {longer} response is preferred ({bias['mean_chosen']:.0f} "
+        f"In {part} pairs the {longer} response is preferred ({bias['mean_chosen']:.0f} "
         f"tokens on average, the rejected ones {bias['mean_rejected']:.0f}). A model may learn the "
         f"length instead of the quality: add pairs in which the better response is the {shorter} "
         "one, and compare the lengths of what it writes after the training."

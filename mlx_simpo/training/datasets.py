@@ -8,6 +8,7 @@ import numpy as np
 
 from ..config.simpo_config import SimPOConfig
 from ..data.cache import load_or_tokenize
+from ..data.duplicates import leak_warnings
 from ..data.encode import Encoder
 from ..data.mixing import Mixture, SourceCounts, epoch_order
 from ..data.order import draw_sample
@@ -164,6 +165,15 @@ def arrange(
                 f"{source.per_epoch:,}, {source.share:.1%} of its pairs"
             )
     return RunPairs(pairs, sets, counts)
+
+
+def warn_of_leaks(pairs: RunPairs, display: Display) -> None:
+    """Warn of prompts that are both trained and evaluated on, exactly or nearly."""
+    if pairs.valid:
+        with display.progress("Comparing", len(pairs.train)) as advance:
+            warnings = leak_warnings(pairs.train, pairs.valid, advance)
+        for warning in warnings:
+            display.warn(warning)
 
 
 def hold_out(pairs: _Pairs, config: SimPOConfig, display: Display) -> tuple[_Pairs, _Pairs]:

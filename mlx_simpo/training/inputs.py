@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config.data_config import DataConfig
 from ..config.simpo_config import SimPOConfig
 from ..config.sources import NAME, SourceConfig
 from ..data.memory import memory_source
+from ..data.overview import TRAIN, VALID
 from ..data.rows import Source
 from ..data.sampling import sample_records
 from ..data.sources import data_files, looks_like_hub_id, open_source, split_names
@@ -17,6 +19,14 @@ from ..reporting.display import Display, count_text
 
 # What the validation files of data.folder may be called: by mlx-lm, the Hub, and people.
 VALID_SPLITS = ("valid", "validation", "val", "dev")
+
+
+class OpenedSource(NamedTuple):
+    """A source to be looked at. role: `data.overview.TRAIN`, VALID, or "" if that is not said."""
+
+    name: str
+    role: str
+    source: Source
 
 
 class TrainInputs(NamedTuple):
@@ -67,6 +77,47 @@ def open_valid(config: SimPOConfig, rows: Any, display: Display) -> dict[str, So
     if data.folder is not None and data.valid_split is None:
         configs = _folder_valid(data.folder, configs[""])
     return {name: open_dataset(config, source, display) for name, source in configs.items()}
+
+
+def open_inspected(
+    config: SimPOConfig, data: Any, split: str | None, display: Display
+) -> list[OpenedSource]:
+    """Open what is to be looked at: see `api.inspect`.
+
+    Raises:
+        SimPOError: it cannot be opened, or there is nothing.
+    """
+    if data is None:
+        if not config.data.train_sources() and not config.data.valid_sources():
+            raise SimPOError(
+                "there is nothing to look at; name a file, a folder or a Hugging Face dataset, or "
+                "a configuration with data.train"
+            )
+        if split is not None:
+            raise SimPOError(
+                f"the split is {split!r}, but no data are named; set data.train_split instead"
+            )
+        train = open_train(config, None, display).sources if config.data.train_sources() else {}
+        valid = open_valid(config, None, display)
+        return [
+            *(OpenedSource(name, TRAIN, source) for name, source in train.items()),
+            *(OpenedSource(name or VALID, VALID, source) for name, source in valid.items()),
+        ]
+    columns, size = config.data.columns, config.data.max_samples
+    names = [data] if isinstance(data, str | Path) else data
+    if isinstance(names, list | tuple) and names and isinstance(names[0], str | Path):
+        configs = [
+            SourceConfig(str(name), split=split, columns=columns, max_samples=size)
+            for name in names
+        ]
+        sources = [open_dataset(config, source, display) for source in configs]
+        return [
+            OpenedSource(str(name), "", source) for name, source in zip(names, sources, strict=True)
+        ]
+    if split is not None:
+        raise SimPOError(f"the split is {split!r}, but rows from memory have none; remove it")
+    rows = sample(memory_source(data, "rows", columns), size, config, display)
+    return [OpenedSource("rows", "", rows)]
 
 
 def _check_alone(argument: str, data: DataConfig, *settings: str) -> None:
@@ -130,10 +181,11 @@ def open_dataset(config: SimPOConfig, source: SourceConfig, display: Display) ->
     datasets = (source, *data.train_sources(), *data.valid_sources().values())
     is_used = any(other.subset is None and is_on_hub(other.path) for other in datasets)
     if data.subset is not None and not is_used:
+        reason = "has a subset of its own"
+        if not is_on_hub(source.path):
+            reason = "is local; only Hub datasets have subsets"
         raise SimPOError(
-            f"data.subset is {data.subset!r}, but {source.path} "
-            + ("has a subset of its own" if is_on_hub(source.path) else "is local")
-            + "; only Hub datasets without one take it: remove data.subset"
+            f"data.subset is {data.subset!r}, but {source.path} {reason}; remove data.subset"
         )
     if source.subset is None and is_on_hub(source.path):
         source = replace(source, subset=data.subset)

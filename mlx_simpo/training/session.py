@@ -25,7 +25,7 @@ from ..model.record import RECORD_KEY, get_dict, training_record
 from ..reporting import advice
 from ..reporting.display import Display
 from ..sampling.prompts import named, prompt_tokens
-from .datasets import read_pairs
+from .datasets import read_pairs, warn_of_leaks
 from .state import TrainingState
 from .trainer import StepMetrics, total_steps, train_steps
 
@@ -150,8 +150,7 @@ def prepare(
         display: where notes and progress go; default: stderr. train, valid: rows from memory
             instead of data.train and data.valid (docs/data.md says which kinds); valid may be
             several sets by name, {"chat": rows, "safety": rows}, the first of which is the main
-            one. resuming: the adapter's weights come from a checkpoint, so that
-            ``lora.init_from`` is not read.
+            one. resuming: the weights come from a checkpoint, and ``lora.init_from`` is not read.
 
     Raises:
         SimPOError: data, a model or settings that cannot be read or used.
@@ -166,6 +165,8 @@ def prepare(
             f"train.eval_every is {config.train.eval_every}, but there are no validation pairs; "
             "set data.valid, or data.valid_fraction above 0"
         )
+    if not resuming:  # it was said when the run began
+        warn_of_leaks(pairs, display)
     loaded = load_base_model(config, display)  # its weights are read when first used
     model, template = loaded.model, encoder.renderer.text
     for part in (pairs.train, *pairs.valid.values()):

@@ -302,8 +302,8 @@ def test_bad_input_of_the_other_commands(
     ("command_line", "message"),
     [
         (["nope"], "unknown command 'nope'; the commands are train, evaluate, generate, data, "),
-        (["evaluate"], "are required: --data; see `mlx-simpo evaluate --help`"),
-        (["generate", "--prompt"], "argument --prompt: expected one argument"),
+        (["evaluate"], "--data is missing; name the pairs to evaluate on, or a folder"),
+        (["generate", "--prompt"], "argument -p/--prompt: expected one argument"),
         (["generate", "--prompt", "x", "--max-tokens", "many"], "invalid int value: 'many'"),
         (
             ["data", "inspect", "--model", "x"],
@@ -386,7 +386,7 @@ def test_evaluating_a_broken_model_is_an_error(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x", "--max-tokens", "0"], "max_tokens is 0; it must be 1 or greater"),
+        (["x", "--max-tokens", "0"], "--max-tokens is 0; it must be 1 or greater"),
         (["", "data.chat_template=none"], "the prompt is empty"),
         (["x", "data.chat_template={{ raise_exception('no system turn') }}"], "no system turn"),
         (["x", "data.chat_template={% bad %}"], "unknown tag 'bad'"),

@@ -20,7 +20,20 @@ def test_version(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
-        ([], ["train", "evaluate", "generate", "data", "fuse", "convert", "push", "doctor"]),
+        (
+            [],
+            [
+                "train",
+                "evaluate",
+                "generate",
+                "data",
+                "fuse",
+                "convert",
+                "push",
+                "doctor",
+                "config",
+            ],
+        ),
         (["train"], ["--json", "[CONFIG.yaml]", "name=value"]),
         (["evaluate"], ["--data", "--split", "--adapter", "--model", "--per-pair", "--json"]),
         (["generate"], ["--prompt", "--max-tokens", "--adapter", "--model", "--json"]),
@@ -44,7 +57,10 @@ def test_help(capsys: Capture, arguments: list[str], options: list[str]) -> None
     [
         (["train"], "[options] [CONFIG.yaml] [name=value ...]"),
         (["evaluate"], "[options] --data DATA [CONFIG.yaml] [name=value ...]"),
-        (["generate"], "[options] --prompt TEXT [CONFIG.yaml] [name=value ...]"),
+        (
+            ["generate"],
+            "[options] (--prompt TEXT | --prompts FILE | --chat) [CONFIG.yaml] [name=value ...]",
+        ),
         (["data", "inspect"], "[options] DATA [CONFIG.yaml] [name=value ...]"),
     ],
 )

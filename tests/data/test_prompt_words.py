@@ -77,11 +77,15 @@ def test_words_of_prompts_lie_one_after_the_other() -> None:
         stored(user("six seven eight nine ten")),
     ]
     words = read_words(rows)
-    assert words.starts.tolist() == [0, 5, 10]
-    assert words.last_turns.tolist() == [3, 5]
-    assert len(set(words.words.tolist())) == 10
+    assert words.spans.starts.tolist() == [2, 15]
+    assert words.spans.ends.tolist() == [11, 20]
+    assert words.last_turns.tolist() == [9, 15]
+    marks = [0, 1, 5, 6, 7, 8, 11, 12, 13, 14, 20, 21]
+    assert len(set(words.words.tolist())) == 10 + 2
+    assert set(words.words[marks].tolist()) == {1, 2}
     joined = join_words([read_words(rows[:1]), read_words(rows[1:])])
-    for name in ("words", "starts", "last_turns", "keys", "conversations"):
+    assert np.array_equal(joined.spans, words.spans)
+    for name in ("words", "last_turns", "keys", "conversations"):
         assert np.array_equal(getattr(joined, name), getattr(words, name))
 
 
