@@ -306,6 +306,10 @@ def test_bad_input_of_the_other_commands(
         (["generate", "--prompt"], "argument -p/--prompt: expected one argument"),
         (["generate", "--prompt", "x", "--max-tokens", "many"], "invalid int value: 'many'"),
         (["data", "convert"], "are required: SOURCE; see `mlx-simpo data convert --help`"),
+        (
+            ["data", "inspect", "--model", "x"],
+            "there is nothing to look at; name a file, a folder or a Hugging Face dataset",
+        ),
     ],
 )
 def test_an_incomplete_command_line(capsys: Capture, command_line: list[str], message: str) -> None:

@@ -28,7 +28,7 @@ def test_version(capsys: Capture) -> None:
         (["evaluate"], ["--data", "--split", "--adapter", "--model", "--per-pair", "--json"]),
         (["generate"], ["--prompt", "--max-tokens", "--adapter", "--model", "--json"]),
         (["data"], ["inspect"]),
-        (["data", "inspect"], ["--model", "--split", "--pair", "--json"]),
+        (["data", "inspect"], ["--model", "--split", "--pair", "--html", "--json"]),
         (["fuse"], ["OUT", "--adapter", "--format {hf,mlx}", "--dequantize", "--verify"]),
         (["convert"], ["to-peft", "from-peft", "from-hf", "architectures"]),
         (["push"], ["FOLDER", "REPO", "--private", "--dry-run", "--revision", "--message"]),

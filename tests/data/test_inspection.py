@@ -6,16 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from helpers.tiny import BARE, assistant, some_pairs, system, tiny_tokenizer, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mlx_simpo import DataConfig
+from mlx_simpo.data.dropped import Dropped
 from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence, encode_pairs
-from mlx_simpo.data.inspection import marked, show, summarize
+from mlx_simpo.data.inspection import Pieces, length_bias, marked, show, summarize
 from mlx_simpo.data.pairs import Quarantined
 from mlx_simpo.data.records import Pair
 from mlx_simpo.model.loading import load_only_tokenizer
@@ -224,3 +228,68 @@ def test_a_record_cannot_act_on_the_terminal() -> None:
     assert not set("\x1b\x07\r\x9b") & set(marked(pair.chosen, TINY, "green").plain)
     tokens = TINY.encode(text, add_special_tokens=False)
     assert show(TINY, tokens) == "a\\x1b]52;c;eA==\\x07b\\r\\x9bc"
+
+
+# --- pieces of text --------------------------------------------------------------------------
+
+
+@given(st.text(st.sampled_from("ab é天🎉\n"), max_size=12))
+@settings(deadline=None, max_examples=60)
+def test_pieces_are_the_text_and_count_the_tokens(text: str) -> None:
+    tokens = TINY.encode(text, add_special_tokens=False)
+    pieces = Pieces(TINY).split(tokens)
+    assert "".join(piece for piece, _ in pieces) == text
+    assert sum(count for _, count in pieces) == len(tokens)
+    assert "\ufffd" not in "".join(piece for piece, _ in pieces)
+
+
+def test_a_character_of_several_tokens_is_one_piece() -> None:
+    assert Pieces(TINY).split(TINY.encode("a🎉b", add_special_tokens=False)) == [
+        ("a", 1),
+        ("🎉", 4),
+        ("b", 1),
+    ]
+
+
+def test_bytes_that_are_no_character_stay_single() -> None:
+    party = TINY.encode("🎉", add_special_tokens=False)
+    pieces = Pieces(TINY).split([*party[:2], *TINY.encode("ab", add_special_tokens=False)])
+    assert [count for _, count in pieces] == [1, 1, 1, 1]
+    assert [text for text, _ in pieces[2:]] == ["a", "b"]
+
+
+def test_a_space_before_a_word_is_shown_though_the_tokenizer_omits_it() -> None:
+    """Llama 2's and Mistral's tokenizers decode the token of " the" alone as "the"."""
+    words = tokenizers.Tokenizer(models.WordLevel({"▁a": 0, "▁the": 1, "▁sky": 2, "?": 3}, "?"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    spaces = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    assert spaces.decode([1]) == "the"
+    assert Pieces(spaces).split([1, 2]) == [(" the", 1), (" sky", 1)]
+
+
+# --- length bias and what templates do -------------------------------------------------------
+
+
+def test_length_bias_counts_pairs_of_different_lengths() -> None:
+    pairs = [pair_of(1, *both) for both in ((5, 3), (5, 3), (3, 5), (4, 4), (9, 1))]
+    assert summarize(pairs, [], ENCODER)["length_bias"] == {
+        "longer_chosen": 0.75,
+        "pairs": 4,
+        "mean_chosen": 5.2,
+        "mean_rejected": 3.2,
+    }
+    equal = length_bias(np.array([4]), np.array([4]))
+    assert (equal["longer_chosen"], equal["pairs"]) == (None, 0)
+
+
+def test_what_the_template_does_is_counted_in_pairs() -> None:
+    dropped = int(Dropped.TOOLS | Dropped.SYSTEM)
+    pairs = [
+        pair_of(5, 5, 4),
+        pair_of(5, 5, 4, template_tokens=3, dropped=dropped),
+        pair_of(5, 5, 4, template_tokens=1, dropped=int(Dropped.SYSTEM)),
+    ]
+    result = summarize(pairs, [], ENCODER)
+    assert result["template_text"] == 2
+    assert result["dropped"] == {"tools": 1, "system": 2}

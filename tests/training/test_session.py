@@ -248,3 +248,51 @@ def test_without_a_template_none_is_saved(new_session: Any, tmp_path: Path) -> N
     model = tiny_folder(tmp_path / "model", template=None)
     folder = new_session(f"model={model}").save(tmp_path / "adapter")
     assert not (folder / "chat_template.jinja").exists()
+
+
+def test_prompts_in_training_and_validation_are_warned_of(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """Near ones straddle held-out pairs, too; a resumed run has told it before."""
+    rows = some_pairs(8)
+    train = [
+        write_jsonl(tmp_path / f"{name}.jsonl", part)
+        for name, part in (("a", rows[:4]), ("b", rows[4:7]))
+    ]
+    valid = write_jsonl(
+        tmp_path / "v.jsonl", [rows[7], {**rows[5], "prompt": rows[5]["prompt"].upper()}]
+    )
+    config = load_config(
+        None,
+        [
+            f"model={model_folder}",
+            f"data.train=[{', '.join(f'{{path: {path}}}' for path in train)}]",
+            f"data.valid={{clean: {write_jsonl(tmp_path / 'c.jsonl', rows[7:])}, chat: {valid}}}",
+        ],
+    )
+    warnings = []
+    for resuming in (False, True):
+        display, text = captured_display()
+        prepare(config, display, resuming=resuming)
+        warnings.append([line for line in text.getvalue().splitlines() if "prompt that is" in line])
+    assert warnings == [
+        [
+            "warning: 1 of 2 pairs of the validation set 'chat' (50.0%) have a prompt that is in "
+            f"the training pairs, too, e.g. {valid}:2 and {train[1]}:2; their accuracy says how "
+            "well they are memorized: remove these prompts from one of the two "
+            "(`mlx-simpo data inspect` lists them)"
+        ],
+        [],
+    ]
+
+
+def test_held_out_pairs_that_are_nearly_trained_on_are_warned_of(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    words = " ".join(f"word{n}" for n in range(40))
+    rows = [{"prompt": f"{words} {n}", "chosen": "yes", "rejected": "no"} for n in range(4)]
+    data = write_jsonl(tmp_path / "p.jsonl", rows)
+    display, text = captured_display()
+    prepare(load_config(None, [f"model={model_folder}", f"data.train={data}"]), display)
+    assert "1 of 1 pairs to evaluate on (100.0%) have a prompt that is in the" in text.getvalue()
+    assert "all of them nearly" in text.getvalue()
