@@ -18,16 +18,18 @@ from .setting_names import kinds, setting_named
 
 SHELLS = ("bash", "zsh", "fish")
 _ABOUT = """\
-Print a script that completes commands, options and settings. To load it whenever a shell starts:
-in ~/.bashrc: eval "$(mlx-simpo completion bash)"; in ~/.zshrc, after compinit: eval "$(mlx-simpo
-completion zsh)"; in ~/.config/fish/config.fish: mlx-simpo completion fish | source
-"""
+Print a script with which the Tab key completes commands, options and settings.
+
+bash, in ~/.bashrc:                   eval "$(mlx-simpo completion bash)"
+zsh, in ~/.zshrc, after compinit:     eval "$(mlx-simpo completion zsh)"
+fish, in ~/.config/fish/config.fish:  mlx-simpo completion fish | source"""
 
 
 def add(commands: Any) -> None:
     """Add the command."""
     summary = "print a script for the Tab key of a shell"
     parser = commands.add_parser("completion", help=summary, description=_ABOUT)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or fish")
     parser.set_defaults(run=run)
 

@@ -183,7 +183,8 @@ class _Sorter:
             return [self.words.popleft().lower() if is_boolean else "true"]
         values: list[str] = []
         while self.words and not _OPTION.fullmatch(self.words[0].partition("=")[0]):
-            if _stands_alone(self.words[0]) and (values or kind is None):
+            may_be_any = not values and kind is not None  # a value like a=b
+            if (_is_setting_word if may_be_any else _stands_alone)(self.words[0]):
                 break
             values.append(self.words.popleft())
             if kind in ("value", None):
@@ -236,13 +237,14 @@ def _typed(word: str, values: Sequence[str], value: str | None) -> str:
 
 
 def _is_setting_word(word: str) -> bool:
-    """Whether a word has the form name=value."""
+    """Return whether a word is name=value with the name of a setting."""
     name, equals, _ = word.partition("=")
-    return bool(equals) and _NAME.fullmatch(name) is not None
+    return bool(equals) and is_setting(name)
 
 
 def _stands_alone(word: str) -> bool:
     """Whether a word cannot be the value of the word before it."""
-    is_option = _OPTION.fullmatch(word.partition("=")[0]) is not None
-    is_setting_word = _is_setting_word(word) or mistakes.lacks_equals(word)
-    return is_option or is_setting_word or word.endswith(mistakes.YAML)
+    name, equals, _ = word.partition("=")
+    has_name = equals != "" and _NAME.fullmatch(name) is not None
+    is_apart = _OPTION.fullmatch(name) is not None or word.endswith(mistakes.YAML)
+    return is_apart or has_name or mistakes.lacks_equals(word)

@@ -25,7 +25,7 @@ from ..model.record import RECORD_KEY, get_dict, training_record
 from ..reporting import advice
 from ..reporting.display import Display
 from ..sampling.prompts import named, prompt_tokens
-from .datasets import read_pairs, warn_of_leaks
+from .datasets import RunPairs, read_pairs, warn_of_leaks
 from .state import TrainingState
 from .trainer import StepMetrics, total_steps, train_steps
 
@@ -148,9 +148,9 @@ def prepare(
 
     Args:
         display: where notes and progress go; default: stderr. train, valid: rows from memory
-            instead of data.train and data.valid (docs/data.md says which kinds); valid may be
-            several sets by name, {"chat": rows, "safety": rows}, the first of which is the main
-            one. resuming: the weights come from a checkpoint, and ``lora.init_from`` is not read.
+            instead of data.train and data.valid (docs/data.md); valid may be several sets by name,
+            {"chat": rows, "safety": rows}, the first of which is the main one. resuming: the
+            weights come from a checkpoint, and ``lora.init_from`` is not read.
 
     Raises:
         SimPOError: data, a model or settings that cannot be read or used.
@@ -160,11 +160,7 @@ def prepare(
     choose_implementation(config.logps.impl)
     # All records are checked before a model of gigabytes is downloaded.
     encoder, pairs, quarantined = read_pairs(config, train, valid, display)
-    if config.train.eval_every is not None and not pairs.valid:
-        raise SimPOError(
-            f"train.eval_every is {config.train.eval_every}, but there are no validation pairs; "
-            "set data.valid, or data.valid_fraction above 0"
-        )
+    _check_can_evaluate(config, pairs)
     if not resuming:  # it was said when the run began
         warn_of_leaks(pairs, display)
     loaded = load_base_model(config, display)  # its weights are read when first used
@@ -197,6 +193,15 @@ def prepare(
         loaded=loaded,
         state=TrainingState(model, config, total_steps(config, pairs.train)),
     )
+
+
+def _check_can_evaluate(config: SimPOConfig, pairs: RunPairs) -> None:
+    """Check that there are validation pairs if train.eval_every is set; SimPOError if not."""
+    if config.train.eval_every is not None and not pairs.valid:
+        raise SimPOError(
+            f"train.eval_every is {config.train.eval_every}, but there are no validation pairs; "
+            "set data.valid, or data.valid_fraction above 0"
+        )
 
 
 def load_base_model(config: SimPOConfig, display: Display) -> LoadedModel:

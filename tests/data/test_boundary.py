@@ -55,13 +55,13 @@ def frame_of(renderer: Renderer, prompt: list[Message], rng: random.Random) -> F
     return frame
 
 
-def first_scored_index(tokenizer: Any, text: str, start: int) -> int:
+def first_response_index(tokenizer: Any, text: str, start: int) -> int:
     """Return the index of the first token that has a character at or after ``start``."""
     offsets = tokenizer._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
     return next(i for i, (_, end) in enumerate(offsets) if end > start)
 
 
-def check_scored_text(encoder: Encoder, pair: Pair, rng: random.Random) -> EncodedPair:
+def check_pair(encoder: Encoder, pair: Pair, rng: random.Random) -> EncodedPair:
     """Scored are the tokens of the responses' text and one end of turn; and, if the tokenizer
     merges one response with what is before it, the same characters of the other."""
     tokenizer, renderer = encoder.tokenizer, encoder.renderer
@@ -73,7 +73,7 @@ def check_scored_text(encoder: Encoder, pair: Pair, rng: random.Random) -> Encod
         messages = as_messages(response, "assistant")
         text = renderer.render(prompt + messages)
         assert text.startswith(frame.before)
-        first.append(first_scored_index(tokenizer, text, len(frame.before)))
+        first.append(first_response_index(tokenizer, text, len(frame.before)))
         # All of the response is behind, and nothing but the end of its turn after it.
         own = text[len(frame.before) : len(text) - len(frame.after)]
         assert own in messages[0]["content"]
@@ -82,13 +82,13 @@ def check_scored_text(encoder: Encoder, pair: Pair, rng: random.Random) -> Encod
         (encoded.chosen, encoded.rejected), (pair.chosen, pair.rejected), strict=True
     ):
         assert sequence.score_start == min(first)
-        scored = tokenizer.decode(sequence.tokens[sequence.score_start :].tolist())
+        actual = tokenizer.decode(sequence.tokens[sequence.score_start :].tolist())
         last = tokenizer.decode([int(sequence.tokens[-1])])
         assert int(sequence.tokens[-1]) in encoder.special.ends
         body = as_messages(response, "assistant")[0]["content"].strip()
-        assert scored.strip().startswith(body)
-        assert scored.strip().removeprefix(body).strip() == last
-        assert not scored[: scored.index(body)].strip()  # nothing of a think block or a header
+        assert actual.strip().startswith(body)
+        assert actual.strip().removeprefix(body).strip() == last
+        assert not actual[: actual.index(body)].strip()  # nothing of a think block or a header
     return encoded
 
 
@@ -108,7 +108,7 @@ def test_scored_text_is_the_responses(name: str, arguments: dict | None) -> None
         if name == "gemma2" and prompt[0]["role"] == "system":
             prompt = prompt[1:]
         chosen, rejected = ([assistant(text)] for text in responses)
-        check_scored_text(encoder, Pair(prompt, chosen, rejected), rng)
+        check_pair(encoder, Pair(prompt, chosen, rejected), rng)
 
     check()
 
@@ -117,18 +117,18 @@ def test_scored_text_is_the_responses(name: str, arguments: dict | None) -> None
 def test_scored_text_of_ordinary_pairs(name: str, arguments: dict | None) -> None:
     encoder, rng = make_encoder(name, arguments), random.Random(name)
     for pair in some_pairs(6):
-        check_scored_text(encoder, Pair(**pair), rng)
+        check_pair(encoder, Pair(**pair), rng)
 
 
 def test_the_former_rule_scores_the_think_block() -> None:
     """Negative control: the prefix with the prompt alone, as it was."""
     encoder = make_encoder("qwen3")
     tokenizer = encoder.tokenizer
-    encoded = check_scored_text(encoder, Pair("Why?", "Because.", "No"), random.Random(0))
+    encoded = check_pair(encoder, Pair("Why?", "Because.", "No"), random.Random(0))
     both = [sequence.tokens.tolist() for sequence in (encoded.chosen, encoded.rejected)]
     former = common_prefix(encoder.prompt_tokens("Why?"), *both)
-    scored = tokenizer.decode(both[0][former:])
-    assert scored == "<think>\n\n</think>\n\nBecause.<|im_end|>"
+    actual = tokenizer.decode(both[0][former:])
+    assert actual == "<think>\n\n</think>\n\nBecause.<|im_end|>"
     assert encoded.template_tokens == encoded.chosen.score_start - former == 4
 
 

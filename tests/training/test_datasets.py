@@ -246,13 +246,12 @@ def test_what_the_template_adds_and_drops_is_told_from_the_cache_as_well(tmp_pat
     rows = [{**row, "tools": [{"name": "sky"}]} for row in some_pairs(3)]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     model = tiny_folder(tmp_path / "model", template=template)
-    text = ""
-    for _ in range(2):
-        text = Encoded(model, data).text
+    texts = [Encoded(model, data).text for _ in range(2)]
+    assert "tokens are loaded from the cache" in texts[1]
+    for text in texts:
         for message in (
             f"{data}: the chat template itself writes '[x]' before the responses of 3 of 3 pairs",
             f"warning: {data}: the chat template does not write the tools of 3 of 3 pairs (e.g. "
             f"{data}:1)",
         ):
             assert text.count(message) == 1
-    assert "tokens are loaded from the cache" in text
