@@ -60,7 +60,9 @@ def preamble_sizes(
         )
         # Smaller groups are no majority of MIN_PREAMBLE_PROMPTS.
         is_shared = 2 * counts > MIN_PREAMBLE_PROMPTS
-        numbers, goes_on = np.cumsum(is_shared) - 1, is_shared[child]
+        numbers = np.cumsum(is_shared) - 1
+        # Prompts whose words are the same would never go apart.
+        goes_on = is_shared[child] & (depth < sizes[prompts] + LOOK_AHEAD)
         levels.append((prompts[goes_on], numbers[child[goes_on]]))
         depth += 1
     return result

@@ -25,7 +25,7 @@ from ..model.record import RECORD_KEY, get_dict, training_record
 from ..reporting import advice
 from ..reporting.display import Display
 from ..sampling.prompts import named, prompt_tokens
-from .datasets import RunPairs, read_pairs, warn_of_leaks
+from .datasets import read_pairs, warn_of_leaks
 from .state import TrainingState
 from .trainer import StepMetrics, total_steps, train_steps
 
@@ -148,9 +148,9 @@ def prepare(
 
     Args:
         display: where notes and progress go; default: stderr. train, valid: rows from memory
-            instead of data.train and data.valid (docs/data.md); valid may be several sets by name,
-            {"chat": rows, "safety": rows}, the first of which is the main one. resuming: the
-            weights come from a checkpoint, and ``lora.init_from`` is not read.
+            instead of data.train and data.valid (docs/data.md says which kinds); valid may be
+            several sets by name, {"chat": rows, "safety": rows}, the first of which is the main
+            one. resuming: the weights come from a checkpoint, and ``lora.init_from`` is not read.
 
     Raises:
         SimPOError: data, a model or settings that cannot be read or used.
@@ -160,7 +160,11 @@ def prepare(
     choose_implementation(config.logps.impl)
     # All records are checked before a model of gigabytes is downloaded.
     encoder, pairs, quarantined = read_pairs(config, train, valid, display)
-    _check_can_evaluate(config, pairs)
+    if config.train.eval_every is not None and not pairs.valid:
+        raise SimPOError(
+            f"train.eval_every is {config.train.eval_every}, but there are no validation pairs; "
+            "set data.valid, or data.valid_fraction above 0"
+        )
     if not resuming:  # it was said when the run began
         warn_of_leaks(pairs, display)
     loaded = load_base_model(config, display)  # its weights are read when first used
@@ -169,12 +173,7 @@ def prepare(
         check_token_ids(part, model, config.model)
     for prompt in named(config.train.sample_prompts):
         check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
-    lora = replace(config.lora, init_from=None) if resuming else config.lora
-    if lora.init_from is not None:
-        initial = get_dict(read_adapter_config(lora.init_from), RECORD_KEY)
-        arguments = config.data.template_args or {}
-        display.warn(advice.adapter_mismatch(initial, loaded, template, arguments))
-    adapter = attach_lora(model, lora, config.seed)
+    adapter = _attach_adapter(config, loaded, template, display, resuming)
     maybe_set_recommended_wired_limit()  # or macOS may page weights out between steps
     return Session(
         config=config,
@@ -195,13 +194,16 @@ def prepare(
     )
 
 
-def _check_can_evaluate(config: SimPOConfig, pairs: RunPairs) -> None:
-    """Check that there are validation pairs if train.eval_every is set; SimPOError if not."""
-    if config.train.eval_every is not None and not pairs.valid:
-        raise SimPOError(
-            f"train.eval_every is {config.train.eval_every}, but there are no validation pairs; "
-            "set data.valid, or data.valid_fraction above 0"
-        )
+def _attach_adapter(
+    config: SimPOConfig, loaded: LoadedModel, template: str | None, display: Display, resuming: bool
+) -> dict[str, Any]:
+    """Attach LoRA to the model and return its adapter_config.json; see `model.lora.attach_lora`."""
+    lora = replace(config.lora, init_from=None) if resuming else config.lora
+    if lora.init_from is not None:
+        initial = get_dict(read_adapter_config(lora.init_from), RECORD_KEY)
+        arguments = config.data.template_args or {}
+        display.warn(advice.adapter_mismatch(initial, loaded, template, arguments))
+    return attach_lora(loaded.model, lora, config.seed)
 
 
 def load_base_model(config: SimPOConfig, display: Display) -> LoadedModel:

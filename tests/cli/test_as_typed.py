@@ -172,7 +172,7 @@ TYPED = {
         },
     ),
     "axolotl: its LoRA": Typed(
-        f"train --base-model m --data pairs.jsonl --adapter lora --lora-r 32 --lora-alpha 16 "
+        "train --base-model m --data pairs.jsonl --adapter lora --lora-r 32 --lora-alpha 16 "
         "--lora-target-linear --no-sample-packing",
         0,
         {"lora.rank": 32, "lora.lora_alpha": 16.0, "lora.target_modules": "all-linear"},

@@ -20,7 +20,20 @@ def test_version(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
-        ([], ["train", "evaluate", "generate", "data", "fuse", "convert", "push", "doctor", "config"]),
+        (
+            [],
+            [
+                "train",
+                "evaluate",
+                "generate",
+                "data",
+                "fuse",
+                "convert",
+                "push",
+                "doctor",
+                "config",
+            ],
+        ),
         (["train"], ["--json", "[CONFIG.yaml]", "name=value"]),
         (["evaluate"], ["--data", "--split", "--adapter", "--model", "--per-pair", "--json"]),
         (["generate"], ["--prompt", "--max-tokens", "--adapter", "--model", "--json"]),
