@@ -140,7 +140,8 @@ def evaluate(
     results = evaluate_model("base", "Base model")
     if adapter is not None:
         record = get_dict(load_adapter(model, adapter), RECORD_KEY)
-        display.warn(advice.adapter_mismatch(record, loaded, encoder.renderer.text))
+        template, arguments = encoder.renderer.text, config.data.template_args or {}
+        display.warn(advice.adapter_mismatch(record, loaded, template, arguments))
         results |= evaluate_model("adapter", "Adapter")
     return results
 

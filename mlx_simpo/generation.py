@@ -148,5 +148,6 @@ def load_responder(
         return Responder(model, tokenizer, encoder)
     check_fits(model, adapter)
     record = get_dict(load_adapter(model, adapter), RECORD_KEY)
-    display.warn(advice.adapter_mismatch(record, loaded, encoder.renderer.text))
+    template, arguments = encoder.renderer.text, config.data.template_args or {}
+    display.warn(advice.adapter_mismatch(record, loaded, template, arguments))
     return Responder(model, tokenizer, encoder, AdapterSwitch(model))

@@ -515,7 +515,8 @@ def test_inspect_accepts_any_number_of_invalid_records(model_folder: Path, tmp_p
 
 
 def test_inspect_needs_one_valid_pair(model_folder: Path, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "x"}] * 3)
+    rows = [{"prompt": "x", "chosen": "a", "rejected": "a"}] * 3
+    data = write_jsonl(tmp_path / "p.jsonl", rows)
     with pytest.raises(SimPOError, match="3 of 3 records are quarantined, all of them"):
         inspect(SimPOConfig(model=str(model_folder)), str(data))
 

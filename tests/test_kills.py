@@ -4,8 +4,9 @@ resumed, they end as if nothing had happened. `benchmarks/kill_matrix.py` does t
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -60,27 +61,28 @@ class Kills(NamedTuple):
     folder: Path
     whole: dict[str, Any]
     operations: int
-    more: tuple[str, ...] = ()
+    more: Mapping[str, Any] = MappingProxyType({})
 
     def settings(self, output: Path) -> list[str]:
-        """Return the arguments of `mlx-simpo train`."""
-        return [
-            f"model={self.folder / 'model'}",
-            f"data.train={self.folder / 'pairs.jsonl'}",
-            f"output={output}",
-            "data.valid_fraction=0.2",
-            "lora.rank=2",
-            "lora.dropout=0.2",
-            "train.batch_size=2",
-            "train.gradient_accumulation_steps=2",
-            "train.learning_rate=1e-2",
-            "train.steps=4",
-            "train.eval_every=2",
-            "train.save_every=1",
-            "train.memory_check=off",
-            "train.resume=auto",
-            *self.more,
-        ]
+        """Return the arguments of `mlx-simpo train`; those in ``more`` replace others."""
+        settings = {
+            "model": self.folder / "model",
+            "data.train": self.folder / "pairs.jsonl",
+            "output": output,
+            "data.valid_fraction": 0.2,
+            "lora.rank": 2,
+            "lora.dropout": 0.2,
+            "train.batch_size": 2,
+            "train.gradient_accumulation_steps": 2,
+            "train.learning_rate": 1e-2,
+            "train.steps": 4,
+            "train.eval_every": 2,
+            "train.save_every": 1,
+            "train.memory_check": "off",
+            "train.resume": "auto",
+            **self.more,
+        }
+        return [f"{name}={value}" for name, value in settings.items()]
 
     def train(self, output: Path, before: str = "", **fault: int) -> Ended:
         """Begin the run in this folder, or go on with it, in a process of its own."""
@@ -95,7 +97,7 @@ class Kills(NamedTuple):
 
 @pytest.fixture(scope="module")
 def kills(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kills]:
-    yield from undisturbed(tmp_path_factory.mktemp("kills"))
+    yield from undisturbed(tmp_path_factory.mktemp("kills"), {})
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +107,11 @@ def mixed_kills(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kills]:
     weights = {"a": 1, "b": 2, "c": 1}
     train = [{"path": f"{folder}/{name}.jsonl", "weight": w} for name, w in weights.items()]
     valid = {"v": {"path": f"{folder}/v.jsonl"}, "w": {"path": f"{folder}/w.jsonl"}}
-    sources = (f"data.train={json.dumps(train)}", f"data.valid={json.dumps(valid)}")
-    yield from undisturbed(folder, *sources, "data.valid_main=w", "train.steps=11")
+    more = {"data.train": json.dumps(train), "data.valid": json.dumps(valid)}
+    yield from undisturbed(folder, {**more, "data.valid_main": "w", "train.steps": 11})
 
 
-def undisturbed(folder: Path, *more: str) -> Iterator[Kills]:
+def undisturbed(folder: Path, more: Mapping[str, Any]) -> Iterator[Kills]:
     """Make the inputs and run to the end; yield what is compared with it."""
     tests = Path(__file__).parent
     environment = {"PYTHONPATH": f"{tests.parent}:{tests}", "PATH": "/usr/bin:/bin"}

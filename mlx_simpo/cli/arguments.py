@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..config.simpo_config import SimPOConfig, load_config
@@ -185,18 +186,18 @@ def adapter_config(options: argparse.Namespace, *settings: str) -> SimPOConfig:
                 "command, else trust_remote_code=false"
             )
         return config
-    if not model:
-        from ..model.adapters import read_adapter_config
-
-        name = read_adapter_config(folder).get("model") if folder else None
-        if not isinstance(name, str):
-            raise SimPOError(
-                "--model is missing; "
-                + (
-                    "the adapter does not say which model it belongs to"
-                    if folder
-                    else "name a model, or an adapter with --adapter"
-                )
-            )
-        model = [f"model={name}"]
+    if not model and not any(s.startswith("model=") for s in options.settings):
+        model = [f"model={_model_of(folder)}"]
     return load_config(None, [*model, *settings, *options.settings])
+
+
+def _model_of(folder: Path | None) -> str:
+    """Return the base model that an adapter names; SimPOError if nothing names one."""
+    if folder is None:
+        raise SimPOError("--model is missing; name a model, or an adapter with --adapter")
+    from ..model.adapters import read_adapter_config
+
+    name = read_adapter_config(folder).get("model")
+    if not isinstance(name, str):
+        raise SimPOError("--model is missing; the adapter does not say which model it belongs to")
+    return name

@@ -43,7 +43,7 @@ def run_chat(chat: "Chat", max_tokens: int) -> None:
         with contextlib.suppress(ImportError):  # editing and history, where Python has it
             import readline  # noqa: F401
         display.note(_WELCOME)
-    for line in _typed_lines() if is_terminal else _piped_lines():
+    for line in iter(_typed_line, None) if is_terminal else _piped_lines():
         text = line.strip()
         if text == "/exit":
             break
@@ -56,22 +56,32 @@ def run_chat(chat: "Chat", max_tokens: int) -> None:
             if not is_terminal:
                 raise
             print_error(error)
-
-
-def _typed_lines() -> Iterator[str]:
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
+        except KeyboardInterrupt:  # a second Ctrl-C, or one that came as the response ended
+            if not is_terminal:
+                raise
             print_text("\n")
-            return
-        except KeyboardInterrupt:
-            print_text("\n(Ctrl-D ends the chat)\n")
-        except UnicodeDecodeError:
-            print_error("that was not UTF-8 text; write it again")
+
+
+def _typed_line() -> str | None:
+    """Ask for a line; "" if there is none yet, None at the end."""
+    try:
+        return input("> ")
+    except EOFError:
+        print_text("\n")
+        return None
+    except KeyboardInterrupt:
+        print_text("\n(Ctrl-D ends the chat)\n")
+    except UnicodeDecodeError:
+        print_error("that was not UTF-8 text; write it again")
+    return ""
 
 
 def _piped_lines() -> Iterator[str]:
+    """Yield the lines of standard input.
+
+    Raises:
+        SimPOError: it is not UTF-8.
+    """
     try:
         yield from sys.stdin
     except UnicodeDecodeError as error:

@@ -62,14 +62,15 @@ def read_command_line(parser: Parser, words: Iterable[str]) -> CommandLine:
 
 def _split_plain(parser: Parser, line: SortedWords) -> tuple[list[str], list[str]]:
     """Return the command's own arguments and the configuration files; note words too many."""
-    plain, arguments = deque(line.plain), []
+    # A configuration file is told by its name, wherever it is among the arguments.
+    ends = mistakes.YAML if parser.takes_settings else ()
+    plain = deque(p for p in line.plain if not p.word.endswith(ends))
+    configs = [p.word for p in line.plain if p.word.endswith(ends)]
+    arguments = []
     for action in parser.arguments():
-        if action.dest in line.named:
-            arguments.append(line.named[action.dest])
-        else:
-            most = 1 if action.nargs in (None, "?") else len(plain)
-            arguments += [plain.popleft().word for _ in range(min(most, len(plain)))]
-    configs = []
+        arguments += line.named.get(action.dest, [])
+        most = len(plain) if action.nargs == "*" else int(action.dest not in line.named)
+        arguments += [plain.popleft().word for _ in range(min(most, len(plain)))]
     for word, before in plain:
         if parser.takes_settings and mistakes.may_be_config(word):
             configs.append(word)

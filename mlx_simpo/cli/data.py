@@ -11,7 +11,7 @@ from ..config.sources import SourceConfig
 from ..errors import SimPOError
 from ..paths import local_path
 from . import inspect
-from .arguments import add_command_with_settings
+from .arguments import add_argument, add_command_with_settings
 from .interrupt import exit_on_interrupt
 from .output import announce, escaped, print_json
 
@@ -29,7 +29,8 @@ def add(commands: Any) -> None:
     inspect.add(actions)
     summary = "write any accepted data as clean JSON Lines: prompt, chosen, rejected"
     parser = add_command_with_settings(actions, "convert", run_convert, summary, "SOURCE")
-    parser.add_argument("source", help="file, folder or Hub dataset of pairs, or - for stdin")
+    about = "file, folder or Hub dataset of pairs, or - for stdin"
+    add_argument(parser, "source", "SOURCE", about, "--data")
     parser.add_argument("--split", help="split of a folder or dataset")
     parser.add_argument("--subset", help="configuration of a Hub dataset")
     parser.add_argument(

@@ -14,6 +14,12 @@ from .output import announce, plain_console, print_json
 if TYPE_CHECKING:
     from ..evaluation import Evaluation
 
+_DATA = ("data.valid=", "data.folder=")  # the settings that name pairs to evaluate on
+_NO_DATA = (
+    "--data is missing; name the pairs to evaluate on, or a folder with data.folder=…; see "
+    "`mlx-simpo evaluate --help`"
+)
+
 
 def add(commands: Any) -> None:
     """Add the command."""
@@ -45,11 +51,11 @@ def run(options: argparse.Namespace) -> None:
     else:
         # What a CONFIG.yaml names is its own validation pairs.
         data = (f"data.valid={options.data}", split, "data.folder=null", "data.valid_main=null")
+    if not options.config and not any(s.startswith(_DATA) for s in (*data, *options.settings)):
+        raise SimPOError(_NO_DATA)  # before anything is loaded
     config = adapter_config(options, *data)
     if not config.data.valid_sources():
-        raise SimPOError(
-            "--data is missing; name the pairs to evaluate on, or a folder with data.folder=…"
-        )
+        raise SimPOError(_NO_DATA)
     data_name = options.data or config.data.folder or "data.valid"
     announce(f"evaluating {options.adapter or config.model} on {data_name}")
     with exit_on_interrupt():

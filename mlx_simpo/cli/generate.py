@@ -1,11 +1,10 @@
 """``mlx-simpo generate``."""
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidSettingsError, SimPOError
+from ..errors import InvalidSettingsError
 from ..sampling.settings import SamplingSettings, Spelling
 from .arguments import adapter_config, add_command_with_settings, add_model_and_adapter
 from .interrupt import exit_on_interrupt
@@ -39,6 +38,20 @@ def add(commands: Any) -> None:
     summary = "generate responses to prompts, or chat"
     parser = add_command_with_settings(commands, "generate", run, summary, f"({_PROMPTS})")
     add_model_and_adapter(parser)
+    _add_prompts(parser)
+    _add_sampling(parser)
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument(
+        "--no-base", action="store_true", help="leave out the base model beside an adapter"
+    )
+    shown.add_argument(
+        "--side-by-side",
+        action=argparse.BooleanOptionalAction,
+        help="base model and adapter in two columns; default: in a terminal of 100 columns or more",
+    )
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to respond to")
     what.add_argument(
         "-p",
@@ -56,6 +69,9 @@ def add(commands: Any) -> None:
     )
     what.add_argument("--chat", action="store_true", help="talk to the model in the terminal")
     what.add_argument("--system-prompt", metavar="TEXT", help="a system turn before each prompt")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how to respond")
     how.add_argument(
         "-m",
@@ -100,15 +116,6 @@ def add(commands: Any) -> None:
         type=int,
         metavar="N",
         help="of the random numbers, for each prompt; default: another one each time",
-    )
-    shown = parser.add_argument_group("what is shown")
-    shown.add_argument(
-        "--no-base", action="store_true", help="leave out the base model beside an adapter"
-    )
-    shown.add_argument(
-        "--side-by-side",
-        action=argparse.BooleanOptionalAction,
-        help="base model and adapter in two columns; default: in a terminal of 100 columns or more",
     )
 
 
@@ -202,18 +209,10 @@ def _conflicts(options: argparse.Namespace) -> Iterator[str]:
 
 def _read_prompts(options: argparse.Namespace, config: "SimPOConfig") -> "list[NamedPrompt]":
     """Return the prompts of --prompt, and after them those of --prompts."""
-    from ..sampling.prompt_files import read_prompts
+    from ..sampling.prompt_files import read_prompts, read_standard_input
     from ..sampling.prompts import named
 
-    prompts = named([_stdin_text() if text == STDIN else text for text in options.prompt])
+    prompts = named([read_standard_input() if t == STDIN else t for t in options.prompt])
     if options.prompts is not None:
-        lines = _stdin_text().splitlines() if options.prompts == STDIN else ()
-        prompts += read_prompts(options.prompts, config.data.columns, lines)
+        prompts += read_prompts(options.prompts, config.data.columns)
     return prompts
-
-
-def _stdin_text() -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise SimPOError(f"standard input is not UTF-8 text ({error}); send it as UTF-8") from None

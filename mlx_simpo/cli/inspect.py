@@ -3,12 +3,11 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ..config.simpo_config import SimPOConfig, load_config
+from ..config.simpo_config import load_config
 from ..errors import SimPOError, visible
 from ..paths import local_path
-from .arguments import add_command_with_settings
+from .arguments import add_argument, add_command_with_settings
 from .interrupt import exit_on_interrupt
-from .mistakes import YAML
 from .output import announce, plain_console, print_json, print_note, print_text
 
 if TYPE_CHECKING:
@@ -22,12 +21,16 @@ def add(actions: Any) -> None:
     """Add the action to the command ``data``."""
     summary = "show what would be trained on, and how it is tokenized"
     parser = add_command_with_settings(actions, "inspect", run, summary, "[DATA ...]")
-    parser.add_argument(
+    add_argument(
+        parser,
         "data",
+        "DATA",
+        "files, folders or Hub datasets of pairs; default: all that CONFIG.yaml and the settings "
+        "name",
+        "--data",
         nargs="*",
-        help="files, folders or Hub datasets of pairs; default: all that CONFIG.yaml and the "
-        "settings name",
     )
+    parser.sets["model"] = "model"
     parser.add_argument("--model", help="Hub id or folder of the model whose tokenizer is used")
     parser.add_argument("--split", help="split of folders and Hub datasets")
     parser.add_argument(
@@ -51,7 +54,8 @@ def run(options: argparse.Namespace) -> None:
         SimPOError: there is no pair of that number, the data cannot be read, or the page cannot be
             written.
     """
-    config, data = _config_and_data(options)
+    model = [f"model={options.model}"] if options.model else []
+    config, data = load_config(options.config, [*model, *options.settings]), options.data
     _check_page(options)
     what = ", ".join(data) or "the configuration's data"
     announce(f"reading {what} with the tokenizer of {config.model}")
@@ -79,22 +83,6 @@ def run(options: argparse.Namespace) -> None:
         _print_quarantined(result.summary)
     else:
         _print_all(plain_console(), result, options.pair)
-
-
-def _config_and_data(options: argparse.Namespace) -> tuple[SimPOConfig, list[str]]:
-    """Return the configuration, and the data that are named.
-
-    Raises:
-        SimPOError: two configuration files, or one that is not valid.
-    """
-    # Any number of words may be data: a configuration file is told by its name.
-    configs = [word for word in options.data if word.endswith(YAML)]
-    data = [word for word in options.data if not word.endswith(YAML)]
-    configs += [options.config] if options.config else []
-    if len(configs) > 1:
-        raise SimPOError(f"one configuration file at most, not {' and '.join(configs)}")
-    model = [f"model={options.model}"] if options.model else []
-    return load_config(next(iter(configs), None), [*model, *options.settings]), data
 
 
 def _check_page(options: argparse.Namespace) -> None:

@@ -5,11 +5,14 @@ imports what it needs when it runs: MLX and mlx-lm take more than a second, whic
 --version need not wait for.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import cast
 
 from ..errors import InvalidSettingsError, SimPOError, messages_of
+from ..training.stopping import exit_status
 from ..version import __version__
 from . import (
     completion,
@@ -44,10 +47,12 @@ COMMANDS = (
     completion,
 )
 _HELP = ("-h", "--help")
+_READER_GONE = exit_status(signal.SIGPIPE)
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command and return the exit status: 0, 2 for bad input, 130 for Ctrl-C.
+    """Run one command and return the exit status: 0, 2 for bad input, 130 for Ctrl-C, 141 if the
+    reader of its output has gone (``| head``).
 
     `train` has some of its own.
     """
@@ -60,6 +65,10 @@ def run_command(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(interrupt.INTERRUPTED)
         return interrupt.STATUS
+    except BrokenPipeError:
+        # Python writes what is left at its end, which would be another error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _READER_GONE
 
 
 def _run(words: list[str]) -> int:

@@ -80,6 +80,12 @@ def may_be_config(word: str) -> bool:
     return path is not None and _is_path(path) and not local_path(path).is_dir()
 
 
+def lacks_equals(word: str) -> bool:
+    """Return whether a word is a setting's name, or ``name: value`` as in a file."""
+    colon = _COLON.fullmatch(word)
+    return is_setting(word) or (colon is not None and setting_named(colon[1]) is not None)
+
+
 def misplaced_word(word: str, before: str | None) -> str:
     """Return the message for a word that is neither an option nor a setting nor a YAML file.
 
@@ -92,8 +98,9 @@ def misplaced_word(word: str, before: str | None) -> str:
         )
     if (colon := _COLON.fullmatch(word)) and (words := fix(colon[1], colon[2])):
         return f"{word!r} is not a setting of the form name=value; {words}"
-    if is_setting(word) or setting_named(word):
-        return f"{word!r} is not a setting of the form name=value; {fix(word, example(word))}"
+    if known := setting_named(word):
+        words = fix(known.name, example(known.name))
+        return f"{word!r} is not a setting of the form name=value; {words}"
     if _DATA.search(word):
         return f"{word!r} is not a configuration file; write {_setting('data.train', word)}"
     if _is_path(f"{word}/config.json") or (_HUB_ID.fullmatch(word) and not _is_path(word)):

@@ -66,19 +66,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _settings_list() -> str:
-    """Return every setting with its meaning and default, for argparse."""
+    """Return every setting with its meaning and default, by sections, for argparse."""
     width = max(40, shutil.get_terminal_size().columns - 2)  # argparse's own width
-    lines = ["settings, in the YAML file, as name=value or as --name value:"]
-    section = None
+    sections: dict[str, list[str]] = {}
     for name, item, _ in all_settings(SimPOConfig):
-        if section != (section := name.rpartition(".")[0]):
-            lines += ["", _heading(section)]
         default = "required" if is_required(item) else f"default {_yaml_text(item.default)}"
         words = textwrap.wrap(
             f"{item.metadata['help']} ({default})", width - 6, break_on_hyphens=False
         )
+        lines = sections.setdefault(name.rpartition(".")[0], [])
         lines += [f"  {name}", *(f"      {line}" for line in words)]
-    return "\n".join(lines).replace("%", "%%")
+    texts = ["\n".join([_heading(section), *lines]) for section, lines in sections.items()]
+    title = "settings, in the YAML file, as name=value or as --name value:"
+    return "\n\n".join([title, *texts]).replace("%", "%%")
 
 
 def _heading(section: str) -> str:

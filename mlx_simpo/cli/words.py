@@ -20,7 +20,7 @@ from .setting_names import Kind, Known, is_section, is_setting, kinds, setting_n
 
 _OPTION = re.compile(r"--?[A-Za-z]\S*")
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
-_BOOLEANS = ("true", "false")
+_BOOLEANS = ("true", "false", "unsloth")  # the last: of --use_gradient_checkpointing
 
 
 class Setting(NamedTuple):
@@ -59,7 +59,7 @@ class SortedWords:
 
     plain: list[Plain] = field(default_factory=list)
     own: list[str] = field(default_factory=list)
-    named: dict[str, str] = field(default_factory=dict)
+    named: dict[str, list[str]] = field(default_factory=dict)
     typed: dict[str, list[str]] = field(default_factory=dict)
     settings: list[Setting] = field(default_factory=list)
     foreign: list[Foreign] = field(default_factory=list)
@@ -102,9 +102,10 @@ class _Sorter:
         if action := self.parser.option(name):
             self._own_option(action, word, value)
         elif dest := self.parser.named.get(name):
-            values = self._values("value", value)
+            is_list = any(a.dest == dest and a.nargs == "*" for a in self.parser.arguments())
+            values = self._values("values" if is_list else "value", value)
             self.line.typed.setdefault(dest, []).append(_typed(word, values, value))
-            self.line.named[dest] = values[0] if values else ""
+            self.line.named[dest] = values or [""]
         elif not self.parser.takes_settings:
             self._unknown(word, value)
         elif plain_name(name) in ALIASES and "." not in name:
@@ -124,7 +125,8 @@ class _Sorter:
         """Pass an option on to argparse, which reads and checks its value."""
         option = next((o for o in action.option_strings if o.startswith("--")), word)
         if action.nargs == 0:
-            values, words = [], [word]  # with a value, argparse complains
+            # With a value, argparse complains.
+            values, words = [], [word.replace("_", "-") if value is None else word]
         elif action.nargs is None:
             values = self._values("value", value)
             words = [f"{option}={values[0]}" if values else option]
@@ -141,7 +143,8 @@ class _Sorter:
         kind = kinds().get(names[0], "value") if names else None
         values = self._values(kind, value)
         typed = _typed(word, values, value)
-        if values == [""] or (not values and kind is not None):
+        needs_one = here is not None and True in here.settings.values() and kind != "flag"
+        if values == [""] or (not values and needs_one):
             self.line.mistakes.append(mistakes.no_value(names[0], typed))
         else:
             one = values[0] if values else True
@@ -182,8 +185,8 @@ class _Sorter:
             return [self.words.popleft().lower() if is_boolean else "true"]
         values: list[str] = []
         while self.words and not _OPTION.fullmatch(self.words[0].partition("=")[0]):
-            is_other = _is_setting_word(self.words[0]) or self.words[0].endswith(mistakes.YAML)
-            if is_other and (values or kind is None):
+            may_be_any = not values and kind is not None  # a value like a=b
+            if (_is_setting_word if may_be_any else _stands_alone)(self.words[0]):
                 break
             values.append(self.words.popleft())
             if kind in ("value", None):
@@ -198,7 +201,9 @@ class _Sorter:
         name, equals, value = word.partition("=")
         is_name = _NAME.fullmatch(name) is not None
         is_spaced = is_name and not equals and following.startswith("=")
-        if is_name and not value and (equals or is_setting(name)):  # model= X, model X
+        if not self.parser.takes_settings:
+            is_spaced = False
+        elif is_name and not value and (equals or is_setting(name)):  # model= X, model X
             is_spaced = is_spaced or (following != "" and not _stands_alone(following))
         if is_spaced:
             words = [word, self.words.popleft()]
@@ -236,12 +241,14 @@ def _typed(word: str, values: Sequence[str], value: str | None) -> str:
 
 
 def _is_setting_word(word: str) -> bool:
+    """Return whether a word is name=value with the name of a setting."""
     name, equals, _ = word.partition("=")
-    return bool(equals) and _NAME.fullmatch(name) is not None
+    return bool(equals) and is_setting(name)
 
 
 def _stands_alone(word: str) -> bool:
     """Whether a word cannot be the value of the word before it."""
-    is_option = _OPTION.fullmatch(word.partition("=")[0]) is not None
-    is_setting_word = _is_setting_word(word) or is_setting(word)
-    return is_option or is_setting_word or word.endswith(mistakes.YAML)
+    name, equals, _ = word.partition("=")
+    has_name = equals != "" and _NAME.fullmatch(name) is not None
+    is_apart = _OPTION.fullmatch(name) is not None or word.endswith(mistakes.YAML)
+    return is_apart or has_name or mistakes.lacks_equals(word)

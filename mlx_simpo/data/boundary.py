@@ -14,6 +14,7 @@ from .render import Renderer
 from .rows import InvalidRecordError, Message
 from .thinking import (
     Thinking,
+    text_in,
     thinking_of,
     with_final_text,
     with_text,
@@ -70,25 +71,28 @@ class BoundaryFinder:
             text: the whole conversation.
         """
         continues = text.startswith(prompt_text)
-        # What the model is prompted with is never scored.
-        start = common_start(text, prompt_text)
         thinking = thinking_of(response[0])
         skips_thinking = self._after_thinking and thinking is not None
         if continues and not skips_thinking:
-            before = self._known_frame(response, text[start:])
+            before = self._known_frame(response, text[len(prompt_text) :])
             if before is not None:
                 return Boundary(prompt_text + before, before, continues)
         rewritten = _Rewritten(self._renderer, prompt, response, tools, prompt_text, text)
+        is_template_text = continues
         if thinking is None or not rewritten.writes_thinking(thinking):
-            end = max(start, rewritten.shared(with_text(response[0], rewritten.mark)))
+            end = rewritten.shared(with_text(response[0], rewritten.mark))
             if continues:
                 self._remember(response, rewritten.last, prompt_text, rewritten.mark)
         elif skips_thinking:
-            final = with_final_text(response[0], thinking, rewritten.mark)
-            return Boundary(text[: max(start, rewritten.shared(final))], "", continues)
+            end = rewritten.shared(with_final_text(response[0], thinking, rewritten.mark))
+            is_template_text = False
         else:
-            end = max(start, rewritten.thinking_start())
-        return Boundary(text[:end], text[start:end] if continues else "", continues)
+            end = rewritten.thinking_start(thinking)
+        if continues or not end:  # 0: the template rejects every change
+            # What the model is prompted with is never scored.
+            end = max(end, common_start(text, prompt_text))
+        template_text = text[len(prompt_text) : end] if is_template_text else ""
+        return Boundary(text[:end], template_text, continues)
 
     def _known_frame(self, response: list[Message], rest: str) -> str | None:
         """Return what the template writes before the response's text, if this is how it always is.
@@ -157,9 +161,14 @@ class _Rewritten:
         self.shared(with_thinking(self._response[0], thinking, self.mark))
         return self.last is None or self.mark in self.last
 
-    def thinking_start(self) -> int:
-        """Return where the thinking begins, with its tag: after the header and white space."""
-        shared = self.shared(without_thinking(self._response[0], self.mark))
+    def thinking_start(self, thinking: Thinking) -> int:
+        """Return where the first message's thinking begins, with its tag."""
+        first = self._response[0]
+        shared = self.shared(without_thinking(first, self.mark))
+        rest, content = self._text[shared:], text_in(first)
+        if not thinking.keys and rest.startswith((content, content.strip())):
+            return shared  # to the template, it is text like any other
+        # Else the template writes the tags, and white space before them.
         start = len(self._prompt_text)
         if not self._text.startswith(self._prompt_text):
             # The prompt is written differently; but its end, the header, is probably there.

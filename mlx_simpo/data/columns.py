@@ -42,13 +42,14 @@ def with_our_names(source: Source, columns: Mapping[str, str] | None) -> Source:
 
     def rows() -> Iterator[Row]:
         for number, row in enumerate(source.rows()):
-            yield _our_row(row, columns)._replace(number=number)
+            yield our_row(row, columns)._replace(number=number)
 
     labels = tuple(f"{ours}={theirs}" for ours, theirs in sorted(columns.items()))
     return replace(source, rows=rows, labels=(*source.labels, *labels), note=note)
 
 
-def _our_row(row: Row, columns: Mapping[str, str]) -> Row:
+def our_row(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return a row with our names for the columns that ``columns`` maps, and without nulls."""
     try:
         return row._replace(value=_renamed(row.value, columns))
     except RecursionError as error:
@@ -84,7 +85,7 @@ def _look(source: Source, columns: Mapping[str, str]) -> str | None:
     problem, has_system, is_recognized, num_records = "", False, False, 0
     missing = set(columns.values())
     for row in source.rows():
-        renamed = _our_row(row, columns).value
+        renamed = our_row(row, columns).value
         if not isinstance(renamed, dict):
             continue
         num_records += 1

@@ -237,7 +237,7 @@ class Encoder:
                 template_tokens = max(template_tokens, after_prompt)
         for name, sequence, start in zip(("chosen", "rejected"), tokens, starts, strict=True):
             # Otherwise the model would learn to say nothing, or not to.
-            if self.special.are_ends(sequence[start:]):
+            if self.special.is_empty(sequence[start:]):
                 after = self.config.score.replace("_", " ").removeprefix("all")
                 detail = f"the chat template writes nothing of {name} {after}".strip()
                 raise InvalidRecordError("empty response", detail)

@@ -49,7 +49,9 @@ def jsonl_rows(text: TextInput) -> Iterator[Row]:
         SimPOError: the text cannot be read, or is not UTF-8 at all.
     """
     first, is_only = _first_line(text)
-    is_document = first.startswith(b"[") and (is_only or _object_in(first) is None)
+    value = _object_in(first)
+    is_list = isinstance(value, list) and value != [] and isinstance(value[0], dict)
+    is_document = first.startswith(b"[") and (value is None or (is_only and is_list))
     return _document_rows(text) if is_document else _line_rows(text)
 
 

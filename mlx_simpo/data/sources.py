@@ -85,11 +85,12 @@ def open_source(source: SourceConfig | str) -> Source:
             named, or its columns are not those that are named or recognized.
     """
     source = SourceConfig(source) if isinstance(source, str) else source
-    return with_our_names(_open(source), source.columns)
+    return with_our_names(open_as_it_is(source), source.columns)
 
 
-def _open(source: SourceConfig) -> Source:
-    """Open a source whose rows are as in the data; SimPOError if there is none."""
+def open_as_it_is(source: SourceConfig) -> Source:
+    """Open a source whose rows are as in the data, whatever their columns; SimPOError if there is
+    none."""
     name, split, subset = source.path, source.split, source.subset
     if name == STDIN:
         if split is not None or subset is not None:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+MAX_EMPTY = 4  # tokens
+
 
 class SpecialTokens:
     """Puts special tokens around sequences, as a tokenizer has them.
@@ -48,9 +50,12 @@ class SpecialTokens:
             return tokens[:end]
         return self.with_eos(tokens)
 
-    def are_ends(self, tokens: list[int]) -> bool:
-        """Return whether these are tokens that end a turn, one or more, and nothing else."""
-        return bool(tokens) and all(token in self.ends for token in tokens)
+    def is_empty(self, response: list[int]) -> bool:
+        """Return whether a response is only tokens that end a turn, and white space."""
+        # Decoding takes as long as all else, and a response that says nothing is short.
+        return 0 < len(response) <= MAX_EMPTY and all(
+            token in self.ends or self._is_space(token) for token in response
+        )
 
     def _is_space(self, token: int) -> bool:
         return not self._tokenizer.decode([token]).strip()

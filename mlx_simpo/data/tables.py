@@ -13,6 +13,16 @@ from .rows import Row, Source, first_line
 
 # Rows of a table that are converted to Python objects at a time, to limit memory.
 BATCH_ROWS = 256
+# What damaged files raise besides pyarrow's own errors: names and text that are not UTF-8, names
+# that appear twice, dates out of range, sizes that no memory has; `datasets` adds more.
+_OF_DAMAGE = (
+    ValueError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+    TypeError,
+    AttributeError,
+)
 _DATASET_DICT = "dataset_dict.json"
 
 
@@ -38,7 +48,7 @@ def _open_table(path: Path, kind: str) -> Iterator[Any]:
             content.seek(0)
             with ipc.open_file(content) if is_file else ipc.open_stream(content) as reader:
                 yield reader
-    except (OSError, ArrowException) as error:
+    except (OSError, ArrowException, *_OF_DAMAGE) as error:
         raise SimPOError(f"cannot read {path} as {kind}: {first_line(error)}") from None
 
 
@@ -77,6 +87,8 @@ def _arrow_batches(reader: Any) -> Iterator[Any]:
 def _batch_rows(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        # pyarrow trusts the offsets in a file: damaged ones would end the process.
+        batch.validate(full=True)
         for start in range(0, batch.num_rows, BATCH_ROWS):
             for value in batch.slice(start, BATCH_ROWS).to_pylist():
                 number += 1
@@ -106,7 +118,9 @@ def open_saved_dataset(name: str, folder: Path, split: str | None) -> Source:
 
     try:
         data: Any = load_from_disk(str(folder))
-    except (OSError, ValueError, LookupError, TypeError, DatasetsError, ArrowException) as error:
+        for part in data.values() if isinstance(data, dict) else [data]:
+            part.data.validate(full=True)  # as in `_batch_rows`
+    except (OSError, DatasetsError, ArrowException, *_OF_DAMAGE) as error:
         raise SimPOError(f"cannot load the dataset in {name}: {first_line(error)}") from None
     if not isinstance(data, dict):  # a DatasetDict is one
         if split is not None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateSyntaxError, nodes
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -41,12 +41,30 @@ def template_variables(text: str) -> set[str]:
     Of a template that is not valid Jinja, every word.
     """
     try:
-        names = find_undeclared_variables(_ENVIRONMENT.parse(_GENERATION_MARKS.sub("", text)))
+        tree = _ENVIRONMENT.parse(_GENERATION_MARKS.sub("", text))
     except TemplateSyntaxError:
         names = set(re.findall(r"[^\W\d]\w*", text))
+    else:
+        # Jinja's function also returns names that are set in a branch or loop and used in it.
+        first_use: dict[str, str] = {}
+        _add_first_uses(tree, first_use)
+        names = {name for name in find_undeclared_variables(tree) if first_use[name] == "load"}
     is_set = RESERVED | FUNCTIONS | _ENVIRONMENT.globals.keys()
     # Special tokens, such as bos_token, are the tokenizer's.
     return {name for name in names if name not in is_set and not name.endswith("_token")}
+
+
+def _add_first_uses(node: nodes.Node, first_use: dict[str, str]) -> None:
+    """Add how each name is used first, "load" or "store", in the order in which a template runs."""
+    if isinstance(node, nodes.Name):
+        first_use.setdefault(node.name, node.ctx)
+    children = list(node.iter_child_nodes())
+    if isinstance(node, nodes.Assign):
+        children = [node.node, node.target]
+    elif isinstance(node, nodes.For):
+        children = [node.iter, *(child for child in children if child is not node.iter)]
+    for child in children:
+        _add_first_uses(child, first_use)
 
 
 def check_arguments(arguments: Mapping[str, Any], texts: Iterable[str], origin: str) -> None:

@@ -97,13 +97,14 @@ def _template_text(encoder: Encoder, pair: EncodedPair) -> str:
 
 
 def same_prompt_argument(renderer: Renderer) -> dict[str, bool]:
-    """Return the argument with which the template writes the same before a response, and nothing
-    but white space of it after the generation prompt; {} if there is none."""
-    for name in sorted(name for name in renderer.variables if "think" in name):
-        for value in (False, True):
-            text = text_after_prompt(renderer.with_arguments({name: value}))
-            if text is not None and not text.strip():
-                return {name: value}
+    """Return the argument with which the template writes nothing but white space between the
+    generation prompt and a response; {} if there is none, or if it does so without arguments."""
+    names = sorted(name for name in renderer.variables if "think" in name)
+    values = [{}, *({name: value} for name in names for value in (False, True))]
+    for arguments in values:
+        text = text_after_prompt(renderer.with_arguments(arguments))
+        if text is not None and not text.strip():
+            return arguments
     return {}
 
 
@@ -158,9 +159,10 @@ def _prompt_warning(renderer: Renderer, pairs: str) -> str:
     """Tell that the model is prompted differently than it is trained, with an example."""
     missing = missing_in_training(renderer)
     example = f": before a response there is no {missing!r}" if missing else ""
+    remedy = same_prompt_argument(renderer)
+    setting = f"set data.template_args.{describe_arguments(remedy)}, or " if remedy else ""
     return (
         f"the chat template writes the conversations of {pairs} differently than the prompt that "
         f"evaluate and generate give to the model{example}; the model learns from one and is asked "
-        "with the other: set data.template_args, or use a template that writes both alike "
-        "(data.chat_template=FILE)"
+        f"with the other: {setting}use a template that writes both alike (data.chat_template=FILE)"
     )

@@ -37,9 +37,12 @@ class Thinking(NamedTuple):
 def thinking_of(message: Message) -> Thinking | None:
     """Return the thinking of an assistant's message; None if it has none but white space."""
     content = text_in(message)
-    keys = tuple(key for key in KEYS if isinstance(message.get(key), str) and message[key].strip())
+    keys = [key for key in KEYS if isinstance(message.get(key), str) and message[key].strip()]
     if keys:
-        return Thinking(message[keys[0]], keys, 0, 0, _skip_space(content, 0))
+        return Thinking(message[keys[0]], tuple(keys), 0, 0, _skip_space(content, 0))
+    # Most responses have none, and looking for every tag would take a while.
+    if not ("</" in content or "[/" in content or "<|" in content):
+        return None
     for opening, closing in TAGS:
         end = content.find(closing)
         if end < 0:

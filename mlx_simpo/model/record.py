@@ -1,6 +1,8 @@
 """The record of a training in its adapter, and how a model differs from the one it names."""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +84,17 @@ def get_dict(content: Any, key: str) -> dict[str, Any]:
 
 
 def differences_from_training(
-    record: dict[str, Any], loaded: LoadedModel, template: str | None = None
+    record: dict[str, Any],
+    loaded: LoadedModel,
+    template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Describe how a model differs from the one that an adapter was trained on.
 
     Args:
         record: as `training_record` returns it; what it does not name is not compared.
         template: the text of the chat template in use; None: templates are not compared.
+        template_args: its arguments; None: they are not compared.
 
     Returns:
         One clause per known difference.
@@ -112,6 +118,15 @@ def differences_from_training(
         and trained_hash != template_hash(template)
     ):
         differences.append("the chat template differs from the one in training")
+    trained_data = get_dict(get_dict(record, "config"), "data")
+    if template_args is not None and "template_args" in trained_data:
+        # As JSON, in which records are saved.
+        then, now = (
+            json.dumps(arguments or {}, sort_keys=True, default=str)
+            for arguments in (trained_data["template_args"], template_args)
+        )
+        if then != now:
+            differences.append(f"data.template_args was {then} in training and is {now} now")
     return differences
 
 

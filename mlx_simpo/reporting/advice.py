@@ -102,15 +102,18 @@ def slow_blas() -> str | None:
 
 
 def adapter_mismatch(
-    record: dict[str, Any], loaded: LoadedModel, template: str | None = None
+    record: dict[str, Any],
+    loaded: LoadedModel,
+    template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> str | None:
     """Warn if a model differs from the one that an adapter was trained on.
 
     Args:
         record: the adapter's `model.record.training_record`. template: the text of the chat
-            template in use; None: not compared.
+            template in use; None: not compared. template_args: its arguments; None: not compared.
     """
-    differences = differences_from_training(record, loaded, template)
+    differences = differences_from_training(record, loaded, template, template_args)
     return f"the adapter might not fit: {'; '.join(differences)}" if differences else None
 
 

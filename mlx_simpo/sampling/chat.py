@@ -35,7 +35,7 @@ class Chat:
     def __init__(
         self, responder: Responder, settings: SamplingSettings, system_prompt: str | None = None
     ) -> None:
-        """Begin a conversation; see the class for what it raises."""
+        """See the class; raises SimPOError."""
         settings.check()
         encoder = responder.encoder
         if encoder.renderer.is_plain_text:
@@ -109,6 +109,7 @@ class Chat:
         seed = draw_seed() if seed is None else (seed + self._turns) % (LARGEST_SEED + 1)
 
         def progress(done: int, total: int) -> None:
+            """Raise _StoppedError between two parts of a long prompt."""
             if done < total and should_stop():
                 raise _StoppedError
 

@@ -5,15 +5,15 @@ from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
+from ..data.dropped import Dropped, dropped_parts
 from ..data.encode import Encoder
-from ..data.records import as_messages, check_messages, text_of
+from ..data.records import SYSTEM_ROLES, as_messages, check_messages, text_of
 from ..data.rows import InvalidRecordError, Message
 from ..engine.vocabulary import check_prompt_ids, vocabulary_size
 from ..errors import SimPOError
 from .settings import SamplingSettings
 
 Prompt = str | list[Message]
-SYSTEM_ROLES = ("system", "developer")
 _ENDS_A_PROMPT = ("user", "tool", "function")
 
 
@@ -90,14 +90,17 @@ def with_system_turn(prompt: NamedPrompt, text: str) -> NamedPrompt:
     """Return a prompt with a system turn in front.
 
     Raises:
-        SimPOError: it has a system turn already.
+        SimPOError: it has another system turn.
     """
     messages = as_messages(prompt.prompt, "user")
-    if any(message["role"] in SYSTEM_ROLES for message in messages):
+    turns = [text_of(m.get("content")) for m in messages if m["role"] in SYSTEM_ROLES]
+    if any(turn.strip() != text.strip() for turn in turns):
         raise SimPOError(
-            f"{prompt.name} has a system turn of its own, and there is a system prompt as well; "
+            f"{prompt.name} has a system turn of its own, and there is another system prompt; "
             "leave one of them out"
         )
+    if turns:
+        return prompt
     return prompt._replace(prompt=[{"role": "system", "content": text}, *messages])
 
 
@@ -115,15 +118,14 @@ def check_system_prompt(encoder: Encoder, text: str) -> None:
             "a system prompt needs a chat template, and the one in use is "
             f"{encoder.renderer.origin}; {remedy}"
         )
-    # Two texts, because a template may trim or escape them, or write one of its own.
-    prompts = (with_system_turn(NamedPrompt("Hello"), both).prompt for both in (text, f"{text}."))
+    messages = as_messages(with_system_turn(NamedPrompt("Hello"), text).prompt, "user")
     try:
-        first, second = map(encoder.prompt_tokens, prompts)
+        dropped = dropped_parts(encoder.renderer, messages, [], None)
     except InvalidRecordError as error:
         raise SimPOError(
             f"the system prompt cannot be used: {': '.join(error.args)}; {remedy}"
         ) from None
-    if first == second:
+    if Dropped.SYSTEM in dropped:
         raise SimPOError(
             f"the chat template drops system prompts, so that the model would not see it; {remedy}"
         )

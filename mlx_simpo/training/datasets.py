@@ -14,6 +14,7 @@ from ..data.mixing import Mixture, SourceCounts, epoch_order
 from ..data.order import draw_sample
 from ..data.pairs import Quarantined, check_share, held_out
 from ..data.rows import Source
+from ..data.template_messages import template_messages
 from ..data.tokens import StoredPairs, TokenizedPairs
 from ..errors import SimPOError
 from ..model.loading import load_only_tokenizer
@@ -112,6 +113,11 @@ def encode(encoder: Encoder, source: Source, name: str, display: Display) -> Enc
             f"{name}: {len(quarantined)} records quarantined, e.g. {first.reason}: {first.location}"
         )
     display.note(advice.truncation(result.pairs, encoder.config))
+    about_template = template_messages(encoder, result.pairs)
+    for note in about_template.notes:
+        display.note(f"{name}: {note}")
+    for warning in about_template.warnings:
+        display.warn(f"{name}: {warning}")
     return EncodedDataset(result.pairs, quarantined)
 
 

@@ -181,10 +181,11 @@ def open_dataset(config: SimPOConfig, source: SourceConfig, display: Display) ->
     datasets = (source, *data.train_sources(), *data.valid_sources().values())
     is_used = any(other.subset is None and is_on_hub(other.path) for other in datasets)
     if data.subset is not None and not is_used:
+        reason = "has a subset of its own"
+        if not is_on_hub(source.path):
+            reason = "is local; only Hub datasets have subsets"
         raise SimPOError(
-            f"data.subset is {data.subset!r}, but {source.path} "
-            + ("has a subset of its own" if is_on_hub(source.path) else "is local")
-            + "; only Hub datasets without one take it: remove data.subset"
+            f"data.subset is {data.subset!r}, but {source.path} {reason}; remove data.subset"
         )
     if source.subset is None and is_on_hub(source.path):
         source = replace(source, subset=data.subset)

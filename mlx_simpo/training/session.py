@@ -149,8 +149,8 @@ def prepare(
     Args:
         display: where notes and progress go; default: stderr. train, valid: rows from memory
             instead of data.train and data.valid (docs/data.md says which kinds); valid may be
-            several sets by name, {"chat": rows, "safety": rows}, of which the first is the main one.
-            resuming: the weights come from a checkpoint, and ``lora.init_from`` is not read.
+            several sets by name, {"chat": rows, "safety": rows}, the first of which is the main
+            one. resuming: the weights come from a checkpoint, and ``lora.init_from`` is not read.
 
     Raises:
         SimPOError: data, a model or settings that cannot be read or used.
@@ -173,11 +173,7 @@ def prepare(
         check_token_ids(part, model, config.model)
     for prompt in named(config.train.sample_prompts):
         check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
-    lora = replace(config.lora, init_from=None) if resuming else config.lora
-    if lora.init_from is not None:
-        initial = get_dict(read_adapter_config(lora.init_from), RECORD_KEY)
-        display.warn(advice.adapter_mismatch(initial, loaded, template))
-    adapter = attach_lora(model, lora, config.seed)
+    adapter = _attach_adapter(config, loaded, template, display, resuming)
     maybe_set_recommended_wired_limit()  # or macOS may page weights out between steps
     return Session(
         config=config,
@@ -196,6 +192,18 @@ def prepare(
         loaded=loaded,
         state=TrainingState(model, config, total_steps(config, pairs.train)),
     )
+
+
+def _attach_adapter(
+    config: SimPOConfig, loaded: LoadedModel, template: str | None, display: Display, resuming: bool
+) -> dict[str, Any]:
+    """Attach LoRA to the model and return its adapter_config.json; see `model.lora.attach_lora`."""
+    lora = replace(config.lora, init_from=None) if resuming else config.lora
+    if lora.init_from is not None:
+        initial = get_dict(read_adapter_config(lora.init_from), RECORD_KEY)
+        arguments = config.data.template_args or {}
+        display.warn(advice.adapter_mismatch(initial, loaded, template, arguments))
+    return attach_lora(loaded.model, lora, config.seed)
 
 
 def load_base_model(config: SimPOConfig, display: Display) -> LoadedModel:

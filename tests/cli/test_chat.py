@@ -1,11 +1,10 @@
 """Chats in a terminal, and through pipes."""
 
-import io
 import sys
 from pathlib import Path
 
 import pytest
-from helpers.commands import Ran, captured_display, command, complaint
+from helpers.commands import Ran, captured_display, command, complaint, text_stream
 from helpers.terminal import CTRL_C, CTRL_D, terminal
 from helpers.tiny import assistant, user
 
@@ -26,7 +25,7 @@ def test_a_pipe_gets_the_responses_and_nothing_else(
     capsys: Capture, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = "Why?\n\n/help\nWho?\n/reset\nWhy?\n/usr/bin is what?\n/exit\nnever\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    monkeypatch.setattr(sys, "stdin", text_stream(lines))
     ran = command(capsys, "generate", "--model", model_folder, "--chat", "-m", 6)
     first = response(model_folder, "Why?")
     second = response(model_folder, [user("Why?"), assistant(first), user("Who?")])
@@ -38,7 +37,7 @@ def test_a_pipe_gets_the_responses_and_nothing_else(
 
 
 def chat(capsys: Capture, monkeypatch: pytest.MonkeyPatch, lines: str, *options: object) -> Ran:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    monkeypatch.setattr(sys, "stdin", text_stream(lines))
     return command(capsys, "generate", "--chat", "-m", 6, *options)
 
 
@@ -99,8 +98,8 @@ def test_a_chat_in_a_terminal(model_folder: Path) -> None:
         stopped = screen.wait_for("\n> ")
         assert "Traceback" not in stopped
         assert "interrupted" not in stopped
-        screen.type(CTRL_C)  # while nothing is generated
-        assert "(Ctrl-D ends the chat)" in screen.wait_for("\n> ")
+        screen.type_until(CTRL_C, "(Ctrl-D ends the chat)\n")  # while nothing is generated
+        screen.wait_for("> ")
         screen.type("/reset\n")
         assert "(a new conversation)" in screen.wait_for("> ")
         screen.type("/exut\x7f\x7f\x7fxit")  # lines can be edited

@@ -57,7 +57,7 @@ def train_error(
         (["data.train=/no/such.jsonl"], "no such file, folder or dataset: '/no/such.jsonl'"),
         (["data.train=null"], "data.train is missing"),
         (["data.train_split=test"], "the split is 'test'"),
-        (["data.subset=x"], "only Hub datasets have subsets"),
+        (["data.subset=x"], "data.subset is 'x', but "),
         (["data.valid=/no/such.jsonl"], "no such file, folder or dataset"),
         (["data.chat_template=/no/such.jinja"], "data.chat_template is '/no/such.jinja'"),
         (["data.compat=official"], "this tokenizer has no BOS token"),
@@ -302,9 +302,10 @@ def test_bad_input_of_the_other_commands(
     ("command_line", "message"),
     [
         (["nope"], "unknown command 'nope'; the commands are train, evaluate, generate, data, "),
-        (["evaluate"], "are required: --data; see `mlx-simpo evaluate --help`"),
-        (["generate", "--prompt"], "argument --prompt: expected one argument"),
+        (["evaluate"], "--data is missing; name the pairs to evaluate on, or a folder"),
+        (["generate", "--prompt"], "argument -p/--prompt: expected one argument"),
         (["generate", "--prompt", "x", "--max-tokens", "many"], "invalid int value: 'many'"),
+        (["data", "convert"], "are required: SOURCE; see `mlx-simpo data convert --help`"),
         (
             ["data", "inspect", "--model", "x"],
             "there is nothing to look at; name a file, a folder or a Hugging Face dataset",
@@ -386,7 +387,7 @@ def test_evaluating_a_broken_model_is_an_error(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x", "--max-tokens", "0"], "max_tokens is 0; it must be 1 or greater"),
+        (["x", "--max-tokens", "0"], "--max-tokens is 0; it must be 1 or greater"),
         (["", "data.chat_template=none"], "the prompt is empty"),
         (["x", "data.chat_template={{ raise_exception('no system turn') }}"], "no system turn"),
         (["x", "data.chat_template={% bad %}"], "unknown tag 'bad'"),

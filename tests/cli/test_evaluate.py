@@ -142,10 +142,15 @@ def test_data_takes_the_place_of_a_settings_files_folder_and_sets(
         assert ran.json["pairs"] == 12
 
 
-def test_evaluate_needs_data(capsys: Capture, adapter: Path) -> None:
-    assert complaint(command(capsys, "evaluate", "--adapter", adapter)) == (
-        "--data is missing; name the pairs to evaluate on, or a folder with data.folder=…"
+def test_evaluate_needs_data(capsys: Capture, adapter: Path, tmp_path: Path) -> None:
+    expected = (
+        "--data is missing; name the pairs to evaluate on, or a folder with data.folder=…; see "
+        "`mlx-simpo evaluate --help`"
     )
+    assert complaint(command(capsys, "evaluate", "--adapter", adapter)) == expected
+    settings = tmp_path / "recipe.yaml"
+    settings.write_text("model: nobody/nothing\n")
+    assert complaint(command(capsys, "evaluate", settings)) == expected
 
 
 def test_several_sets_have_tables_and_records_of_their_own(

@@ -2,12 +2,13 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import captured_display, command, complaint
+from helpers.commands import captured_display, command, complaint, text_stream
 from helpers.terminal import terminal
 from helpers.tiny import user, write_jsonl
 
@@ -122,7 +123,7 @@ def test_prompts_of_options_files_and_standard_input(
     records = write_jsonl(tmp_path / "p.jsonl", [{"prompt": [user("Why?")]}, {"prompt": "Who?"}])
 
     def prompts(*options: Any, stdin: str = "") -> list[Any]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", text_stream(stdin))
         ran = command(capsys, "generate", "--model", model_folder, "-m", 1, "--json", *options)
         return [record["prompt"] for record in ran.json["responses"]]
 
@@ -154,7 +155,7 @@ def test_the_columns_of_the_adapters_run_are_not_needed_twice(
         ([], ['there is no prompt; add --prompt "What is a comet?", --prompts FILE or --chat']),
         (["-p", " "], ["the prompt is empty; write what the model should respond to"]),
         (["-p", "a", "-p", ""], ["prompt 2 is empty"]),
-        (["--prompts", "no.txt"], ["cannot read no.txt: there is no such file"]),
+        (["--prompts", "no.txt"], ["cannot read no.txt: [Errno 2] No such file"]),
         (["-p", "-", "--prompts", "-"], ["- is there twice, and standard input can be read only"]),
         (["-p", "a", "--no-base"], ["--no-base leaves nobody to respond; leave it out, or add"]),
         (
@@ -206,10 +207,9 @@ def test_mistakes_are_told_all_at_once(
 def test_standard_input_that_is_not_text(
     capsys: Capture, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stdin = io.TextIOWrapper(io.BytesIO(b"ok\n\xff\n"), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", stdin)
+    monkeypatch.setattr(sys, "stdin", text_stream(b"ok\n\xe4\n"))
     ran = command(capsys, "generate", "--model", model_folder, "--prompts", "-")
-    assert "standard input is not UTF-8 text" in complaint(ran)
+    assert "stdin is not UTF-8; its encoding looks like WINDOWS-1252; pipe" in complaint(ran)
 
 
 def test_a_model_without_a_template_takes_text_and_no_system_prompt(
@@ -256,6 +256,24 @@ def test_a_terminal_shows_headings_or_columns(
         assert text.index(visible(expected["base"])) > start
         assert text.index("adapter", start) < text.index(visible(expected["adapter"]))
     assert "cut at 5 tokens" in text
+
+
+def test_a_reader_that_goes_away_ends_the_command(model_folder: Path) -> None:
+    words = ("generate", "--model", str(model_folder), "-p", PROMPT, "-m", "100000")
+    with subprocess.Popen(
+        [sys.executable, "-m", "mlx_simpo", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert "Traceback" not in errors
+    assert "Exception" not in errors
 
 
 def test_what_libraries_print_meanwhile_is_not_among_the_results(

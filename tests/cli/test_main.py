@@ -21,6 +21,9 @@ def test_version(capsys: Capture) -> None:
     ("arguments", "options"),
     [
         ([], ["train", "evaluate", "generate", "data", "fuse", "convert", "push", "doctor"]),
+        ([], ["config", "completion"]),
+        (["config"], ["--json", "[CONFIG.yaml]", "name=value"]),
+        (["completion"], ["SHELL", "bash", "zsh", "fish"]),
         (["train"], ["--json", "[CONFIG.yaml]", "name=value"]),
         (["evaluate"], ["--data", "--split", "--adapter", "--model", "--per-pair", "--json"]),
         (["generate"], ["--prompt", "--max-tokens", "--adapter", "--model", "--json"]),
@@ -44,7 +47,10 @@ def test_help(capsys: Capture, arguments: list[str], options: list[str]) -> None
     [
         (["train"], "[options] [CONFIG.yaml] [name=value ...]"),
         (["evaluate"], "[options] --data DATA [CONFIG.yaml] [name=value ...]"),
-        (["generate"], "[options] --prompt TEXT [CONFIG.yaml] [name=value ...]"),
+        (
+            ["generate"],
+            "[options] (--prompt TEXT | --prompts FILE | --chat) [CONFIG.yaml] [name=value ...]",
+        ),
         (["data", "inspect"], "[options] [DATA ...] [CONFIG.yaml] [name=value ...]"),
     ],
 )

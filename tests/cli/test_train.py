@@ -1,6 +1,7 @@
 """`mlx-simpo train`: what it prints, its arguments, its help, its exit statuses, --resume."""
 
 import json
+import re
 import shlex
 import signal
 from itertools import takewhile
@@ -66,6 +67,10 @@ def test_train_help_lists_every_setting_with_meaning_and_default(
         following = lines[lines.index(f"  {name}") + 1 :]
         meaning = " ".join(map(str.strip, takewhile(lambda s: s.startswith(" " * 6), following)))
         assert meaning.startswith(item.metadata["help"])
+    headings = [line for line in lines if line and re.match(r"(the run$|[a-z_.]+: [a-z])", line)]
+    assert [line.partition(":")[0] for line in headings[headings.index("the run") :]] == [
+        *("the run", "data", "objective", "lora", "train", "train.early_stopping", "logps")
+    ]
     listed = " ".join(" ".join(lines).split())
     for text in ("(required)", "(default 5e-05)", "(default null)", "(default all-linear)"):
         assert text in listed

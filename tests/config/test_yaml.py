@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_simpo import SimPOConfig, SimPOError, load_config
 from mlx_simpo.config.schema import all_settings
-from mlx_simpo.config.yaml import dump_inline, dump_yaml, parse_yaml
+from mlx_simpo.config.yaml import dump_inline, dump_yaml, key_lines, parse_yaml
 
 NAMES = [name for name, _, _ in all_settings(SimPOConfig)]
 
@@ -120,6 +120,16 @@ def test_yaml_that_cannot_be_constructed_is_an_error(text: str) -> None:
 def test_any_text_for_a_setting_is_a_value_or_an_error_that_names_it(name: str, text: str) -> None:
     message = error_of(["model=x", f"{name}={text}"])
     assert message is None or name in message
+
+
+def test_the_line_of_every_key() -> None:
+    text = (
+        "# comment\na: 1\n\nb:\n  c: {d: 2,\n    e: 3}\n  'f': |\n    text\n    g: 4\nh: [{i: 5}]\n"
+    )
+    lines = {"a": 2, "b": 4, "b.c": 5, "b.c.d": 5, "b.c.e": 6, "b.f": 7, "h": 10}
+    assert key_lines(text) == lines
+    assert key_lines("") == {}
+    assert key_lines("- a: 1") == {}
 
 
 @given(

@@ -141,8 +141,8 @@ def test_a_converted_adapter_names_its_model(
     peft = to_peft(adapter, tmp_path / "peft", verify=False).output
     back = from_peft(peft, tmp_path / "back", verify=False).output
     generate = ("generate", "--prompt", "Hello", "--max-tokens", 3, "--json", "--adapter")
-    result = command(capsys, *generate, back).json
-    assert result["adapter"] == command(capsys, *generate, adapter).json["adapter"]
+    result = command(capsys, *generate, back).json["responses"]
+    assert result == command(capsys, *generate, adapter).json["responses"]
     assert "convert from-peft" in complaint(command(capsys, *generate, peft))
 
 

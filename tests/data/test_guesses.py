@@ -74,6 +74,7 @@ def test_the_suggestion_can_be_pasted(names: tuple[str, ...]) -> None:
     columns = load_config(None, ["model=m", setting.replace("…", "x")]).data.columns
     expected = dict(zip(("prompt", "chosen", "rejected"), names, strict=True))
     assert columns == {o: n if f" {n}" in f" {guess[0]}" else "x" for o, n in expected.items()}
+    assert columns is not None
     assert columns["prompt"] == names[0]
 
 

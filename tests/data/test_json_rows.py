@@ -129,6 +129,12 @@ def test_an_array_under_the_ending_of_json_lines(tmp_path: Path, indent: int | N
     assert open_source(str(tmp_path / "a.jsonl")).count() == 2
 
 
+def test_a_list_that_holds_no_records_is_one_row(tmp_path: Path) -> None:
+    for line in ([1], [], ["a", PAIR]):
+        assert values(tmp_path, json.dumps(line), "a.jsonl") == [line]
+        assert open_source(str(tmp_path / "a.jsonl")).count() == 1
+
+
 def test_a_list_among_json_lines_is_one_row(tmp_path: Path) -> None:
     assert values(tmp_path, f"[1]\n{json.dumps(PAIR)}\n", "a.jsonl") == [[1], PAIR]
     assert open_source(str(tmp_path / "a.jsonl")).count() == 2

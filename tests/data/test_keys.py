@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.chat_templates import TEMPLATES
 from helpers.tiny import (
     BARE,
     CHATML,
@@ -62,6 +63,22 @@ def test_the_same_inputs_have_the_same_key(pairs: Source) -> None:
 )
 def test_settings_that_affect_tokens(pairs: Source, setting: dict[str, Any]) -> None:
     assert key(pairs, **setting) != key(pairs)
+
+
+def test_what_the_template_gets_and_what_counts(pairs: Source) -> None:
+    tokenizer = tiny_tokenizer(CHATML + "{{ a }}{{ b }}")
+    settings: list[dict[str, Any]] = [
+        {},
+        {"score": "after_thinking"},
+        {"template_args": {"a": 1}},
+        {"template_args": {"a": "1"}},
+        {"template_args": {"a": True}},
+        {"template_args": {"b": 1}},
+        {"template_args": {"a": datetime.date(2026, 1, 2)}},
+    ]
+    assert len({key(pairs, tokenizer, **setting) for setting in settings}) == len(settings)
+    one, other = ({"a": 1, "b": 2}, {"b": 2, "a": 1})
+    assert key(pairs, tokenizer, template_args=one) == key(pairs, tokenizer, template_args=other)
 
 
 def test_compat_official_has_a_key_of_its_own(pairs: Source) -> None:
@@ -228,30 +245,46 @@ CASES = [
     {"prompt": "q\ud800", "chosen": "a", "rejected": "b"},
     {"prompt": [system("s"), user("q")], "chosen": [user("a")], "rejected": [assistant("b")]},
     {"prompt": "q " * 60, "chosen": "a " * 50, "rejected": "b " * 40},
+    {
+        "prompt": [user("q")],
+        "chosen": [assistant("a", reasoning_content="because")],
+        "rejected": [assistant("<think>\nso\n</think>\n\nb")],
+    },
+    {
+        "prompt": [user("q")],
+        "chosen": [assistant("", tool_calls=[{"function": {"name": "f", "arguments": {"a": 1}}}])],
+        "rejected": [assistant("b")],
+    },
 ]
+THINKS = {"template_args": {"enable_thinking": True}}
 CONFIGS: list[tuple[str | None, dict[str, Any]]] = [
     (CHATML, {}),
     (INST, {"max_length": 64, "max_prompt_length": 32}),
     (INST, {"compat": "official"}),
     (BARE, {"implicit_string_prompts": True}),
     (CHATML, {"chat_template": "none", "max_length": 64, "max_prompt_length": 32}),
+    (TEMPLATES["qwen3"].text, THINKS),
+    (TEMPLATES["qwen3"].text, {"score": "after_thinking", **THINKS}),
 ]
 # What the rules of this number make of CASES: the hash of the tokens, and for each of CONFIGS the
 # reasons of the quarantined records, by the line of each.
-RECORDED_TOKENS = {2: "c070775552cba6a45f3f24006e53b452c0609229958f172969f81997a39be4a1"}
+RECORDED_TOKENS = {3: "fbf86100b9ec4b586466252fa87ea91db7ccd6f3b276188a59bf55194049bb71"}
 ALWAYS = {
     12: "identical responses",
     13: "mixes strings and messages",
     14: "invalid Unicode text",
     15: "does not end with an assistant turn",
 }
+EMPTY = {18: "empty response"}  # without its tool call
 RECORDED_REASONS = {
-    2: [
-        {11: "missing prompt", **ALWAYS},
+    3: [
+        {11: "missing prompt", **ALWAYS, **EMPTY},
+        {8: "rejected by the chat template", 11: "missing prompt", **ALWAYS, **EMPTY},
         {8: "rejected by the chat template", 11: "missing prompt", **ALWAYS},
-        {8: "rejected by the chat template", 11: "missing prompt", **ALWAYS},
-        ALWAYS,
+        {**ALWAYS, **EMPTY},
         {11: "missing prompt", 12: "identical responses", 14: "invalid Unicode text"},
+        {11: "missing prompt", **ALWAYS},
+        {11: "missing prompt", **ALWAYS},
     ]
 }
 
@@ -273,6 +306,7 @@ def outcomes(template: str | None, config: dict[str, Any]) -> tuple[list[Any], d
         pair, prompt = outcome
         sequences = [[s.tokens.tolist(), s.score_start] for s in (pair.chosen, pair.rejected)]
         counts = [pair.boundary_tokens, pair.cut_prompt, pair.cut_response]
+        counts += [pair.template_tokens, pair.dropped]
         encoded.append([pair.index, sequences, counts, prompt.decode()])
     return encoded, reasons
 
@@ -283,8 +317,9 @@ RAISE_RULES = "tokens or reasons changed: raise RULES in data/keys.py and record
 def test_tokens_change_only_with_the_number_of_the_rules() -> None:
     """Otherwise a run would go on with tokens that earlier rules have cached on the user's disk."""
     encoded = [outcomes(template, config)[0] for template, config in CONFIGS]
-    assert [len(pairs) for pairs in encoded] == [11, 10, 10, 12, 9]
-    # Merged boundaries, cut prompts and cut responses are all among what is recorded.
+    assert [len(pairs) for pairs in encoded] == [12, 11, 12, 13, 9, 13, 13]
+    # Merged boundaries, cut prompts and responses, a template's own text and what it drops are all
+    # among what is recorded.
     counts = [counts for pairs in encoded for _, _, counts, _ in pairs]
     assert all(any(column) for column in zip(*counts, strict=True))
     content_hash = hashlib.sha256(json.dumps(encoded).encode()).hexdigest()

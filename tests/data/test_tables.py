@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -18,7 +19,7 @@ from mlx_simpo.data.tables import BATCH_ROWS, arrow_rows
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A DatasetDict of two splits."""
-    splits = {"train": Dataset.from_list(STRINGS), "test": Dataset.from_list(STRINGS[:1])}
+    splits: Any = {"train": Dataset.from_list(STRINGS), "test": Dataset.from_list(STRINGS[:1])}
     DatasetDict(splits).save_to_disk(tmp_path / "saved")
     return tmp_path / "saved"
 

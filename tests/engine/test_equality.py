@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from helpers import float64
 from helpers.architectures import ARCHITECTURES, architecture_with_lora, with_lora
+from helpers.chat_templates import template_tokenizer
 from helpers.gradients import greatest_difference, run
-from helpers.tiny import tiny_model
+from helpers.tiny import assistant, tiny_model, user
 from helpers.tiny import token_pair as pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,6 +32,7 @@ from mlx_simpo import (
     train_steps,
 )
 from mlx_simpo.data.encode import EncodedPair, Encoder, encode_pairs
+from mlx_simpo.data.records import Pair
 from mlx_simpo.engine import attention, prefix_cache, token_logps
 from mlx_simpo.engine.choice import REFERENCE, Engine, choose_engine, shared_prefix_engine
 from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
@@ -110,6 +112,21 @@ def test_real_pairs_on_a_real_model(smollm2_folder: Path, checkpointing: Callabl
     expected = run(model, REFERENCE, pairs)
     with checkpointing(model):
         actual = run_shared(model, pairs)
+    np.testing.assert_allclose(actual["logps"], expected["logps"], atol=1e-5)
+    assert greatest_difference(actual, expected) < 1e-4
+
+
+def test_responses_whose_scoring_starts_apart() -> None:
+    """Only one has thinking: before the other, the template writes an empty block, not scored."""
+    tokenizer = template_tokenizer("qwen3")
+    thinking = [assistant("No", reasoning_content="Let me see.")]
+    plain = [assistant("Because.")]
+    pairs = [Pair([user("Why?")], thinking, plain), Pair([user("So?")], plain, thinking)]
+    encoded, _ = encode_pairs(Encoder(tokenizer, DataConfig()), pairs)
+    for one in encoded:
+        assert abs(one.chosen.score_start - one.rejected.score_start) == one.template_tokens == 4
+    model = with_lora(tiny_model(vocab_size=len(tokenizer)))
+    expected, actual = run(model, REFERENCE, encoded), run_shared(model, encoded)
     np.testing.assert_allclose(actual["logps"], expected["logps"], atol=1e-5)
     assert greatest_difference(actual, expected) < 1e-4
 

@@ -114,7 +114,7 @@ def side_lines(tokenizer: Any, prompt: str, encoded: EncodedPair) -> Iterator[st
     before = ""
     for name in ("chosen", "rejected"):
         sequence = getattr(encoded, name)
-        unscored, scored = (
+        unscored, response = (
             tokenizer.decode(part.tolist())
             for part in np.split(sequence.tokens, [sequence.score_start])
         )
@@ -123,7 +123,7 @@ def side_lines(tokenizer: Any, prompt: str, encoded: EncodedPair) -> Iterator[st
             mark = f"{prompt}¦{unscored.removeprefix(prompt)}" if is_continued else unscored
             yield f"          {visible(mark)}"
         before = unscored
-        yield f"{name:<9} ⟦{visible(scored)}⟧"
+        yield f"{name:<9} ⟦{visible(response)}⟧"
 
 
 def dropped_lines(prompt: str, dropped: Dropped) -> Iterator[str]:
@@ -138,7 +138,7 @@ def visible(text: str) -> str:
     return text.replace("\n", "↵")
 
 
-def scored_text() -> str:
+def content_of_file() -> str:
     """Return the file's content."""
     variants: list[tuple[str, dict[str, Any]]] = []
     for template in [*TEMPLATES, "deepseek_v32"]:
@@ -150,4 +150,4 @@ def scored_text() -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(scored_text(), encoding="utf-8")
+    FILE.write_text(content_of_file(), encoding="utf-8")

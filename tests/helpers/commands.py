@@ -89,6 +89,11 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def text_stream(content: str | bytes) -> io.TextIOWrapper:
+    """Return standard input with this content."""
+    return io.TextIOWrapper(io.BytesIO(content if isinstance(content, bytes) else content.encode()))
+
+
 def captured_display(*, terminal: bool = False) -> tuple[Display, io.StringIO]:
     """Return a display, and what it has written so far."""
     text = io.StringIO()

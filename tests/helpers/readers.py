@@ -249,7 +249,7 @@ def record_seeds() -> list[bytes]:
         },
         {
             "prompt": [user("Hi")],
-            "chosen": [assistant("", tool_calls=[{"function": {"name": "f", "arguments": {}}}])],
+            "chosen": [assistant("a", tool_calls=[{"function": {"name": "f", "arguments": {}}}])],
             "rejected": [assistant("é😀 \u2028")],
             "tools": [tool],
             "score": 1.5e-3,

@@ -31,6 +31,8 @@ def plain(pair: EncodedPair) -> tuple:
         pair.boundary_tokens,
         pair.cut_prompt,
         pair.cut_response,
+        pair.template_tokens,
+        pair.dropped,
     )
 
 

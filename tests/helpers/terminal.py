@@ -40,6 +40,21 @@ class Terminal:
         before, _, self.text = self.text.partition(text)
         return before + text
 
+    def type_until(self, keys: str, text: str) -> str:
+        """Type keys every half a second until ``text`` appears; return what was written.
+
+        A signal between the two moments at which readline writes its prompt and begins to wait is
+        noticed with the next key only.
+        """
+        for _ in range(120):
+            self.type(keys)
+            deadline = time.monotonic() + 0.5
+            while text not in self.text and self.read(deadline):
+                pass
+            if text in self.text:
+                break
+        return self.wait_for(text)
+
     def finish(self, seconds: float = 60) -> tuple[int, str]:
         """Read to the end; return the exit status and what was written since the last call."""
         deadline = time.monotonic() + seconds

@@ -1,5 +1,6 @@
 """The record of a training in its adapter, and the warnings when a model differs from it."""
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load as mlx_lm_load
 
 from mlx_simpo import SimPOError, __version__, evaluate, generate, load_config, load_model, train
+from mlx_simpo.cli.arguments import adapter_config
 from mlx_simpo.model.loading import LoadedModel
 from mlx_simpo.model.record import base_record, differences_from_training, get_dict, template_hash
 
@@ -80,6 +82,41 @@ def test_another_template_is_noticed() -> None:
     assert differences_from_training(record, loaded(), INST) == [
         "the chat template differs from the one in training"
     ]
+
+
+@pytest.mark.parametrize("then", [None, {}, {"a": False}, {"a": [1, "é"], "b": None}])
+def test_other_template_arguments_are_noticed(then: Any) -> None:
+    # A record has been through JSON.
+    record = json.loads(json.dumps({"config": {"data": {"template_args": then}}}))
+    assert differences_from_training(record, loaded(), None, then or {}) == []
+    assert differences_from_training(record, loaded(), None) == []
+    assert differences_from_training(record, loaded(), None, {"a": True}) == [
+        f'data.template_args was {json.dumps(then or {})} in training and is {{"a": true}} now'
+    ]
+    # An adapter of a version that had no such arguments says nothing about them.
+    assert differences_from_training({"config": {"data": {}}}, loaded(), None, {"a": 1}) == []
+
+
+def test_an_adapters_template_arguments_are_used_again(pairs_file: Path, tmp_path: Path) -> None:
+    """From its config.yaml, by evaluate and generate; others are used if asked for, and warned."""
+    model = tiny_folder(tmp_path / "model", template="{{ a }}" + CHATML)
+    run = small_run(model, pairs_file, tmp_path / "run", "data.template_args={a: x}")
+    train(load_config(None, run), captured_display()[0])
+    options = argparse.Namespace(
+        model=None, config=None, settings=[], adapter=str(tmp_path / "run")
+    )
+    config = adapter_config(options)
+    assert config.data.template_args == {"a": "x"}
+    display, text = captured_display()
+    generate(config, "Hello", options.adapter, max_tokens=1, display=display)
+    assert "chat template: the file" in text.getvalue()
+    assert ", with a=x" in text.getvalue()
+    assert "might not fit" not in text.getvalue()
+    options.settings = ["data.template_args={a: y}"]
+    display, text = captured_display()
+    generate(adapter_config(options), "Hello", options.adapter, max_tokens=1, display=display)
+    warning = """data.template_args was {"a": "x"} in training and is {"a": "y"} now"""
+    assert warning in text.getvalue()
 
 
 def test_every_way_of_loading_warns(adapter: Path, pairs_file: Path, tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def encode_default(
 
     The three texts (prompt with generation prompt, both whole conversations) are
     tokenized on their own; scoring starts where the first of them departs from the
-    others. None if either response has no scored token.
+    others. None if either response has no scored token. For templates that write nothing
+    of their own between the generation prompt and a response.
     """
     is_text = all(isinstance(record[key], str) for key in ("prompt", *SIDES))
     plain = is_text and not tokenizer.chat_template

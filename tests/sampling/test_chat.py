@@ -45,7 +45,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def responder(model: Any, template: str | None = CHATML, *, adapter: bool = False) -> Responder:
+def responder(model: Any, template: str | None = CHATML, *, adapter: bool = False) -> Any:
+    """A Responder; typed as Any for its model's sake (see `tiny_model`)."""
     tokenizer = tiny_tokenizer(template, bos="<s>")
     switch = None
     if adapter:

@@ -1,10 +1,12 @@
 """Prompts from files: text, records of every form, standard input."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.commands import text_stream
 from helpers.tiny import assistant, system, user, write_jsonl
 
 from mlx_simpo import SimPOError
@@ -60,24 +62,27 @@ def test_other_columns_are_named_as_those_of_the_data(tmp_path: Path) -> None:
          ["Why?", [user("Who?")]]),
     ],
 )  # fmt: skip
-def test_standard_input_is_text_or_records(lines: list[str], prompts: list[Any]) -> None:
-    result = read_prompts("-", stdin=lines)
+def test_standard_input_is_text_or_records(
+    lines: list[str], prompts: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", text_stream("".join(lines)))
+    result = read_prompts("-")
     assert [prompt.prompt for prompt in result] == prompts
-    assert result[-1].name == "standard input:3"
+    assert result[-1].name == "stdin:3"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("p.txt", b"\n \n", "p.txt has no prompts; it must have at least one"),
-        ("p.txt", b"\xff\xfeW\x00", "p.txt is not UTF-8 text"),
+        ("p.txt", b"\xff\xfeW\x00", "p.txt is UTF-16, not UTF-8; convert it with `iconv"),
         ("p.jsonl", b"", "p.jsonl has no prompts"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": ""}', "p.jsonl:2 is empty; write what the model"),
-        ("p.jsonl", b'{"question": "a", "x": 1}', "p.jsonl:1 has neither prompt nor messages; it "
-         "has question, x (data.columns names other columns: data.columns={prompt: question})"),
+        ("p.jsonl", b'{"question": "a", "x": 1}', "p.jsonl:1 has no prompt and no messages; it "
+         "has question, x; name the column of the prompts with data.columns, as in data.columns="),
         ("p.jsonl", b"{}", "it has no columns"),
         ("p.jsonl", b'{"prompt": "a"', "p.jsonl:1 cannot be read: invalid JSON"),
-        ("p.jsonl", b"[1]", "p.jsonl:1 cannot be read: it is a list and must be a JSON object"),
+        ("p.jsonl", b"[1]", "p.jsonl:1 cannot be read: it is 1 and must be a JSON object"),
         ("p.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}',
          "p.jsonl:1 ends with a turn of the assistant; it must end with the user's"),
         ("p.jsonl", b'{"prompt": "a", "tools": "x"}', "tools are not a JSON list"),
@@ -94,8 +99,11 @@ def test_files_that_cannot_be_used(name: str, content: bytes, message: str, tmp_
     assert message in str(raised.value)
 
 
-def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(SimPOError, match=r"cannot read no.txt: there is no such file"):
+def test_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SimPOError, match=r"cannot read no.txt: .*No such file"):
         read_prompts("no.txt")
-    with pytest.raises(SimPOError, match="standard input has no prompts"):
+    with pytest.raises(SimPOError, match=r"no such file, folder or dataset: 'no.jsonl'"):
+        read_prompts("no.jsonl")
+    monkeypatch.setattr(sys, "stdin", text_stream("\n"))
+    with pytest.raises(SimPOError, match="stdin has no prompts"):
         read_prompts("-")

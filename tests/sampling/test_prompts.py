@@ -114,6 +114,12 @@ def test_a_template_that_writes_nothing_is_an_error() -> None:
         prompt_tokens(encoder("{{ '' }}"), NamedPrompt(PROMPT))
 
 
+def test_the_arguments_of_the_template_are_those_of_training() -> None:
+    template = "{{ mood }}: {{ messages[0]['content'] }}"
+    config = DataConfig(template_args={"mood": "angry"})
+    assert text_of_prompt(Encoder(tiny_tokenizer(template), config), PROMPT) == f"angry: {PROMPT}"
+
+
 # --- system prompts --------------------------------------------------------------------------
 
 
@@ -126,9 +132,12 @@ def test_a_system_prompt_is_the_first_turn() -> None:
     check_system_prompt(encoder(CHATML), "Be kind.")  # the same as the template's own
 
 
-def test_two_system_turns_are_an_error() -> None:
+def test_two_system_turns_are_an_error_unless_they_are_the_same() -> None:
     prompt = NamedPrompt([system("Be kind."), user("Hi")], "p.jsonl:4")
-    with pytest.raises(SimPOError, match=r"^p.jsonl:4 has a system turn of its own, and there is"):
+    assert with_system_turn(prompt, "Be kind. ") == prompt
+    with pytest.raises(
+        SimPOError, match=r"^p.jsonl:4 has a system turn of its own, and there is another"
+    ):
         with_system_turn(prompt, "Be brief.")
 
 

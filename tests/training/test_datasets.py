@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from helpers.commands import captured_display
-from helpers.tiny import some_pairs, split_pairs, write_jsonl
+from helpers.tiny import BARE, some_pairs, split_pairs, tiny_folder, write_jsonl
 
 from mlx_simpo import (
     DataConfig,
@@ -237,3 +237,21 @@ def test_one_source_is_mixed_with_nothing(model_folder: Path, pairs_file: Path) 
     assert "an epoch takes" not in arranged.text
     assert arranged.pairs.sources == {"pairs": (12, 0, 12, 1.0)}
     assert arranged.pairs.valid == {}
+
+
+def test_what_the_template_adds_and_drops_is_told_from_the_cache_as_well(tmp_path: Path) -> None:
+    template = BARE.replace(
+        "{{ m['content'] }}", "{{ '[x]' if m.role == 'assistant' }}{{ m.content }}"
+    )
+    rows = [{**row, "tools": [{"name": "sky"}]} for row in some_pairs(3)]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    model = tiny_folder(tmp_path / "model", template=template)
+    texts = [Encoded(model, data).text for _ in range(2)]
+    assert "tokens are loaded from the cache" in texts[1]
+    for text in texts:
+        for message in (
+            f"{data}: the chat template itself writes '[x]' before the responses of 3 of 3 pairs",
+            f"warning: {data}: the chat template does not write the tools of 3 of 3 pairs (e.g. "
+            f"{data}:1)",
+        ):
+            assert text.count(message) == 1

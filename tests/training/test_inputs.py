@@ -133,8 +133,7 @@ def test_a_subset_that_every_hub_dataset_overrides_is_an_error() -> None:
     source = SourceConfig("owner/name", subset="own")
     config = SimPOConfig(model="m", data=DataConfig(train=(source,), subset="some"))
     assert error_of(lambda: open_dataset(config, source, captured_display()[0])) == (
-        "data.subset is 'some', but owner/name has a subset of its own; only Hub datasets without "
-        "one take it: remove data.subset"
+        "data.subset is 'some', but owner/name has a subset of its own; remove data.subset"
     )
 
 

@@ -140,7 +140,7 @@ def test_evaluate_takes_rows(rows: Rows) -> None:
 
 def test_rows_with_a_split_are_an_error(rows: Rows) -> None:
     message = error_of(lambda: inspect(rows.config("x"), ROWS, "train"))
-    assert message == "the split is 'train', but rows from memory have none; leave it away"
+    assert message == "the split is 'train', but rows from memory have none; remove it"
 
 
 # --- resuming --------------------------------------------------------------------------------
