@@ -19,9 +19,9 @@ from .prompt_words import PromptWords, Spans
 from .shingles import NO_HASH, NUM_KEYS, NUM_RANDOM, ShingleSets, jaccard, shingle_set
 
 THRESHOLD = 0.8
-# Two prompts are candidates if they share a key (see `shingles`) and this part of their sketches. At
-# a similarity of 0.8, a pair is missed with a probability of 3e-5 for its sketches, and less than
-# 0.2^8 for its keys; the more similar, the less.
+# Two prompts are candidates if they share a key (see `shingles`) and this part of their sketches.
+# At a similarity of 0.8, a pair is missed with a probability of 3e-5 for its sketches, and less
+# than 0.2^8 for its keys; the more similar, the less.
 MIN_SHARED = 6 / 16
 # Bounds on what one prompt costs where hundreds are nearly equal: others with one key, those of the
 # most similar size; and candidates that are verified, those that share most first.

@@ -39,14 +39,10 @@ def stored(
     """Pairs with these prompts (texts or messages); responses are numbers of tokens."""
     texts = [json.dumps([user(p)] if isinstance(p, str) else p).encode() for p in prompts]
     numbers = responses or [(2 * n, 2 * n + 1) for n in range(len(prompts))]
-    pairs = [
-        EncodedPair(
-            *(TokenizedSequence(np.array([7, 7, n, n], np.int32), 2) for n in both),
-            index,
-            f"{folder.name}.jsonl:{index + 1}",
-        )
-        for index, both in enumerate(numbers)
-    ]
+    pairs = []
+    for index, both in enumerate(numbers):
+        chosen, rejected = (TokenizedSequence(np.array([7, 7, n, n], np.int32), 2) for n in both)
+        pairs.append(EncodedPair(chosen, rejected, index, f"{folder.name}.jsonl:{index + 1}"))
     return write_and_open(folder, pairs, texts)
 
 
