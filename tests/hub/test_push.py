@@ -33,7 +33,6 @@ from huggingface_hub.errors import (
 from mlx_simpo import SimPOError
 from mlx_simpo.cli.main import run_command
 from mlx_simpo.cli.push import add as add_push
-from mlx_simpo.cli.push import run as run_push
 from mlx_simpo.hub.card import MARK
 from mlx_simpo.hub.push import TransportError, push  # type: ignore[attr-defined]
 
