@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mlx_simpo import DataConfig
 from mlx_simpo.data.boundary import BoundaryFinder, common_start, unused_character
 from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence, common_prefix
-from mlx_simpo.data.records import InvalidRecordError, Message, Pair, as_messages
+from mlx_simpo.data.messages import as_messages
+from mlx_simpo.data.records import InvalidRecordError, Message, Pair
 from mlx_simpo.data.render import Renderer
 
 Q = user("Why?")

@@ -8,7 +8,8 @@ from helpers.tiny import assistant, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_simpo.data.records import ROLES, Pair, parse_pair
+from mlx_simpo.data.messages import ROLES
+from mlx_simpo.data.records import Pair, parse_pair
 from mlx_simpo.data.rows import InvalidRecordError, Row
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
@@ -49,14 +50,14 @@ def chats(chosen: Any, rejected: Any, **more: Any) -> dict[str, Any]:
         (chats([A], [B], prompt=[Q, B, Q]), [Q, B, Q], [A], [B], False),
         (chats([CALLING, TOOL, A], [B], prompt=[Q]), [Q], [CALLING, TOOL, A], [B], False),
         (chats([CALLING], [B], prompt=[Q]), [Q], [CALLING], [B], False),
-        (chats([A], [B], prompt=[user(PARTS)]), [user(PARTS)], [A], [B], False),
+        (chats([A], [B], prompt=[user(PARTS)]), [user("q")], [A], [B], False),
         # Implicit: the beginning that both conversations share.
         (chats([Q, A], [Q, B]), [Q], [A], [B], True),
         (chats([system("s"), Q, A], [system("s"), Q, B]), [system("s"), Q], [A], [B], True),
         (chats([Q, B, Q, A], [Q, B, Q, B]), [Q, B, Q], [A], [B], True),
         (chats([Q, CALLING, TOOL, A], [Q, CALLING, TOOL, B]), [Q, CALLING, TOOL], [A], [B], True),
         (chats([Q, CALLING, TOOL, A], [Q, B]), [Q], [CALLING, TOOL, A], [B], True),
-        (chats([user(PARTS), A], [user(PARTS), B]), [user(PARTS)], [A], [B], True),
+        (chats([user(PARTS), A], [user(PARTS), B]), [user("q")], [A], [B], True),
         # ultrafeedback_binarized: a string prompt beside whole conversations.
         (chats([Q, A], [Q, B], prompt="q"), [Q], [A], [B], True),
         (chats([user(" q\n"), A], [user(" q\n"), B], prompt="q "), [user(" q\n")], [A], [B], True),
@@ -67,7 +68,7 @@ def chats(chosen: Any, rejected: Any, **more: Any) -> dict[str, Any]:
             [B],
             True,
         ),
-        (chats([user(PARTS), A], [user(PARTS), B], prompt="q"), [user(PARTS)], [A], [B], True),
+        (chats([user(PARTS), A], [user(PARTS), B], prompt="q"), [user("q")], [A], [B], True),
         (chats([Q, B, Q, A], [Q, B, Q, B], prompt="q"), [Q, B, Q], [A], [B], True),
         # Responses that repeat the prompt's messages.
         (chats([Q, A], [Q, B], prompt=[Q]), [Q], [A], [B], True),
@@ -235,7 +236,10 @@ def test_an_empty_list_of_messages_counts_as_no_prompt() -> None:
 @pytest.mark.parametrize("text", [5, ["a"], {"a": 1}])
 def test_a_part_whose_text_is_not_a_string(text: Any) -> None:
     record = chats([assistant([{"type": "text", "text": text}])], [B], prompt=[Q])
-    assert rejection(record) == ("content is not text", "content of chosen[0] is a list")
+    assert rejection(record) == (
+        "content is not text",
+        "content of chosen[0] is a list with other parts than text",
+    )
 
 
 def test_columns_of_other_trainers_are_ignored() -> None:
