@@ -66,6 +66,11 @@ def _records(rows: Any, name: str) -> Any:
         raise SimPOError(f"{name} is a {type(rows).__name__}; it must be {_ACCEPTED}; {remedy}")
     if hasattr(rows, "collect") and hasattr(rows, "sink_parquet"):
         raise SimPOError(f"{name} is a LazyFrame; pass {name}.collect()")
+    if hasattr(rows, "to_frame"):
+        raise SimPOError(
+            f"{name} is a {type(rows).__name__}, a single column; it must be {_ACCEPTED}; pass the "
+            "whole data frame"
+        )
     for method, arguments in (("to_dicts", ()), ("to_pylist", ()), ("to_dict", ("records",))):
         # polars, pyarrow, pandas; a datasets.Dataset has to_dict, too, and is read row by row.
         if hasattr(rows, method) and not hasattr(rows, "features"):
