@@ -78,7 +78,8 @@ def _split_plain(parser: Parser, line: SortedWords) -> tuple[list[str], list[str
             dest = next(iter(line.named))
             line.mistakes.append(mistakes.set_twice(dest, [*line.typed[dest], word]))
         elif parser.takes_settings:
-            line.mistakes.append(mistakes.misplaced_word(word, before))
+            options = [name for name in parser.option_names() if name not in parser.named]
+            line.mistakes.append(mistakes.misplaced_word(word, before, options))
         else:
             line.mistakes.append(f"unexpected word {word!r}; leave it out")
     return arguments, configs
