@@ -127,8 +127,8 @@ class DataConfig(Section):
         if self.max_prompt_length >= self.max_length:
             yield (
                 f"data.max_prompt_length is {self.max_prompt_length}; it must be less than "
-                f"data.max_length ({self.max_length}), so that there is room for the responses; set "
-                f"data.max_prompt_length={max(1, self.max_length // 2)}, for example"
+                f"data.max_length ({self.max_length}), so that there is room for the responses; "
+                f"set data.max_prompt_length={max(1, self.max_length // 2)}, for example"
             )
         if self.valid_split is not None and self.valid is None and self.folder is None:
             yield (

@@ -16,8 +16,11 @@ class RawText(str):
 
 
 def plain_value(value: Any) -> Any:
-    """Return what text from the command line stands for where no type says how it is read: YAML,
-    and Python's True, False and None; "-", which is standard input, and other values as they are."""
+    """Return what text from the command line stands for where no type says how it is read.
+
+    That is YAML, and Python's True, False and None; "-", which is standard input, and other values
+    stay as they are.
+    """
     if not isinstance(value, RawText):
         return value
     if value == "-":  # to YAML a list with nothing in it
