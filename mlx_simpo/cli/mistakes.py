@@ -72,11 +72,16 @@ def unknown_option(typed: str, options: Iterable[str], *, takes_settings: bool) 
     return f"unknown option {typed!r}{hint}"
 
 
+def is_data_file(word: str) -> bool:
+    """Return whether a word ends like the name of a file of pairs."""
+    return _DATA.search(word) is not None
+
+
 def may_be_config(word: str) -> bool:
     """Return whether a word may be the name of a configuration file, or a misspelt one."""
     if word.endswith(YAML):
         return True
-    path = None if _DATA.search(word) else word
+    path = None if is_data_file(word) else word
     return path is not None and _is_path(path) and not local_path(path).is_dir()
 
 
@@ -104,20 +109,23 @@ def misplaced_word(word: str, before: str | None, options: Container[str] = ()) 
         return f"{word!r} is not a setting of the form name=value; {words}"
     if option := _option_for(word, options):
         return f"{word!r} is not a configuration file; write {option} {quote(word)}"
-    if _DATA.search(word):
+    if is_data_file(word):
         return f"{word!r} is not a configuration file; write {_setting('data.train', word)}"
     if _is_path(f"{word}/config.json") or (_HUB_ID.fullmatch(word) and not _is_path(word)):
         return f"{word!r} is not a configuration file; write {_setting('model', word)}"
     if _is_path(word):
         return f"{word!r} is not a configuration file; {fix('data', word)}"
-    return f"unexpected word {word!r}; write settings as name=value, and the name of a YAML file"
+    return (
+        f"unexpected word {word!r}; write settings as name=value, and the name of a YAML file; text "
+        "of several words needs quotes"
+    )
 
 
 def _option_for(word: str, options: Container[str]) -> str | None:
     """Return the option of a command that a word is probably the value of, if there is one."""
     if "--adapter" in options and _is_path(f"{word}/adapter_config.json"):
         return "--adapter"
-    if _DATA.search(word):
+    if is_data_file(word):
         is_new = "--output" in options and not _is_path(word)
         names = ("--output",) if is_new else ("--prompts", "--data")
     elif " " in word or not (_is_path(word) or _HUB_ID.fullmatch(word)):

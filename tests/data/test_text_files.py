@@ -133,7 +133,7 @@ def test_data_that_is_no_text_in_standard_input(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(start + b"more")))
     kind = what.partition(";")[0]
     with pytest.raises(SimPOError) as caught:
-        [*open_source("-").rows()]
+        list(open_source("-").rows())
     assert str(caught.value) == f"stdin is {kind}, not text; name the file itself in the place of -"
 
 
