@@ -131,6 +131,8 @@ def _counts_table(summary: dict[str, Any]) -> "Table":
     """Return the table of how many pairs are used, truncated and quarantined."""
     from rich.table import Table
 
+    from ..reporting.remarks import template_text
+
     has_valid = any(source["role"] == "valid" for source in summary["sources"])
     title = "what will be trained and evaluated on" if has_valid else "what will be trained on"
     table = Table(show_header=False, title=title, title_justify="left")
@@ -152,8 +154,7 @@ def _counts_table(summary: dict[str, Any]) -> "Table":
         text = "pairs with text of the template before the response, which is not scored"
         table.add_row(f"{summary['template_text']:,}", text)
     for part, count in summary["dropped"].items():
-        text = f"pairs of which the template drops {part.replace('_', ' ')}"
-        table.add_row(f"{count:,}", text)
+        table.add_row(f"{count:,}", f"pairs in which the template {template_text(part)}")
     table.add_row(f"{summary['scored_tokens']:,}", f"scored tokens of {summary['tokens']:,}")
     share = summary["length_bias"]["longer_chosen"]
     if share is not None:

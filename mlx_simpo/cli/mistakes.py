@@ -116,8 +116,8 @@ def misplaced_word(word: str, before: str | None, options: Container[str] = ()) 
     if _is_path(word):
         return f"{word!r} is not a configuration file; {fix('data', word)}"
     return (
-        f"unexpected word {word!r}; write settings as name=value, and the name of a YAML file; text "
-        "of several words needs quotes"
+        f"unexpected word {word!r}; write settings as name=value, and the name of a YAML file; "
+        "text of several words needs quotes"
     )
 
 
