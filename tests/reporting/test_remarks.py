@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mlx_simpo.data.dropped import Dropped
-from mlx_simpo.reporting.remarks import remarks, template_text
+from mlx_simpo.reporting.remarks import length_bias, remarks, template_text
 
 
 def bias(share: float | None, pairs: int = 1000, chosen: float = 150.4) -> dict[str, Any]:
