@@ -401,6 +401,20 @@ def test_hub_split_must_be_named_if_there_are_several(hub_folder: Path) -> None:
     assert row == Row(0, f"{hub_folder}[test]:1", PAIRS[0])
 
 
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(SimPOError) as caught:
+        open_hub("owner/name", "train", None)
+    assert str(caught.value) == (
+        "there is no file or folder 'owner/name', and the Hub, where it could be a dataset, cannot "
+        "be reached (Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)); correct the "
+        "name, or check the connection"
+    )
+
+
 @pytest.mark.parametrize(("split", "subset"), [("nope", None), ("train", "nope")])
 def test_a_hub_split_or_subset_that_does_not_exist(
     hub_folder: Path, split: str, subset: str | None
