@@ -31,8 +31,8 @@ from huggingface_hub.errors import (
 )
 
 from mlx_simpo import SimPOError
+from mlx_simpo.cli.main import run_command
 from mlx_simpo.cli.push import add as add_push
-from mlx_simpo.cli.push import run as run_push
 from mlx_simpo.hub.card import MARK
 from mlx_simpo.hub.push import TransportError, push  # type: ignore[attr-defined]
 
@@ -463,10 +463,11 @@ def test_there_is_no_option_for_a_token(capsys: pytest.CaptureFixture[str]) -> N
         command("folder", REPO, "--token", TOKEN)
 
 
-def test_settings_are_refused(adapter: Path, hub: FakeHub) -> None:
-    options = argparse.Namespace(config=None, settings=["lora.rank=2"])
-    with pytest.raises(SimPOError, match=r"leave out 'lora\.rank=2'"):
-        run_push(options)
+def test_settings_are_refused(capsys: pytest.CaptureFixture[str], hub: FakeHub) -> None:
+    assert run_command(["push", "folder", "ann/x", "lora.rank=2"]) == 2
+    assert capsys.readouterr().err == (
+        "mlx-simpo: error: push takes no settings; leave out 'lora.rank=2'\n"
+    )
 
 
 def test_file_names_that_are_not_text_are_shown(

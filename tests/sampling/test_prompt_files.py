@@ -82,7 +82,7 @@ def test_standard_input_is_text_or_records(
          "has question, x; name the column of the prompts with data.columns, as in data.columns="),
         ("p.jsonl", b"{}", "it has no columns"),
         ("p.jsonl", b'{"prompt": "a"', "p.jsonl:1 cannot be read: invalid JSON"),
-        ("p.jsonl", b"[1]", "p.jsonl:1 cannot be read: it is 1 and must be a JSON object"),
+        ("p.jsonl", b"[1]", "p.jsonl:1 cannot be read: it is a list and must be a JSON object"),
         ("p.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}',
          "p.jsonl:1 ends with a turn of the assistant; it must end with the user's"),
         ("p.jsonl", b'{"prompt": "a", "tools": "x"}', "tools are not a JSON list"),
