@@ -155,8 +155,8 @@ def open_hub(name: str, split: str | None, subset: str | None) -> Source:
         data = load_dataset(name, subset, split=split)
     except ConnectionError as error:
         raise SimPOError(
-            f"there is no file or folder {name!r}, and the Hub, where it could be a dataset, cannot "
-            f"be reached ({first_line(error)}); correct the name, or check the connection"
+            f"there is no file or folder {name!r}, and the Hub, where it could be a dataset, "
+            f"cannot be reached ({first_line(error)}); correct the name, or check the connection"
         ) from None
     except (OSError, ValueError, DatasetsError) as error:
         raise SimPOError(f"cannot load the dataset {name!r}: {first_line(error)}") from None
