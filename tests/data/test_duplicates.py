@@ -170,9 +170,10 @@ def test_every_set_is_compared(tmp_path: Path) -> None:
 
 
 def test_responses_that_differ_in_their_first_token_alone_are_not_repeated(tmp_path: Path) -> None:
+    sequences = [TokenizedSequence(np.array([7, 7, n, 9], np.int32), 2) for n in range(4)]
     encoded = [
-        EncodedPair(*(TokenizedSequence(np.array([7, 7, n, 9], np.int32), 2) for n in both), index)
-        for index, both in enumerate([(1, 2), (3, 4)])
+        EncodedPair(sequences[0], sequences[1], 0),
+        EncodedPair(sequences[2], sequences[3], 1),
     ]
     prompt = json.dumps([user(TEXTS[0])]).encode()
     pairs = write_and_open(tmp_path / "pairs", encoded, [prompt] * 2)

@@ -206,7 +206,7 @@ def test_two_columns_of_one_name_are_an_error(kind: Any) -> None:
 
 
 def test_a_series_is_no_table() -> None:
-    with pytest.raises(SimPOError, match=r"^rows\[0\] is a str; rows must be a list"):
+    with pytest.raises(SimPOError, match=r"^rows is a Series, a single column; it must be a list"):
         memory_source(pd.Series(["a", "b"]))
 
 
