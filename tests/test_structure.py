@@ -51,7 +51,7 @@ ROOMS = {
     # What a record goes through.
     "data": [
         ["rows", "order"],
-        ["text_files", "tables", "forms", "guesses"],
+        ["text_files", "tables", "forms", "guesses", "messages"],
         ["json_rows", "csv_rows", "columns"],
         ["sources", "records", "sampling"],
         ["memory", "thinking", "template_args", "prompt_words"],

@@ -14,7 +14,9 @@ from .render import Renderer
 from .rows import InvalidRecordError, Message
 from .thinking import (
     Thinking,
+    is_unfinished,
     text_in,
+    texts_beside_tags,
     thinking_of,
     with_final_text,
     with_text,
@@ -69,7 +71,17 @@ class BoundaryFinder:
             prompt, response: its messages; the first of the response is the assistant's.
             prompt_text: the prompt with its generation prompt.
             text: the whole conversation.
+
+        Raises:
+            InvalidRecordError: nothing comes after the thinking, though only that is scored; or the
+                template loses text beside tags of thinking.
         """
+        if self._after_thinking and is_unfinished(response[0]):
+            raise InvalidRecordError("empty response", "its thinking has no end")
+        if any(part not in text for part in texts_beside_tags(response[0])):
+            raise InvalidRecordError(
+                "misplaced thinking", "the chat template loses text beside the tags of thinking"
+            )
         continues = text.startswith(prompt_text)
         thinking = thinking_of(response[0])
         skips_thinking = self._after_thinking and thinking is not None

@@ -11,7 +11,7 @@ from enum import IntFlag
 from typing import Any
 
 from .boundary import unused_character, write_again
-from .records import text_of
+from .messages import text_of
 from .render import Renderer
 from .rows import Message
 from .thinking import Thinking, thinking_of, with_text, with_thinking

@@ -26,9 +26,10 @@ from ..config.simpo_config import DataConfig
 from ..errors import SimPOError
 from .boundary import Boundary, BoundaryFinder
 from .dropped import Dropped, dropped_parts
+from .messages import as_messages, with_joined_parts
 from .official import official_tokens
 from .pairs import Quarantined
-from .records import Pair, as_messages
+from .records import Pair
 from .render import Renderer, token_ids
 from .rows import InvalidRecordError, Message
 from .special_tokens import SpecialTokens
@@ -176,7 +177,8 @@ class Encoder:
         """
         if self.renderer.is_plain_text and isinstance(prompt, str):
             return self.special.with_bos(self._ids(prompt))
-        text = self.renderer.render(as_messages(prompt, "user"), tools, generation=True)
+        messages = with_joined_parts(as_messages(prompt, "user"))
+        text = self.renderer.render(messages, tools, generation=True)
         return self.special.with_bos(self._ids(text))
 
     def _ids(self, text: str) -> list[int]:

@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any, Literal, NamedTuple
 
-from .rows import InvalidRecordError, Message, PythonNotation
+from .rows import InvalidRecordError, Message, PythonNotation, shown
 
 Record = dict[str, Any]
 
@@ -197,8 +197,8 @@ def _standard_message(message: Any) -> Any:
     ):
         return message
     role, value = message["from"], message["value"]
-    if role not in _SHAREGPT_ROLES:
-        raise InvalidRecordError("unknown role", f"from is {role!r}")
+    if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
+        raise InvalidRecordError("unknown role", f"from is {shown(role)}")
     if role == "function_call":
         # Templates that join texts fail without a content.
         return {"role": "assistant", "content": "", "tool_calls": _tool_calls(value)}

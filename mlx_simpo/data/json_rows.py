@@ -25,6 +25,19 @@ _CHUNK_CHARACTERS = 1 << 16
 _MAX_FIRST_LINE = 1 << 24
 _SPACE = " \t\r\n"
 _IN_NUMBERS = "+-.0123456789eE"
+
+
+def _with_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; ValueError if a name occurs twice: nobody knows which is meant."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} occurs twice in one object")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_with_unique_names)
 _EXPECTED = 'a list of records, an object with one such list ({"data": [...]}), or JSON Lines'
 
 
@@ -69,7 +82,7 @@ def _line_rows(text: TextInput) -> Iterator[Row]:
     for number, line in _lines(text):
         value, problem = None, None
         try:
-            value = json.loads(line.decode("utf-8"))
+            value = _DECODER.decode(line.decode("utf-8"))
             num_valid += not line.isascii()
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
@@ -134,7 +147,6 @@ class _Document:
 
     def __init__(self, name: str, characters: TextIO) -> None:
         self._name, self._characters = name, characters
-        self._decoder = json.JSONDecoder()
         self._buffer = ""
         self.position, self.line = 0, 1
 
@@ -179,7 +191,7 @@ class _Document:
         self.next_character()
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._buffer, self.position)
+                value, end = _DECODER.raw_decode(self._buffer, self.position)
             except json.JSONDecodeError as error:
                 offset = error.pos - self.position
                 if not self._read_more():

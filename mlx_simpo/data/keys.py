@@ -21,7 +21,7 @@ from .rows import Source
 # by earlier versions are then not used any more. A test compares the tokens of some pairs with
 # those recorded for RULES.
 FORMAT = 2
-RULES = 3
+RULES = 4
 # Packages whose code affects the tokens, so that their versions count.
 PACKAGES = ("transformers", "tokenizers", "mlx-lm", "jinja2", "sentencepiece", "tiktoken")
 # Settings in which transformers records where a tokenizer was loaded from.

@@ -40,7 +40,12 @@ def memory_source(
 
     def read() -> Iterator[Row]:
         for index, record in enumerate(records):
-            yield Row(index, f"{name}[{index}]", _plain(record))
+            value, problem = None, None
+            try:
+                value = _plain(record)
+            except RecursionError as error:  # lists in lists in lists, or one that holds itself
+                problem = str(error)
+            yield Row(index, f"{name}[{index}]", value, problem)
 
     return with_our_names(Source(name, read, lambda: len(records), (), ()), columns)
 
@@ -71,9 +76,14 @@ def _records(rows: Any, name: str) -> Any:
             f"{name} is a {type(rows).__name__}, a single column; it must be {_ACCEPTED}; pass the "
             "whole data frame"
         )
+    names = getattr(rows, "column_names", getattr(rows, "columns", None))
+    names = [] if names is None else list(map(str, names))
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise SimPOError(f"{name} has two columns called {twice!r}; rename one of them")
     for method, arguments in (("to_dicts", ()), ("to_pylist", ()), ("to_dict", ("records",))):
         # polars, pyarrow, pandas; a datasets.Dataset has to_dict, too, and is read row by row.
-        if hasattr(rows, method) and not hasattr(rows, "features"):
+        if hasattr(rows, method) and names and not hasattr(rows, "features"):
             return getattr(rows, method)(*arguments)
     if hasattr(rows, "with_format") and hasattr(rows, "__len__"):
         return rows.with_format(None)
@@ -94,7 +104,7 @@ def _plain(value: Any) -> Any:
         names = ("prompt", "chosen", "rejected", "tools")
         return {name: getattr(value, name) for name in names}
     if isinstance(value, Mapping):
-        return {key: _plain(content) for key, content in value.items()}
+        return {str(key): _plain(content) for key, content in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if hasattr(value, "tolist"):  # a NumPy array or scalar, which pandas has in its cells

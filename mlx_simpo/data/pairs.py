@@ -17,7 +17,8 @@ import numpy as np
 from ..config.sources import SourceConfig
 from ..errors import SimPOError
 from .memory import memory_source
-from .records import Pair, as_messages, parse_pair
+from .messages import as_messages
+from .records import Pair, parse_pair
 from .rows import InvalidRecordError
 from .sources import open_source
 

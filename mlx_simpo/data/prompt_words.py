@@ -17,7 +17,8 @@ from zlib import crc32
 
 import numpy as np
 
-from .records import Message, text_of
+from .messages import text_of
+from .rows import Message
 
 # With fewer words of the user ("Hi", "Go on, please"), two prompts are the same only if the whole
 # conversations are.

@@ -12,10 +12,17 @@ from typing import Any
 
 from .forms import read_form
 from .guesses import mapping_line
+from .messages import (
+    SYSTEM_ROLES,
+    as_messages,
+    check_messages,
+    describe,
+    is_empty_response,
+    text_of,
+    with_joined_parts,
+)
 from .rows import InvalidRecordError, Message, PythonNotation, Row
 
-SYSTEM_ROLES = ("system", "developer")
-ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool", "function")
 IMPLICIT_HINT = "see data.implicit_string_prompts"
 
 
@@ -99,6 +106,7 @@ def parse_parts(row: Row, record: dict, implicit_string_prompts: bool) -> Pair:
             raise InvalidRecordError(
                 "does not end with an assistant turn", f"{name} ends with a {last} turn"
             )
+    chosen, rejected = with_joined_parts(chosen), with_joined_parts(rejected)
     if chosen == rejected:
         raise InvalidRecordError("identical responses")
     before, chosen, rejected, is_full = message_parts(prompt, chosen, rejected)
@@ -182,6 +190,7 @@ def message_parts(
     """
     if isinstance(prompt, list) and prompt:
         check_messages("prompt", prompt)
+        prompt = with_joined_parts(prompt)
         n = len(prompt)
         if not (chosen[:n] == prompt and rejected[:n] == prompt):
             return prompt, chosen, rejected, False
@@ -208,54 +217,6 @@ def message_parts(
     return before, chosen[shared:], rejected[shared:], True
 
 
-def as_messages(part: str | list[Message], role: str) -> list[Message]:
-    """Return a string as one message of ``role``, and messages as they are."""
-    return [{"role": role, "content": part}] if isinstance(part, str) else part
-
-
-def check_messages(name: str, messages: list) -> None:
-    """Check that all items are messages with a known role and some content.
-
-    Raises:
-        InvalidRecordError: one is not.
-    """
-    for number, message in enumerate(messages):
-        where = f"{name}[{number}]"
-        if not isinstance(message, dict) or "role" not in message:
-            raise InvalidRecordError("mixes strings and messages", f"{where} is not a message")
-        if message["role"] not in ROLES:
-            raise InvalidRecordError("unknown role", f"{where} has role {message['role']!r}")
-        # An assistant turn that only calls tools has no content.
-        if message.get("content") is None and not message.get("tool_calls"):
-            raise InvalidRecordError("missing content", where)
-        if not is_text(message.get("content")):
-            kind = describe(message["content"])
-            raise InvalidRecordError("content is not text", f"content of {where} is {kind}")
-
-
-def is_text(content: Any) -> bool:
-    """Return whether `text_of` can read the text of a message's content."""
-    if not isinstance(content, list):
-        return isinstance(content, str | None)
-    texts = (part.get("text") if isinstance(part, dict) else part for part in content)
-    return all(isinstance(text, str | None) for text in texts)
-
-
-def is_empty_response(messages: list[Message]) -> bool:
-    """Return whether a conversation ends with nothing that could be scored."""
-    if not messages:
-        return True
-    last = messages[-1]
-    return not text_of(last.get("content")).strip() and not last.get("tool_calls")
-
-
-def text_of(content: Any) -> str:
-    """Return the text of a message's content, which may be a list of {"type": "text", …} parts."""
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    return content or ""
-
-
 def parse_tools(record: dict) -> list | None:
     """Return the record's ``tools`` column: a list, or JSON text of one (TRL allows both).
 
@@ -274,9 +235,3 @@ def parse_tools(record: dict) -> list | None:
     if tools is not None and not isinstance(tools, list):
         raise InvalidRecordError("tools are not a JSON list", f"tools is {describe(tools)}")
     return tools or None
-
-
-def describe(value: Any) -> str:
-    """Return a value as messages name it: by its type, or by its first characters."""
-    names = {str: "a string", list: "a list", type(None): "null"}
-    return names.get(type(value)) or repr(value)[:40]

@@ -8,7 +8,8 @@ from jinja2 import TemplateError
 
 from ..errors import SimPOError, one_line
 from ..paths import local_path
-from .records import Pair, as_messages
+from .messages import as_messages
+from .records import Pair
 from .rows import InvalidRecordError, Message
 from .template_args import (
     check_arguments,

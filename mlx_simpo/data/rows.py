@@ -62,6 +62,14 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
+def shown(value: Any) -> str:
+    """Return the first characters of a value's repr, for messages."""
+    try:
+        return repr(value)[:40]
+    except (ValueError, RecursionError):  # an integer of too many digits; a list that holds itself
+        return f"a value of type {type(value).__name__}"
+
+
 def first_line(error: BaseException) -> str:
     """Return an error's message on one line, shortened to 300 characters."""
     return one_line(error, 300) or type(error).__name__

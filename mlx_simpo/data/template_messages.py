@@ -8,8 +8,8 @@ import numpy as np
 from .boundary import Boundary, BoundaryFinder, common_start
 from .dropped import Dropped
 from .encode import EncodedPair, Encoder
-from .records import InvalidRecordError, Message
 from .render import Renderer
+from .rows import InvalidRecordError, Message
 from .template_args import describe_arguments
 from .tokens import column
 

@@ -40,6 +40,12 @@ def thinking_of(message: Message) -> Thinking | None:
     keys = [key for key in KEYS if isinstance(message.get(key), str) and message[key].strip()]
     if keys:
         return Thinking(message[keys[0]], tuple(keys), 0, 0, _skip_space(content, 0))
+    thinking = _tagged(content)
+    return thinking if thinking is not None and thinking.text.strip() else None
+
+
+def _tagged(content: str) -> Thinking | None:
+    """Return what is between tags at the beginning of a content, which may be nothing."""
     # Most responses have none, and looking for every tag would take a while.
     if not ("</" in content or "[/" in content or "<|" in content):
         return None
@@ -54,10 +60,31 @@ def thinking_of(message: Message) -> Thinking | None:
             continue
         else:
             start += len(opening)
-        text = content[start:end]
         final = _skip_space(content, end + len(closing))
-        return Thinking(text, (), start, end, final) if text.strip() else None
+        return Thinking(content[start:end], (), start, end, final)
     return None
+
+
+def is_unfinished(message: Message) -> bool:
+    """Return whether the message's content begins with a tag of thinking that is never closed."""
+    content = text_in(message).lstrip()
+    return any(content.startswith(o) and content.find(c, len(o)) < 0 for o, c in TAGS)
+
+
+def texts_beside_tags(message: Message) -> list[str]:
+    """Return the texts that a template must write of a message whose content has tags of thinking.
+
+    A template cuts a content at its tags. Where they are nested, repeated or in the middle, a part
+    of the response may be lost.
+    """
+    content = text_in(message)
+    if not any(closing in content for _, closing in TAGS):
+        return []
+    thinking = _tagged(content)
+    if thinking is None:
+        return [content.strip()]
+    is_nested = any(opening in thinking.text for opening, _ in TAGS)
+    return [content[thinking.final :].strip(), thinking.text.strip() if is_nested else ""]
 
 
 def with_thinking(message: Message, thinking: Thinking, text: str) -> Message:

@@ -6,7 +6,8 @@ from typing import Any
 from ..config.sources import SourceConfig
 from ..data.columns import our_row
 from ..data.json_rows import json_rows
-from ..data.records import describe, parse_tools
+from ..data.messages import describe
+from ..data.records import parse_tools
 from ..data.rows import InvalidRecordError, Row
 from ..data.sources import STDIN, open_as_it_is
 from ..data.text_files import TextInput, open_characters, standard_input, text_file

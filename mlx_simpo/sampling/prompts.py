@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from ..data.dropped import Dropped, dropped_parts
 from ..data.encode import Encoder
-from ..data.records import SYSTEM_ROLES, as_messages, check_messages, text_of
+from ..data.messages import SYSTEM_ROLES, as_messages, check_messages, text_of
 from ..data.rows import InvalidRecordError, Message
 from ..engine.vocabulary import check_prompt_ids, vocabulary_size
 from ..errors import SimPOError

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from helpers.settings import error_of
 
-from mlx_simpo import DataConfig, SourceConfig
+from mlx_simpo import DataConfig, SourceConfig, load_config
 from mlx_simpo.config.sources import default_name
 
 
@@ -111,3 +111,37 @@ def test_what_excludes_each_other_is_told(settings: dict[str, Any], message: str
 def test_the_split_of_a_folder_may_be_named() -> None:
     (source,) = data(folder="a", valid_split="test").valid_sources().values()
     assert (source.path, source.split) == ("a", "test")
+
+
+def test_a_sources_own_settings_win() -> None:
+    section = data(
+        train=["a.jsonl", {"path": "b.jsonl", "max_samples": 20}, {"path": "c", "max_samples": 3}],
+        valid={"chat": {"path": "d.jsonl", "max_samples": 2, "columns": {"prompt": "q"}}},
+        max_samples=9,
+        columns={"prompt": "question"},
+    )
+    assert [source.max_samples for source in section.train_sources()] == [9, 20, 3]
+    chat = section.valid_sources()["chat"]
+    assert (chat.max_samples, chat.columns) == (2, {"prompt": "q"})
+
+
+@pytest.mark.parametrize("weights", [(1, None), (None, 1), (1, 2, None)])
+def test_all_sources_have_weights_or_none_has(weights: tuple[int | None, ...]) -> None:
+    train = [{"path": f"{n}.jsonl", "weight": weight} for n, weight in enumerate(weights)]
+    assert error_of(lambda: data(train=train)) == (
+        "only some sources of data.train have a weight; give each of them one, or none"
+    )
+
+
+@pytest.mark.parametrize("weight", [0, -1.0])
+def test_a_weight_is_greater_than_0(weight: float) -> None:
+    message = error_of(lambda: data(train=[{"path": "a.jsonl", "weight": weight}]))
+    assert message == f"data.train[0].weight is {float(weight)}; it must be greater than 0"
+
+
+def test_a_set_in_braces_on_the_command_line() -> None:
+    setting = "data.valid.chat={path: a.jsonl, max_samples: 3}"
+    config = load_config(None, ["model=m", "data.train=t", setting, "data.valid.code=b.jsonl"])
+    chat, code = config.data.valid_sources().values()
+    assert (chat.path, chat.max_samples) == ("a.jsonl", 3)
+    assert (code.path, code.max_samples) == ("b.jsonl", None)

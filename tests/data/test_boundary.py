@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mlx_simpo import DataConfig
 from mlx_simpo.data.boundary import BoundaryFinder, common_start, unused_character
 from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence, common_prefix
-from mlx_simpo.data.records import InvalidRecordError, Message, Pair, as_messages
+from mlx_simpo.data.messages import as_messages
+from mlx_simpo.data.records import InvalidRecordError, Message, Pair
 from mlx_simpo.data.render import Renderer
 
 Q = user("Why?")
@@ -35,7 +36,7 @@ def make_encoder(name: str, arguments: dict | None = None, **config: Any) -> Enc
     return Encoder(template_tokenizer(name), DataConfig(**config))
 
 
-# --- the oracle: two random texts in the response's place, and the tokens' offsets ---------------
+# --- the oracle: two random texts in the response's place, and the tokens' offsets -------
 
 
 class Frame(NamedTuple):
@@ -132,7 +133,7 @@ def test_the_former_rule_scores_the_think_block() -> None:
     assert encoded.template_tokens == encoded.chosen.score_start - former == 4
 
 
-# --- what is before the responses -------------------------------------------------------------
+# --- what is before the responses -----------------------------------------------------
 
 
 def texts(encoder: Encoder, pair: Pair) -> list[tuple[str, str]]:
@@ -255,7 +256,7 @@ def test_ordinary_templates_are_not_rendered_again() -> None:
     assert len(calls) == 4 * 3
 
 
-# --- templates that do not go on as they prompt ---------------------------------------------------
+# --- templates that do not go on as they prompt -------------------------------------------
 
 
 def test_a_prompt_that_is_not_continued() -> None:
@@ -321,9 +322,9 @@ def test_a_boundary_is_text_of_the_conversation() -> None:
             try:
                 prompt_text = renderer.render([Q], generation=True)
                 text = renderer.render([Q, *response])
+                boundary = finder.boundary([Q], response, None, prompt_text, text)
             except InvalidRecordError:
                 continue
-            boundary = finder.boundary([Q], response, None, prompt_text, text)
             assert text.startswith(boundary.unscored)
             if boundary.continues_prompt:
                 assert boundary.unscored.startswith(prompt_text)
@@ -337,3 +338,81 @@ def strange_responses() -> Iterator[list[Message]]:
         yield [assistant(content, tool_calls=[call])]
         yield [assistant(content, reasoning_content="r"), Q, A]
         yield [assistant(content, thinking=""), {"role": "tool", "content": "t"}, A]
+
+
+# --- what other conversations have shown ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "content"),
+    [
+        (("A", "."), ("B", "."), "b"),
+        (("", ".."), ("P", "."), "PP"),
+        (("", "Z."), ("P", "."), "bZ"),
+    ],
+)
+def test_another_conversations_frame_does_not_mislead(
+    first: tuple[str, str], second: tuple[str, str], content: str
+) -> None:
+    """A response that looks as if it stood in the frame of an earlier one."""
+    frame = "{{ '%s' if messages[0].content == '1' else '%s' }}"
+    before, after = (frame % both for both in zip(first, second, strict=True))
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}|{% else %}"
+        + f"{before}{{{{ m.content }}}}{after}"
+        + "{% endif %}{% endfor %}"
+    )
+    renderer = Renderer(tiny_tokenizer(template))
+    finder = BoundaryFinder(renderer)
+    for number, text, expected in (("1", "word", first[0]), ("2", content, second[0])):
+        messages = [user(number)], [assistant(text)]
+        whole = renderer.render([*messages[0], *messages[1]])
+        boundary = finder.boundary(*messages, None, f"{number}|", whole)
+        assert boundary.template_text == expected
+
+
+def test_a_response_that_goes_on_is_not_told_by_how_it_would_end() -> None:
+    """Qwen3 writes an empty think block into the last turn alone."""
+    renderer = Renderer(template_tokenizer("qwen3"))
+    response = [assistant("<think>x"), {"role": "tool", "content": "t"}, assistant("b")]
+    prompt_text = renderer.render([Q], generation=True)
+    text = renderer.render([Q, *response])
+    assert text.startswith(f"{prompt_text}<think>x<|im_end|>")
+    boundary = BoundaryFinder(renderer).boundary([Q], response, None, prompt_text, text)
+    assert boundary.unscored == prompt_text
+
+
+# --- tags where no template expects them ---------------------------------------------------
+
+LOST = ("misplaced thinking", "the chat template loses text beside the tags of thinking")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_r1"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>a<think>b</think>c</think>d",
+        "first <think>x</think> y",
+        "<think>a</think><think>b</think>c",
+        "<think>a<think>b</think>c",
+    ],
+)
+def test_a_response_that_the_template_would_cut_is_quarantined(name: str, content: str) -> None:
+    pair = Pair([Q], [assistant(content)], [A])
+    assert plain(make_encoder(name), pair) == LOST
+    assert plain(make_encoder("llama3"), pair) != LOST  # which writes it as it is
+
+
+@pytest.mark.parametrize(
+    "content", ["</think>x", "<think></think>x", " <think>\n</think>\nx", "<think>a", "a <think>"]
+)
+def test_a_response_that_the_template_does_not_cut_is_none(content: str) -> None:
+    assert plain(make_encoder("qwen3"), Pair([Q], [assistant(content)], [A])) != LOST
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3"])
+def test_thinking_without_an_end_has_nothing_after_it(name: str) -> None:
+    pair = Pair([Q], [assistant("\n<think>a")], [A])
+    reason = ("empty response", "its thinking has no end")
+    assert plain(make_encoder(name, score="after_thinking"), pair) == reason
+    assert plain(make_encoder(name), pair) != reason

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from helpers.forms import STRINGS, human, tokens, write_format
 from helpers.tiny import assistant, some_pairs, tiny_tokenizer, user, write_jsonl
@@ -168,3 +169,24 @@ def test_a_record_that_is_nested_too_deeply(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"prompt": ' + "[" * 700 + "]" * 700 + "}\n")
     assert [row.problem is None for row in open_source(str(path)).rows()] == [True, False]
+
+
+def test_nulls_within_mapped_columns_are_absent() -> None:
+    """Tables have a null wherever another message has a key."""
+    message = assistant("a") | {"tool_calls": None, "name": None}
+    row = {"q": [user("q") | {"name": None}], "good": [message], "bad": [assistant("b")]}
+    (pair,) = load_pairs([row], columns=COLUMNS).pairs
+    assert (pair.prompt, pair.chosen) == ([user("q")], [assistant("a")])
+
+
+def test_a_prompt_that_is_named_is_not_read_from_another_column() -> None:
+    row = {"q": "this", "instruction": "not this", "output": ["a", "b"]}
+    assert load_pairs([row]).pairs[0].prompt == "not this"
+    assert "no record has columns that are recognized" in error_of([row], {"prompt": "q"})
+
+
+def test_columns_without_names_are_numbered() -> None:
+    rows = pd.DataFrame([["p", "c", "r"]])
+    assert "it has 0, 1, 2; name them in data.columns=" in error_of(rows)  # type: ignore[arg-type]
+    pairs = load_pairs(rows, columns={"prompt": "0", "chosen": "1", "rejected": "2"}).pairs
+    assert (pairs[0].prompt, pairs[0].chosen, pairs[0].rejected) == ("p", "c", "r")

@@ -197,3 +197,16 @@ def test_responses_that_differ_in_dropped_thinking_are_identical() -> None:
 def test_a_template_for_turns_of_two_roles_rejects_system_text() -> None:
     with pytest.raises(InvalidRecordError, match="rejected by the chat template"):
         dropped(INST, system("s"), Q, A)
+
+
+def test_a_developers_turn_is_a_system_turn() -> None:
+    template = "{% for m in messages if m.role != 'developer' %}{{ m.content }}{% endfor %}"
+    developer = {"role": "developer", "content": "Be kind and helpful to everybody."}
+    assert dropped(template, developer, Q, A) == Dropped.SYSTEM
+
+
+def test_every_tool_counts() -> None:
+    template = "{{ tools[0].function.name if tools }}{% for m in messages %}{{ m.content }}"
+    tools = [*TOOLS, {"type": "function", "function": {"name": "sea"}}]
+    assert dropped(template + "{% endfor %}", Q, A, tools=TOOLS) == 0
+    assert dropped(template + "{% endfor %}", Q, A, tools=tools) == Dropped.TOOLS

@@ -160,3 +160,20 @@ def test_progress_counts_the_training_prompts(tmp_path: Path) -> None:
     calls: list[int] = []
     leak_warnings(train, {"": train.take(np.arange(3))}, calls.append)
     assert calls == [1000, 1000]
+
+
+def test_every_set_is_compared(tmp_path: Path) -> None:
+    train = stored(tmp_path / "train", TEXTS)
+    clean, leaky = stored(tmp_path / "clean", OTHERS), stored(tmp_path / "leaky", TEXTS[:2])
+    (warning,) = leak_warnings(train, {"first": clean, "second": leaky})
+    assert warning.startswith("2 of 2 pairs of the validation set 'second' (100.0%)")
+
+
+def test_responses_that_differ_in_their_first_token_alone_are_not_repeated(tmp_path: Path) -> None:
+    encoded = [
+        EncodedPair(*(TokenizedSequence(np.array([7, 7, n, 9], np.int32), 2) for n in both), index)
+        for index, both in enumerate([(1, 2), (3, 4)])
+    ]
+    prompt = json.dumps([user(TEXTS[0])]).encode()
+    pairs = write_and_open(tmp_path / "pairs", encoded, [prompt] * 2)
+    assert find_repeats(pairs, read_words(pairs.prompts())).pairs == []

@@ -164,3 +164,17 @@ def test_a_document_is_read_as_json_reads_it(
         before = [json.dumps(records[:n], indent=indent)[:-1].rstrip() for n in range(len(records))]
         lines = [2 + part.count("\n") for part in before]
         assert [int(row.source.rpartition(":")[2]) for row in rows] == lines
+
+
+def test_a_name_that_occurs_twice_is_told(tmp_path: Path) -> None:
+    """The last one would win, and nobody knows which is meant."""
+    line = '{"prompt": "p", "chosen": "a", "chosen": "b", "rejected": "c"}'
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(PAIR)}\n{line}\n", "utf-8")
+    first, second = jsonl_rows(text_file(path))
+    assert (first.value, first.problem) == (PAIR, None)
+    assert second.problem == "invalid JSON: 'chosen' occurs twice in one object"
+    for text in (f"[{json.dumps(PAIR)},\n{line}]", f"\n{line}", f'{{"data": [\n{line}]}}'):
+        assert error_of(tmp_path, text) == (
+            f":2: invalid JSON: 'chosen' occurs twice in one object; {MUST}"
+        )

@@ -187,3 +187,45 @@ def test_a_split_of_rows_in_memory_is_an_error() -> None:
 def test_a_path_is_a_name(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", STRINGS)
     assert load_pairs(path) == load_pairs(str(path))
+
+
+# --- odd rows --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [pd.DataFrame, pa.table])
+def test_two_columns_of_one_name_are_an_error(kind: Any) -> None:
+    """pandas and pyarrow would return the last one."""
+    names = ["prompt", "chosen", "rejected", "prompt"]
+    if kind is pd.DataFrame:
+        rows = pd.DataFrame([["a", "b", "c", "d"]], columns=names)
+    else:
+        rows = pa.table([[text] for text in "abcd"], names=names)
+    with pytest.raises(SimPOError) as caught:
+        memory_source(rows)
+    assert str(caught.value) == "rows has two columns called 'prompt'; rename one of them"
+
+
+def test_a_series_is_no_table() -> None:
+    with pytest.raises(SimPOError, match=r"^rows\[0\] is a str; rows must be a list"):
+        memory_source(pd.Series(["a", "b"]))
+
+
+def test_rows_that_hold_themselves_are_quarantined() -> None:
+    endless: dict[str, Any] = {}
+    endless["again"] = endless
+    deep: list[Any] = []
+    for _ in range(3000):
+        deep = [deep]
+    result = load_pairs([STRINGS[0], {**STRINGS[1], "x": endless}, {**STRINGS[2], "x": deep}])
+    assert [pair.index for pair in result.pairs] == [0]
+    assert [(q.source, q.reason) for q in result.quarantined] == [
+        ("rows[1]", "unreadable row"),
+        ("rows[2]", "unreadable row"),
+    ]
+
+
+def test_names_of_keys_are_text() -> None:
+    """As in JSON, which the token cache writes of a prompt."""
+    row = {**CHATS[0], "prompt": [{**CHATS[0]["prompt"][0], 5: 1}]}
+    (pair,) = load_pairs([row]).pairs
+    assert pair.prompt[0]["5"] == 1  # type: ignore[index]

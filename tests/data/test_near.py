@@ -96,6 +96,7 @@ def test_a_missed_threshold_would_be_seen() -> None:
     """The random prompts have pairs on both sides, close to it."""
     texts = random_prompts(0, groups=45, copies=4)
     values = [similarity(a, b) for a, b in combinations(texts, 2)]
+    assert THRESHOLD == 0.8
     assert any(THRESHOLD <= v < THRESHOLD + 0.03 for v in values)
     assert any(THRESHOLD - 0.03 < v < THRESHOLD for v in values)
 
@@ -195,3 +196,11 @@ def test_any_texts_can_be_compared(texts: list[str]) -> None:
     for match in near_matches(words, np.sort(distinct)):
         assert THRESHOLD <= match.similarity <= 1
         assert match.other < match.query
+
+
+def test_the_last_turn_counts_if_only_one_has_turns() -> None:
+    """A text with everything that a conversation says, and its short last turn beside it."""
+    turns = [user(SENTENCE), assistant("Yes."), user("And peppers?")]
+    text = f"{SENTENCE} And peppers?"
+    assert not are_near(turns, text)
+    assert not are_near(text, turns)

@@ -3,7 +3,7 @@ it takes of each source as many as its share."""
 
 from collections import Counter
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mlx_simpo.data.order import EpochOrder, draw_sample, pairs_per_epoch, steps_per_epoch
 
+SAMPLE = [0, 10, 13, 16, 17]  # 5 of 20, seed 42
 EPOCH = (st.integers(0, 50), st.integers(1, 30))
 
 
@@ -221,3 +222,37 @@ def test_a_sample_is_ascending_and_without_repetition(count: int, data: st.DataO
 def test_samples_depend_on_the_seed_and_take_all_alike() -> None:
     drawn = Counter(i for seed in range(400) for i in draw_sample(10, 2, seed).tolist())
     assert all(48 <= drawn[i] <= 112 for i in range(10))
+
+
+def test_sources_of_one_size_are_not_drawn_alike() -> None:
+    """Parallel sources, the same prompts with other responses, would be drawn in pairs."""
+    order = EpochOrder([np.arange(100), np.arange(100, 200)], [1.0, 1.0], 3)
+    first, second = (order._block(source, 100, 0) for source in (0, 1))
+    assert (first != second - 100).any()
+
+
+@pytest.mark.parametrize("sizes", [(7,), (3, 8), (1, 9, 40)])
+@pytest.mark.parametrize("weights", [(1e-6, 1.0, 1e6), (1e6, 1e6, 1e-6), (3.0, 1.0, 2.0)])
+def test_a_weighted_run_goes_on_at_any_step(
+    sizes: tuple[int, ...], weights: tuple[float, ...]
+) -> None:
+    """Two epochs and a bit, resumed after each of their steps; shares of any size."""
+    starts = np.cumsum([0, *sizes])
+    groups = [np.arange(a, b) for a, b in pairwise(starts.tolist())]
+    order = EpochOrder(groups, weights[: len(sizes)], 5)
+    assert all(1 <= n <= size for n, size in zip(order.counts, sizes, strict=True))
+    total = 2 * steps_per_epoch(order.num_pairs, 3) + 1
+    whole = [step.tolist() for step in islice(order.steps(3), total)]
+    for done in range(total):
+        rest = islice(order.steps(3, done), total - done)
+        assert [step.tolist() for step in rest] == whole[done:]
+    for number in (0, 1):
+        epoch = order.epoch(number).tolist()
+        assert [len(set(epoch) & set(group.tolist())) for group in groups] == order.counts
+
+
+def test_a_sample_stays_the_same_and_is_not_the_beginning_of_an_epoch() -> None:
+    """Recorded: a resumed run draws it again, perhaps with a later version."""
+    assert draw_sample(20, 5, 42).tolist() == SAMPLE
+    epoch = EpochOrder([np.arange(20)], None, 42).epoch(0)
+    assert set(SAMPLE) != set(epoch[:5].tolist())

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo import SimPOError
+from mlx_simpo.data.messages import as_messages
 from mlx_simpo.data.pairs import (
     Quarantined,
     check_share,
@@ -24,7 +25,7 @@ from mlx_simpo.data.pairs import (
     load_pairs,
     prompt_text,
 )
-from mlx_simpo.data.records import Pair, as_messages
+from mlx_simpo.data.records import Pair
 
 BAD = [
     {"prompt": "q", "chosen": "a", "rejected": "a"},

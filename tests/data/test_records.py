@@ -8,7 +8,8 @@ from helpers.tiny import assistant, system, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_simpo.data.records import ROLES, Pair, parse_pair
+from mlx_simpo.data.messages import ROLES
+from mlx_simpo.data.records import Pair, parse_pair
 from mlx_simpo.data.rows import InvalidRecordError, Row
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
@@ -49,14 +50,14 @@ def chats(chosen: Any, rejected: Any, **more: Any) -> dict[str, Any]:
         (chats([A], [B], prompt=[Q, B, Q]), [Q, B, Q], [A], [B], False),
         (chats([CALLING, TOOL, A], [B], prompt=[Q]), [Q], [CALLING, TOOL, A], [B], False),
         (chats([CALLING], [B], prompt=[Q]), [Q], [CALLING], [B], False),
-        (chats([A], [B], prompt=[user(PARTS)]), [user(PARTS)], [A], [B], False),
+        (chats([A], [B], prompt=[user(PARTS)]), [user("q")], [A], [B], False),
         # Implicit: the beginning that both conversations share.
         (chats([Q, A], [Q, B]), [Q], [A], [B], True),
         (chats([system("s"), Q, A], [system("s"), Q, B]), [system("s"), Q], [A], [B], True),
         (chats([Q, B, Q, A], [Q, B, Q, B]), [Q, B, Q], [A], [B], True),
         (chats([Q, CALLING, TOOL, A], [Q, CALLING, TOOL, B]), [Q, CALLING, TOOL], [A], [B], True),
         (chats([Q, CALLING, TOOL, A], [Q, B]), [Q], [CALLING, TOOL, A], [B], True),
-        (chats([user(PARTS), A], [user(PARTS), B]), [user(PARTS)], [A], [B], True),
+        (chats([user(PARTS), A], [user(PARTS), B]), [user("q")], [A], [B], True),
         # ultrafeedback_binarized: a string prompt beside whole conversations.
         (chats([Q, A], [Q, B], prompt="q"), [Q], [A], [B], True),
         (chats([user(" q\n"), A], [user(" q\n"), B], prompt="q "), [user(" q\n")], [A], [B], True),
@@ -67,7 +68,7 @@ def chats(chosen: Any, rejected: Any, **more: Any) -> dict[str, Any]:
             [B],
             True,
         ),
-        (chats([user(PARTS), A], [user(PARTS), B], prompt="q"), [user(PARTS)], [A], [B], True),
+        (chats([user(PARTS), A], [user(PARTS), B], prompt="q"), [user("q")], [A], [B], True),
         (chats([Q, B, Q, A], [Q, B, Q, B], prompt="q"), [Q, B, Q], [A], [B], True),
         # Responses that repeat the prompt's messages.
         (chats([Q, A], [Q, B], prompt=[Q]), [Q], [A], [B], True),
@@ -235,7 +236,10 @@ def test_an_empty_list_of_messages_counts_as_no_prompt() -> None:
 @pytest.mark.parametrize("text", [5, ["a"], {"a": 1}])
 def test_a_part_whose_text_is_not_a_string(text: Any) -> None:
     record = chats([assistant([{"type": "text", "text": text}])], [B], prompt=[Q])
-    assert rejection(record) == ("content is not text", "content of chosen[0] is a list")
+    assert rejection(record) == (
+        "content is not text",
+        "content of chosen[0] is a list with other parts than text",
+    )
 
 
 def test_columns_of_other_trainers_are_ignored() -> None:
@@ -332,3 +336,51 @@ def test_any_record_becomes_a_pair_or_is_rejected(record: Any, implicit: bool) -
     for response in (pair.chosen, pair.rejected):
         assert response
         assert isinstance(response, str) or response[-1]["role"] == "assistant"
+
+
+# --- what would be a wrong pair without a word ---------------------------------------------------
+
+
+@pytest.mark.parametrize("turns", [[system("s")], [system(" s\n")], [system([*PARTS[:0], "s"])]])
+def test_a_system_column_is_not_written_beside_the_same_turn(turns: list[Any]) -> None:
+    pair = parse(chats([A], [B], prompt=[*turns, Q], system="s"))
+    assert [m["role"] for m in pair.prompt] == ["system", "user"]  # type: ignore[index]
+
+
+def test_parts_of_text_become_one_text() -> None:
+    """Most templates write a list as Python shows it, or nothing of it."""
+    parts = [{"type": "text", "text": "a"}, "b", {"type": "text", "text": None}]
+    pair = parse(chats([assistant(parts)], [B], prompt=[user(parts)]))
+    assert (pair.prompt, pair.chosen) == ([user("ab")], [assistant("ab")])
+
+
+@pytest.mark.parametrize("part", [{"type": "image"}, {"type": "image_url", "image_url": "x"}, {}])
+def test_parts_that_are_not_text_are_quarantined(part: dict) -> None:
+    content = [*PARTS, part]
+    reason = ("content is not text", "content of prompt[0] is a list with other parts than text")
+    assert rejection(chats([A], [B], prompt=[user(content)])) == reason
+
+
+@pytest.mark.parametrize(
+    "calls",
+    ["text", CALL, [1], ["x"], [None], [{}], [{"function": 5}], [{"function": {"name": 5}}]],
+)
+def test_tool_calls_that_are_none_are_quarantined(calls: Any) -> None:
+    """A template would write a text character by character."""
+    reason = ("tool calls are not a list of calls", "each in chosen[0] must have a name")
+    assert rejection(chats([assistant("a", tool_calls=calls)], [B], prompt=[Q])) == reason
+
+
+@pytest.mark.parametrize("role", [["user"], {"a": 1}, None, 5, "User"])
+def test_any_value_can_stand_for_a_role(role: Any) -> None:
+    for message in ({"role": role, "content": "a"}, {"from": role, "value": "a"}):
+        assert rejection(chats([message], [B], prompt=[Q]))[0] == "unknown role"
+
+
+def test_a_number_of_too_many_digits_can_be_told() -> None:
+    huge = 10**5000
+    assert rejection(chats([{"from": huge, "value": "a"}], [B]))[0] == "unknown role"
+    assert rejection(chats(huge, "b", prompt="q")) == (
+        "mixes strings and messages",
+        "chosen is a value of type int, rejected is a string",
+    )

@@ -153,3 +153,11 @@ def test_other_arguments_for_one_renderer() -> None:
 def test_arguments_as_they_are_typed() -> None:
     arguments = {"a": True, "b": None, "c": "low", "d": 1}
     assert describe_arguments(arguments) == "a=true, b=null, c=low, d=1"
+
+
+def test_a_tokenizer_may_call_the_argument_otherwise() -> None:
+    class Tokenizer:
+        has_thinking = True
+        _thinking_kwarg = "thinking"
+
+    assert implied_arguments(Tokenizer()) == {"thinking": True}

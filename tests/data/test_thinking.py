@@ -8,7 +8,9 @@ from helpers.tiny import assistant
 from mlx_simpo.data.thinking import (
     KEYS,
     TAGS,
+    is_unfinished,
     text_in,
+    texts_beside_tags,
     thinking_of,
     with_final_text,
     with_text,
@@ -103,3 +105,24 @@ def test_a_message_without_text_says_its_tool_calls(content: Any) -> None:
 
 def test_tool_calls_stay_beside_text() -> None:
     assert with_text(assistant("a", tool_calls=[1]), "x") == assistant("x", tool_calls=[1])
+
+
+def test_thinking_ends_at_the_first_tag_that_closes_it() -> None:
+    thinking = thinking_of(assistant("<think>a</think> b </think> c"))
+    assert thinking is not None
+    assert thinking.text == "a"
+
+
+@pytest.mark.parametrize("tags", TAGS)
+def test_unfinished_thinking(tags: tuple[str, str]) -> None:
+    opening, closing = tags
+    assert is_unfinished(assistant(f" {opening}a"))
+    assert not is_unfinished(assistant(f"{opening}a{closing}"))
+    assert not is_unfinished(assistant(f"about {opening}"))
+
+
+def test_texts_beside_tags() -> None:
+    assert texts_beside_tags(assistant("a b")) == []
+    assert texts_beside_tags(assistant("a <think>b</think> c")) == ["a <think>b</think> c"]
+    assert texts_beside_tags(assistant("<think>a</think> b ")) == ["b", ""]
+    assert texts_beside_tags(assistant("<think>a<think>b </think>")) == ["", "a<think>b"]

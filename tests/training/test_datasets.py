@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from helpers.commands import captured_display
+from helpers.stored import make_pairs, write_and_open
 from helpers.tiny import BARE, some_pairs, split_pairs, tiny_folder, write_jsonl
 
 from mlx_simpo import (
@@ -16,7 +17,7 @@ from mlx_simpo import (
     load_pairs,
 )
 from mlx_simpo.data.encode import Encoder
-from mlx_simpo.training.datasets import encode_datasets, hold_out, read_pairs
+from mlx_simpo.training.datasets import encode_datasets, hold_out, limit, read_pairs
 from mlx_simpo.training.inputs import open_dataset
 
 
@@ -259,3 +260,19 @@ def test_what_the_template_adds_and_drops_is_told_from_the_cache_as_well(tmp_pat
             f"{data}:1)",
         ):
             assert text.count(message) == 1
+
+
+def test_a_limit_draws_from_all_pairs_with_the_seed_of_the_run(tmp_path: Path) -> None:
+    pairs = write_and_open(tmp_path / "pairs", make_pairs(12), [b"p"] * 12)
+
+    def drawn(size: int | None, seed: int) -> tuple[list[int], str]:
+        display, text = captured_display()
+        config = SimPOConfig(model="m", data=DataConfig(valid_max=size), seed=seed)
+        return [pair.index for pair in limit(pairs, "chat", config, display)], text.getvalue()
+
+    samples = [drawn(4, seed)[0] for seed in range(20)]
+    assert all(len(sample) == 4 for sample in samples)
+    assert len(set(map(tuple, samples))) > 15
+    assert {index for sample in samples for index in sample} == set(range(12))
+    for size in (12, 13, None):
+        assert drawn(size, 0) == (list(range(12)), "")
