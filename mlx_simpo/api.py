@@ -140,8 +140,8 @@ def evaluate(
     results = evaluate_model("base", "Base model")
     if adapter is not None:
         record = get_dict(load_adapter(model, adapter), RECORD_KEY)
-        template, arguments = encoder.renderer.text, config.data.template_args or {}
-        display.warn(advice.adapter_mismatch(record, loaded, template, arguments))
+        template = encoder.renderer.text
+        display.warn(advice.adapter_mismatch(record, loaded, template, config.data))
         results |= evaluate_model("adapter", "Adapter")
     return results
 

@@ -148,6 +148,6 @@ def load_responder(
         return Responder(model, tokenizer, encoder)
     check_fits(model, adapter)
     record = get_dict(load_adapter(model, adapter), RECORD_KEY)
-    template, arguments = encoder.renderer.text, config.data.template_args or {}
-    display.warn(advice.adapter_mismatch(record, loaded, template, arguments))
+    template = encoder.renderer.text
+    display.warn(advice.adapter_mismatch(record, loaded, template, config.data))
     return Responder(model, tokenizer, encoder, AdapterSwitch(model))

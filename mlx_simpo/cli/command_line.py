@@ -78,10 +78,22 @@ def _split_plain(parser: Parser, line: SortedWords) -> tuple[list[str], list[str
             dest = next(iter(line.named))
             line.mistakes.append(mistakes.set_twice(dest, [*line.typed[dest], word]))
         elif parser.takes_settings:
-            line.mistakes.append(mistakes.misplaced_word(word, before))
+            line.mistakes.append(_misplaced(parser, line, word, before))
         else:
             line.mistakes.append(f"unexpected word {word!r}; leave it out")
     return arguments, configs
+
+
+def _misplaced(parser: Parser, line: SortedWords, word: str, before: str) -> str:
+    """Return the message for a word too many; options that were typed already are not suggested."""
+    if "data" in line.typed and mistakes.is_data_file(word):
+        return mistakes.set_twice("--data", [*line.typed["data"], word])
+    options = [
+        name
+        for name in parser.option_names()
+        if (action := parser.option(name)) is not None and action.dest not in line.typed
+    ]
+    return mistakes.misplaced_word(word, before, options)
 
 
 def _one_config(option: str | None, words: Sequence[str], line: SortedWords) -> str | None:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..config.simpo_config import load_config
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..data.export import Export
 
 STDOUT = "-"
+_OTHER_FORMATS = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".gz", ".zst")
 
 
 def add(commands: Any) -> None:
@@ -33,6 +35,13 @@ def add(commands: Any) -> None:
     add_argument(parser, "source", "SOURCE", about, "--data")
     parser.add_argument("--split", help="split of a folder or dataset")
     parser.add_argument("--subset", help="configuration of a Hub dataset")
+    parser.without_effect |= dict.fromkeys(
+        ("data.train", "data.folder", "data.valid"), "what to convert is named by SOURCE"
+    )
+    parser.without_effect |= dict.fromkeys(
+        ("data.train_split", "data.valid_split"), "the split is named by --split"
+    )
+    parser.without_effect["data.max_samples"] = "all records are converted"
     parser.add_argument(
         "--output", default=STDOUT, metavar="FILE", help="new file; default: -, standard output"
     )
@@ -45,6 +54,7 @@ def run_convert(options: argparse.Namespace) -> None:
         SimPOError: the data cannot be read or has no valid pair, or the file exists or cannot be
             written.
     """
+    _check_ending(options.output)
     if options.json and options.output == STDOUT:
         raise SimPOError("--json prints to standard output, where the pairs go; add --output FILE")
     # No model is needed, but a configuration names one.
@@ -68,6 +78,22 @@ def run_convert(options: argparse.Namespace) -> None:
         )
         check_share(result.num_pairs, result.quarantined, 1.0, source.name)
     _print_result(options, result)
+
+
+def _check_ending(output: str) -> None:
+    """Refuse a file name that promises another format, as which the file would be read again.
+
+    Raises:
+        SimPOError: it ends like a table or a compressed file.
+    """
+    name = output.lower()
+    ending = next((ending for ending in _OTHER_FORMATS if name.endswith(ending)), None)
+    if ending is not None:
+        plain = output[: -len(ending)].removesuffix(".jsonl")
+        raise SimPOError(
+            f"--output is {output}, but JSON Lines are written, and not compressed; write "
+            f"--output {quote(plain + '.jsonl')}"
+        )
 
 
 @contextmanager

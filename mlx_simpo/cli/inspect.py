@@ -131,27 +131,30 @@ def _counts_table(summary: dict[str, Any]) -> "Table":
     """Return the table of how many pairs are used, truncated and quarantined."""
     from rich.table import Table
 
-    table = Table(show_header=False, title="what will be trained on", title_justify="left")
+    from ..reporting.remarks import template_text
+
+    has_valid = any(source["role"] == "valid" for source in summary["sources"])
+    title = "what will be trained and evaluated on" if has_valid else "what will be trained on"
+    table = Table(show_header=False, title=title, title_justify="left")
     table.add_column(justify="right")
     table.add_column()
-    table.add_row(str(summary["records"]), "records")
-    table.add_row(str(summary["pairs"]), "pairs")
+    table.add_row(f"{summary['records']:,}", "records")
+    table.add_row(f"{summary['pairs']:,}", "pairs")
     for reason, count in summary["quarantined"].items():
         first = next(q for q in summary["quarantined_records"] if q["reason"] == reason)
-        table.add_row(str(count), f"quarantined: {reason}, e.g. {first['source']}")
-    table.add_row(str(summary["distinct_prompts"]), "different prompts")
-    table.add_row(str(summary["prompts_cut"]), "prompts truncated on the left")
-    table.add_row(str(summary["responses_cut"]), "pairs with a response truncated on the right")
-    table.add_row(str(summary["tokens_cut"]), "tokens truncated in all")
+        table.add_row(f"{count:,}", f"quarantined: {reason}, e.g. {first['source']}")
+    table.add_row(f"{summary['distinct_prompts']:,}", "different prompts")
+    table.add_row(f"{summary['prompts_cut']:,}", "prompts truncated on the left")
+    table.add_row(f"{summary['responses_cut']:,}", "pairs with a response truncated on the right")
+    table.add_row(f"{summary['tokens_cut']:,}", "tokens truncated in all")
     table.add_row(
-        str(summary["boundary_merges"]), "pairs with a token that spans prompt and response"
+        f"{summary['boundary_merges']:,}", "pairs with a token that spans prompt and response"
     )
     if summary["template_text"]:
         text = "pairs with text of the template before the response, which is not scored"
-        table.add_row(str(summary["template_text"]), text)
+        table.add_row(f"{summary['template_text']:,}", text)
     for part, count in summary["dropped"].items():
-        text = f"pairs of which the template drops {part.replace('_', ' ')}"
-        table.add_row(str(count), text)
+        table.add_row(f"{count:,}", f"pairs in which the template {template_text(part)}")
     table.add_row(f"{summary['scored_tokens']:,}", f"scored tokens of {summary['tokens']:,}")
     share = summary["length_bias"]["longer_chosen"]
     if share is not None:
@@ -169,7 +172,7 @@ def _sources_table(sources: list[dict[str, Any]]) -> "Table":
         table.add_column(name, justify="left" if is_text else "right", overflow="fold")
     for source in sources:
         counts = [source["records"], source["pairs"], source["records"] - source["pairs"]]
-        cells = map(str, [*counts, source["distinct_prompts"]])
+        cells = [f"{count:,}" for count in (*counts, source["distinct_prompts"])]
         table.add_row(source["name"], source["role"], *cells)
     return table
 

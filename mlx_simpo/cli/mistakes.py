@@ -3,7 +3,7 @@
 import difflib
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from shlex import quote
 
 from ..config.aliases import as_text, as_words, meaning
@@ -72,11 +72,16 @@ def unknown_option(typed: str, options: Iterable[str], *, takes_settings: bool) 
     return f"unknown option {typed!r}{hint}"
 
 
+def is_data_file(word: str) -> bool:
+    """Return whether a word ends like the name of a file of pairs."""
+    return _DATA.search(word) is not None
+
+
 def may_be_config(word: str) -> bool:
     """Return whether a word may be the name of a configuration file, or a misspelt one."""
     if word.endswith(YAML):
         return True
-    path = None if _DATA.search(word) else word
+    path = None if is_data_file(word) else word
     return path is not None and _is_path(path) and not local_path(path).is_dir()
 
 
@@ -86,11 +91,12 @@ def lacks_equals(word: str) -> bool:
     return is_setting(word) or (colon is not None and setting_named(colon[1]) is not None)
 
 
-def misplaced_word(word: str, before: str | None) -> str:
+def misplaced_word(word: str, before: str | None, options: Container[str] = ()) -> str:
     """Return the message for a word that is neither an option nor a setting nor a YAML file.
 
     Args:
-        before: the word before it.
+        before: the word before it. options: the names of the command's own options, which say what
+            a file or a text can be for it.
     """
     if before and "=" in before and _is_path(value := f"{before.partition('=')[2]} {word}"):
         return (
@@ -101,13 +107,32 @@ def misplaced_word(word: str, before: str | None) -> str:
     if known := setting_named(word):
         words = fix(known.name, example(known.name))
         return f"{word!r} is not a setting of the form name=value; {words}"
-    if _DATA.search(word):
+    if option := _option_for(word, options):
+        return f"{word!r} is not a configuration file; write {option} {quote(word)}"
+    if is_data_file(word):
         return f"{word!r} is not a configuration file; write {_setting('data.train', word)}"
     if _is_path(f"{word}/config.json") or (_HUB_ID.fullmatch(word) and not _is_path(word)):
         return f"{word!r} is not a configuration file; write {_setting('model', word)}"
     if _is_path(word):
         return f"{word!r} is not a configuration file; {fix('data', word)}"
-    return f"unexpected word {word!r}; write settings as name=value, and the name of a YAML file"
+    return (
+        f"unexpected word {word!r}; write settings as name=value, and the name of a YAML file; "
+        "text of several words needs quotes"
+    )
+
+
+def _option_for(word: str, options: Container[str]) -> str | None:
+    """Return the option of a command that a word is probably the value of, if there is one."""
+    if "--adapter" in options and _is_path(f"{word}/adapter_config.json"):
+        return "--adapter"
+    if is_data_file(word):
+        is_new = "--output" in options and not _is_path(word)
+        names = ("--output",) if is_new else ("--prompts", "--data")
+    elif " " in word or not (_is_path(word) or _HUB_ID.fullmatch(word)):
+        names = ("--prompt",)
+    else:
+        return None
+    return next((name for name in names if name in options), None)
 
 
 def unknown_command(words: Sequence[str], commands: Sequence[str], prefix: str) -> str:

@@ -43,7 +43,7 @@ def setting_named(text: str) -> Known | None:
     ``train-learning-rate`` are train.learning_rate.
     """
     head, part = text.lstrip("-"), ""
-    while head:
+    while head and not (part and is_section(head)):  # train.stepz is no part of data.train
         if (name := _by_end().get(_plain(head))) and (not part or name in _with_parts()):
             return Known(f"{name}.{part}", "value") if part else Known(name, kinds()[name])
         head, _, first = head.rpartition(".")

@@ -127,7 +127,8 @@ class DataConfig(Section):
         if self.max_prompt_length >= self.max_length:
             yield (
                 f"data.max_prompt_length is {self.max_prompt_length}; it must be less than "
-                f"data.max_length ({self.max_length}), so that there is room for the responses"
+                f"data.max_length ({self.max_length}), so that there is room for the responses; "
+                f"set data.max_prompt_length={max(1, self.max_length // 2)}, for example"
             )
         if self.valid_split is not None and self.valid is None and self.folder is None:
             yield (
@@ -153,9 +154,14 @@ class DataConfig(Section):
         weighted = [source.weight is not None for source in self.train_sources()]
         if any(weighted) and not all(weighted):
             yield "only some sources of data.train have a weight; give each of them one, or none"
-        names = [source.name for source in self.train_sources()]
-        for name in sorted({str(name) for name in names if names.count(name) > 1}):
-            yield f"two sources of data.train are called {name!r}; give one another name"
+        by_name: dict[str, SourceConfig] = {}
+        for source in self.train_sources():
+            name = str(source.name)
+            if by_name.setdefault(name, source) is not source:
+                yield (
+                    f"two sources of data.train are called {name!r}; give one another name, for "
+                    f"example {{path: {source.path}, name: {name}-2}}"
+                )
         sets = self._valid_by_name()
         named = [*self.valid] if isinstance(self.valid, dict) else []
         for name in named:

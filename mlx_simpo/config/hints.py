@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .alias_rules import Here
 from .aliases import as_words, as_yaml, meaning, plain_name
 from .value_types import RawText, plain_value
 
@@ -20,9 +21,20 @@ def hint_at_setting(path: str, names: Sequence[str], value: Any, others: Mapping
     plain = {name: plain_value(v) for name, v in others.items()}
     is_ours = plain_name(path) in {plain_name(name) for name in names}
     here = None if is_ours else meaning(path, value, plain)
+    if here is None and not is_raw and (ours := _misplaced(path, names)):
+        here = Here({ours: value}, True)
     if here is None:
         return hint_at_name(path, names)
     return f"; {as_words(here) if is_raw else as_yaml(here)}"
+
+
+def _misplaced(path: str, names: Sequence[str]) -> str | None:
+    """Return the one setting whose name, with or without its section, is written in a wrong place,
+    such as ``lora.rank: 8`` or ``rank: 8`` outside the section lora."""
+    leaf = path.rpartition(".")[2]
+    same = [name for name in names if path in (name, name.replace(".", "_"))]
+    same = same or [name for name in names if name.rpartition(".")[2] == leaf]
+    return same[0] if len(same) == 1 else None
 
 
 def hint_at_name(path: str, names: Sequence[str]) -> str:

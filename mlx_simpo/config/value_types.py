@@ -16,10 +16,15 @@ class RawText(str):
 
 
 def plain_value(value: Any) -> Any:
-    """Return what text from the command line stands for where no type says how it is read: YAML,
-    and Python's True, False and None; other values as they are."""
+    """Return what text from the command line stands for where no type says how it is read.
+
+    That is YAML, and Python's True, False and None; "-", which is standard input, and other values
+    stay as they are.
+    """
     if not isinstance(value, RawText):
         return value
+    if value == "-":  # to YAML a list with nothing in it
+        return str(value)
     text = {"True": "true", "False": "false", "None": "null"}.get(value, str(value))
     try:
         return parse_yaml(text, "value")

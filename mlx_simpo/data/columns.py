@@ -151,6 +151,7 @@ def _note(name: str, forms: Mapping[Form | None, None], has_system: bool) -> str
         if form is not None:
             prompt = f"prompt from {' and '.join(form.prompt)}, " if form.prompt else ""
             parts.append(f"{form.name} ({prompt}responses from {' and '.join(form.responses)})")
+    notes = [f"{name} is read as {', '.join(parts)}"] if parts else []
     if has_system:
-        parts.append("the system column as the first turn")
-    return f"{name} is read as {', '.join(parts)}" if parts else None
+        notes.append(f"the system column{'' if parts else f' of {name}'} becomes the first turn")
+    return "; ".join(notes) or None

@@ -83,11 +83,14 @@ def _line_rows(text: TextInput) -> Iterator[Row]:
         try:
             value = _DECODER.decode(line.decode("utf-8"))
             num_valid += not line.isascii()
-        except (ValueError, RecursionError) as error:
-            problem = f"invalid JSON: {error}"
-            num_invalid += isinstance(error, UnicodeDecodeError)
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            problem = f"not UTF-8: byte {byte:#04x} in column {error.start + 1}"
+            num_invalid += 1
             if num_invalid >= _MANY_LINES and not num_valid:
                 break
+        except (ValueError, RecursionError) as error:
+            problem = f"invalid JSON: {error}"
         yield Row(0, f"{text.name}:{number}", value, problem)
     if num_invalid > 1 and not num_valid:
         raise encoding_error(text)

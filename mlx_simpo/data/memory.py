@@ -71,6 +71,11 @@ def _records(rows: Any, name: str) -> Any:
         raise SimPOError(f"{name} is a {type(rows).__name__}; it must be {_ACCEPTED}; {remedy}")
     if hasattr(rows, "collect") and hasattr(rows, "sink_parquet"):
         raise SimPOError(f"{name} is a LazyFrame; pass {name}.collect()")
+    if hasattr(rows, "to_frame"):
+        raise SimPOError(
+            f"{name} is a {type(rows).__name__}, a single column; it must be {_ACCEPTED}; pass the "
+            "whole data frame"
+        )
     names = getattr(rows, "column_names", getattr(rows, "columns", None))
     names = [] if names is None else list(map(str, names))
     check_columns(name, names)

@@ -158,8 +158,8 @@ def folder_files(folder: Path, split: str | None) -> list[Path]:
         example = "train" if "train" in words else min(words)
         raise SimPOError(
             f"{folder} holds several splits ({', '.join(sorted(words))}); name one, e.g. "
-            f"data.train_split={example}, or set data.folder={folder} instead of data.train and "
-            "data.valid"
+            f"data.train_split={example} for a training, --split {example} for other commands; or "
+            f"set data.folder={folder} instead of data.train and data.valid"
         )
     return files
 

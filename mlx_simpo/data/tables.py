@@ -155,6 +155,11 @@ def open_hub(name: str, split: str | None, subset: str | None) -> Source:
                 raise _several_splits(name, list(map(str, splits)))
             split = str(splits[0])
         data = load_dataset(name, subset, split=split)
+    except ConnectionError as error:
+        raise SimPOError(
+            f"there is no file or folder {name!r}, and the Hub, where it could be a dataset, "
+            f"cannot be reached ({first_line(error)}); correct the name, or check the connection"
+        ) from None
     except (OSError, ValueError, DatasetsError) as error:
         raise SimPOError(f"cannot load the dataset {name!r}: {first_line(error)}") from None
     return _dataset_source(name, f"{name}[{split}]", data, (name, split, subset or ""))

@@ -141,6 +141,11 @@ def _check_first_bytes(text: TextInput, first: bytes) -> None:
     """Raise a SimPOError if text begins like other data, or in an encoding with zero bytes."""
     for start, what in _NO_TEXT.items():
         if first.startswith(start):
+            if text.path is None:
+                kind = what.partition(";")[0]
+                raise SimPOError(
+                    f"{text.name} is {kind}, not text; name the file itself in the place of -"
+                )
             raise SimPOError(f"{text.name} is not text but {what}")
     encoding = next((name for mark, name in _MARKS.items() if first.startswith(mark)), None)
     encoding = encoding or _ZEROS.get("".join("x" if byte else "0" for byte in first[:4]))

@@ -105,15 +105,17 @@ def adapter_mismatch(
     record: dict[str, Any],
     loaded: LoadedModel,
     template: str | None = None,
-    template_args: Mapping[str, Any] | None = None,
+    data: DataConfig | None = None,
 ) -> str | None:
     """Warn if a model differs from the one that an adapter was trained on.
 
     Args:
         record: the adapter's `model.record.training_record`. template: the text of the chat
-            template in use; None: not compared. template_args: its arguments; None: not compared.
+            template in use; None: not compared. data: the settings in use, of which the template's
+            arguments are compared.
     """
-    differences = differences_from_training(record, loaded, template, template_args)
+    arguments = None if data is None else data.template_args or {}
+    differences = differences_from_training(record, loaded, template, arguments)
     return f"the adapter might not fit: {'; '.join(differences)}" if differences else None
 
 

@@ -28,7 +28,7 @@ from ..errors import visible
 from ..version import __version__
 from .display import count_text
 from .histogram import HEIGHT, WIDTH, Histogram, histogram
-from .remarks import remarks
+from .remarks import remarks, template_text
 
 MAX_PAIRS = 500
 MAX_LISTED = 50  # of the pairs that repeat others, of leaks, and of quarantined records
@@ -172,8 +172,8 @@ def _flags(overview: Overview) -> dict[int, list[tuple[str, str]]]:
             if values[index]:
                 flags[index].append((name, f"{count_text(int(values[index]), 'token')} cut"))
         for flag in Dropped(int(dropped[index])):
-            name = str(flag.name).lower().replace("_", " ")
-            flags[index].append(("dropped", f"the chat template drops: {name}"))
+            what = template_text(str(flag.name).lower())
+            flags[index].append(("dropped", f"the chat template {what}"))
     return dict(flags)
 
 
@@ -241,6 +241,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "thousands": "{:,}".format,
+        "template_text": template_text,
         "percent": "{:.0%}".format,
         "breaks": lambda text: text.replace("\n", "↵\n"),
     }

@@ -26,6 +26,16 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def template_text(part: str) -> str:
+    """Return what the template does with a part of a pair that an inspection counts."""
+    return {
+        "system": "drops the system text",
+        "tool_calls": "drops calls of tools",
+        "null_content": "writes null content as a word",
+        "prompt": "changes the prompt before the response",
+    }.get(part, f"drops the {part}")
+
+
 def _leaks(summary: Mapping[str, Any]) -> Iterator[str]:
     for leaks in summary["leaks"]:
         records = leaks["records"]
@@ -54,9 +64,9 @@ def _contradictions(summary: Mapping[str, Any]) -> Iterator[str]:
             "contradicts" if len(pairs) == 1 else "contradict",
         )
         yield (
-            f"{number} {verb} an earlier one: the same two responses to the same prompt, but the "
-            f"other one is preferred, e.g. {pairs[0][0]} and {pairs[0][1]}. Nothing can be learned "
-            "from both: remove one, or both."
+            f"{number} {verb} an earlier one{_as_truncated(summary)}: the same two responses to "
+            f"the same prompt, but the other one is preferred, e.g. {pairs[0][0]} and "
+            f"{pairs[0][1]}. Nothing can be learned from both: remove one, or both."
         )
 
 
@@ -65,8 +75,9 @@ def _repeats(summary: Mapping[str, Any]) -> Iterator[str]:
     if pairs:
         number, verb = count_text(len(pairs), "pair"), "repeats" if len(pairs) == 1 else "repeat"
         yield (
-            f"{number} {verb} an earlier one, e.g. {pairs[0][0]} and {pairs[0][1]}: such a pair "
-            "counts twice in every epoch. Remove the copies, unless that is what you want."
+            f"{number} {verb} an earlier one{_as_truncated(summary)}, e.g. {pairs[0][0]} and "
+            f"{pairs[0][1]}: such a pair counts twice in every epoch. Remove the copies, unless "
+            "that is what you want."
         )
     if near:
         is_or_are = "prompt is" if len(near) == 1 else "prompts are"
@@ -75,6 +86,11 @@ def _repeats(summary: Mapping[str, Any]) -> Iterator[str]:
             f"and {near[0]['like']}. If pairs are held out for validation, such prompts can be "
             "on both sides; a run warns of that."
         )
+
+
+def _as_truncated(summary: Mapping[str, Any]) -> str:
+    """Return the words for pairs that may be the same only because of what was cut off."""
+    return " (both as truncated)" if summary["responses_cut"] else ""
 
 
 def length_bias(bias: Mapping[str, Any]) -> str | None:

@@ -110,7 +110,8 @@ def encode(encoder: Encoder, source: Source, name: str, display: Display) -> Enc
     if quarantined:
         first = quarantined[0]
         display.warn(
-            f"{name}: {len(quarantined)} records quarantined, e.g. {first.reason}: {first.location}"
+            f"{name}: {count_text(len(quarantined), 'record')} quarantined, e.g. {first.reason}: "
+            f"{first.location}"
         )
     display.note(advice.truncation(result.pairs, encoder.config))
     about_template = template_messages(encoder, result.pairs)
@@ -162,7 +163,7 @@ def arrange(
             display.note(
                 f"{name}: {count_text(source.pairs, 'pair')} to train on, "
                 f"{count_text(source.quarantined, 'record')} quarantined; an epoch takes "
-                f"{source.per_epoch:,}, {source.share:.1%} of its pairs"
+                f"{source.per_epoch:,} of them, {source.share:.1%} of the epoch"
             )
     return RunPairs(pairs, sets, counts)
 

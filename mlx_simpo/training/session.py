@@ -201,8 +201,7 @@ def _attach_adapter(
     lora = replace(config.lora, init_from=None) if resuming else config.lora
     if lora.init_from is not None:
         initial = get_dict(read_adapter_config(lora.init_from), RECORD_KEY)
-        arguments = config.data.template_args or {}
-        display.warn(advice.adapter_mismatch(initial, loaded, template, arguments))
+        display.warn(advice.adapter_mismatch(initial, loaded, template, config.data))
     return attach_lora(loaded.model, lora, config.seed)
 
 

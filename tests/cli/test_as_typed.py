@@ -249,6 +249,7 @@ TYPED = {
         0,
         {"data.train": ("pairs.jsonl", "more.jsonl")},
     ),
+    "standard input": Typed("train --model m --data -", 0, {"data.train": "-"}),
     "another tool's command": Typed(f"simpo {M}", 1, {"model": "m"}),
     "a misspelt command": Typed(f"trian {M}", 1, {"model": "m"}),
     "the file alone": Typed("CONFIG lora.rank=8", 1, {"lora.rank": 8}),

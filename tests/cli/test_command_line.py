@@ -92,6 +92,16 @@ def test_twice_is_an_error_that_names_both(line: str, name: str, typed: list[str
     assert read(line).mistakes == [expected]
 
 
+def test_an_option_that_was_typed_is_not_suggested_again(capsys: Capture) -> None:
+    (message,) = mistakes(capsys, "evaluate", "--model", "m", "--data", "a.csv", "b.csv")
+    assert message == "--data is set by --data a.csv and by b.csv; remove one of them"
+    (message,) = mistakes(capsys, "generate", "--model", "m", "--prompt", "Why", "so")
+    assert message.startswith("unexpected word 'so'; ")
+    assert message.endswith("; text of several words needs quotes")
+    (message,) = mistakes(capsys, "generate", "--model", "m", "Why so")
+    assert message == "'Why so' is not a configuration file; write --prompt 'Why so'"
+
+
 def test_three_times() -> None:
     message = "seed is set by seed=1 and by --seed 2 and by --random_state 3; remove all but one"
     assert read("seed=1 --seed 2 --random_state 3").mistakes == [f"{message} of them"]

@@ -107,6 +107,39 @@ def test_an_existing_file_is_not_replaced(
     assert data.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "name", ["clean.parquet", "clean.csv", "clean.jsonl.gz", "clean.zst", "clean.ARROW"]
+)
+def test_a_file_name_that_promises_another_format_is_an_error(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = write_jsonl(tmp_path / "a.jsonl", STRINGS)
+    ran = command(capsys, "data", "convert", data, "--output", name)
+    assert complaint(ran) == (
+        f"--output is {name}, but JSON Lines are written, and not compressed; write --output "
+        "clean.jsonl"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    assert command(capsys, "data", "convert", data, "--output", "clean.jsonl").status == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("data.folder=x", "what to convert is named by SOURCE"),
+        ("data.train_split=train", "the split is named by --split"),
+        ("data.max_samples=1", "all records are converted"),
+    ],
+)
+def test_settings_without_effect_are_errors(
+    setting: str, reason: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", STRINGS)
+    ran = command(capsys, "data", "convert", data, setting)
+    assert complaint(ran) == f"{setting}: leave it out; {reason}"
+
+
 def test_json_needs_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "a.jsonl", STRINGS)
     ran = command(capsys, "data", "convert", data, "--json")

@@ -1,5 +1,6 @@
 """`mlx-simpo data inspect`: counts, one pair in tokens, and JSON."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,19 @@ def test_inspect_without_data_takes_those_of_the_configuration(
     ]
     (leaks,) = summary["leaks"]
     assert (leaks["in"], leaks["pairs"], leaks["checked"]) == (["a", "b"], 1, 2)
+    out = command(capsys, "data", "inspect", *settings).out
+    assert out.startswith("what will be trained and evaluated on")
+
+
+def test_inspect_groups_the_digits_of_all_counts(
+    capsys: Capture, model_folder: Path, tmp_path: Path
+) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", some_pairs(1200))
+    out = command(capsys, "data", "inspect", data, data, "--model", model_folder).out
+    assert out.startswith("what will be trained on")
+    counts = re.findall(r"│ +([\d,]+) │ (?:records|pairs|different prompts) +│", out)
+    assert counts == ["2,400", "2,400", "1,200"]
+    assert out.count("1,200 ") >= 6  # and of each source
 
 
 def test_inspect_lists_quarantined_records(

@@ -62,6 +62,28 @@ def test_a_word_too_many(word: str, before: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("word", "options", "right"),
+    [
+        ("run", ["--adapter", "--prompt"], "--adapter run"),
+        ("What is it?", ["--prompt"], "--prompt 'What is it?'"),
+        ("hi", ["--prompt", "--prompts"], "--prompt hi"),
+        ("my pairs.jsonl", ["--prompt", "--prompts"], "--prompts 'my pairs.jsonl'"),
+        ("my pairs.jsonl", ["--data"], "--data 'my pairs.jsonl'"),
+        ("my pairs.jsonl", ["--output"], "'data.train=my pairs.jsonl'"),
+        ("new.jsonl", ["--output"], "--output new.jsonl"),
+        ("org/name", ["--prompt"], "model=org/name"),
+    ],
+)
+def test_a_word_that_an_option_of_the_command_is_for(
+    word: str, options: list[str], right: str
+) -> None:
+    Path("run").mkdir()
+    (Path("run") / "adapter_config.json").touch()
+    message = misplaced_word(word, "", options)
+    assert message == f"{word!r} is not a configuration file; write {right}"
+
+
+@pytest.mark.parametrize(
     ("word", "expected"),
     [
         ("no-such.yaml", True),

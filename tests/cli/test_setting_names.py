@@ -25,7 +25,10 @@ def test_an_end_of_a_name_means_a_setting_only_if_no_other_ends_so() -> None:
         assert (setting_named(end) is not None) == (ends.count(end) == 1 or end in SETTINGS)
 
 
-@pytest.mark.parametrize("text", ["", "--", "lora", "lora.", "rnk", "lora.rank.x", "ora.rank"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "--", "lora", "lora.", "rnk", "lora.rank.x", "ora.rank", "train.stpes", "data.trian"],
+)
 def test_other_names_mean_none(text: str) -> None:
     assert setting_named(text) is None
     assert not is_setting(text)

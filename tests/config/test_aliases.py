@@ -199,6 +199,14 @@ def test_an_override_in_python_gets_the_words_of_a_command_line() -> None:
 # --- our own names ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("written", ["lora.rank", "lora_rank", "rank"])
+def test_a_setting_outside_its_section_is_an_error_with_the_lines_that_are_right(
+    written: str,
+) -> None:
+    message = error_of(lambda: load_config({"model": "x", written: 8}))
+    assert message == f"unknown setting {written!r}; under lora: write rank: 8"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_misspelt_name_is_an_error_with_a_hint_at_the_name(name: str) -> None:
     section, _, leaf = name.rpartition(".")

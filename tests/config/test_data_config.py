@@ -70,7 +70,8 @@ def test_sources_have_the_defaults_of_the_section() -> None:
         ),
         (
             {"train": ["a/x.jsonl", "b/x.csv"]},
-            "two sources of data.train are called 'x'; give one another name",
+            "two sources of data.train are called 'x'; give one another name, for example "
+            "{path: b/x.csv, name: x-2}",
         ),
         (
             {"valid": {"path": "a", "weight": 2}},

@@ -139,6 +139,7 @@ def test_dataclasses_replace_is_checked_too() -> None:
     [
         ("data", {"max_length": 100, "max_prompt_length": 100}, "data.max_prompt_length is 100"),
         ("data", {"max_length": 100}, "less than data.max_length (100)"),
+        ("data", {"max_length": 100}, "; set data.max_prompt_length=50, for example"),
         ("data", {"valid_split": "test"}, "data.valid_split is set without data.valid"),
         ("data", {"compat": "official", "chat_template": "none"}, "needs a chat template"),
         ("objective", {"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing is 0.1"),

@@ -170,11 +170,11 @@ def test_every_set_is_compared(tmp_path: Path) -> None:
 
 
 def test_responses_that_differ_in_their_first_token_alone_are_not_repeated(tmp_path: Path) -> None:
-    encoded = []
-    for index, numbers in enumerate([(1, 2), (3, 4)]):
-        tokens = (np.array([7, 7, n, 9], np.int32) for n in numbers)
-        chosen, rejected = (TokenizedSequence(t, 2) for t in tokens)
-        encoded.append(EncodedPair(chosen, rejected, index))
+    sequences = [TokenizedSequence(np.array([7, 7, n, 9], np.int32), 2) for n in range(4)]
+    encoded = [
+        EncodedPair(sequences[0], sequences[1], 0),
+        EncodedPair(sequences[2], sequences[3], 1),
+    ]
     prompt = json.dumps([user(TEXTS[0])]).encode()
     pairs = write_and_open(tmp_path / "pairs", encoded, [prompt] * 2)
     assert find_repeats(pairs, read_words(pairs.prompts())).pairs == []

@@ -171,6 +171,14 @@ def test_a_lazy_frame_must_be_collected() -> None:
         memory_source(lazy)
 
 
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_single_column_is_an_error(library: str) -> None:
+    frame = pytest.importorskip(library).DataFrame(STRINGS)
+    message = r"rows is a Series, a single column; .* pass the whole data frame"
+    with pytest.raises(SimPOError, match=message):
+        memory_source(frame["prompt"])
+
+
 def test_a_split_of_rows_in_memory_is_an_error() -> None:
     with pytest.raises(SimPOError, match="rows in memory have no split or subset; remove these"):
         load_pairs(STRINGS, "train")
@@ -198,7 +206,7 @@ def test_two_columns_of_one_name_are_an_error(kind: Any) -> None:
 
 
 def test_a_series_is_no_table() -> None:
-    with pytest.raises(SimPOError, match=r"^rows\[0\] is a str; rows must be a list"):
+    with pytest.raises(SimPOError, match=r"^rows is a Series, a single column; it must be a list"):
         memory_source(pd.Series(["a", "b"]))
 
 

@@ -127,7 +127,7 @@ def test_a_bad_line_is_a_row_with_a_problem(tmp_path: Path, line: bytes) -> None
     assert (first.value, last.value) == (PAIRS[0], PAIRS[0])
     assert (bad.number, bad.source, bad.value) == (1, f"{file}:2", None)
     assert bad.problem is not None
-    assert "invalid JSON" in bad.problem
+    assert bad.problem.startswith("not UTF-8: byte 0xff" if b"\xff" in line else "invalid JSON")
     assert (last.number, last.source) == (2, f"{file}:3")
 
 
@@ -399,6 +399,20 @@ def test_hub_split_must_be_named_if_there_are_several(hub_folder: Path) -> None:
     (hub_folder / "data" / "train-00000-of-00001.parquet").unlink()
     (row, _) = hub_rows(str(hub_folder), None, None)
     assert row == Row(0, f"{hub_folder}[test]:1", PAIRS[0])
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(SimPOError) as caught:
+        open_hub("owner/name", "train", None)
+    assert str(caught.value) == (
+        "there is no file or folder 'owner/name', and the Hub, where it could be a dataset, cannot "
+        "be reached (Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)); correct the "
+        "name, or check the connection"
+    )
 
 
 @pytest.mark.parametrize(("split", "subset"), [("nope", None), ("train", "nope")])

@@ -114,19 +114,30 @@ def test_damaged_lines_among_good_ones_are_quarantined(tmp_path: Path) -> None:
     path.write_bytes(good.replace(b"\xc3\xa9", b"\xff") * 3 + good)
     problems = [row.problem for row in open_source(str(path)).rows()]
     assert [problem is None for problem in problems] == [False, False, False, True]
-    assert "invalid JSON: 'utf-8' codec can't decode byte 0xff" in str(problems[0])
+    assert problems[0] == "not UTF-8: byte 0xff in column 13"
 
 
-@pytest.mark.parametrize(
-    ("start", "what"),
-    [
-        (b"\x1f\x8b\x08", "gzip data; its name must end in .gz"),
-        (b"\x28\xb5\x2f\xfd", "zstd data; its name must end in .zst"),
-        (b"PAR1", "Parquet data; its name must end in .parquet"),
-        (b"ARROW1\0\0", "Arrow data; its name must end in .arrow"),
-        (b"PK\x03\x04", "a ZIP archive or an Excel workbook; save it as CSV in UTF-8"),
-    ],
-)
+NO_TEXT = [
+    (b"\x1f\x8b\x08", "gzip data; its name must end in .gz"),
+    (b"\x28\xb5\x2f\xfd", "zstd data; its name must end in .zst"),
+    (b"PAR1", "Parquet data; its name must end in .parquet"),
+    (b"ARROW1\0\0", "Arrow data; its name must end in .arrow"),
+    (b"PK\x03\x04", "a ZIP archive or an Excel workbook; save it as CSV in UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("start", "what"), NO_TEXT)
+def test_data_that_is_no_text_in_standard_input(
+    monkeypatch: pytest.MonkeyPatch, start: bytes, what: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(start + b"more")))
+    kind = what.partition(";")[0]
+    with pytest.raises(SimPOError) as caught:
+        list(open_source("-").rows())
+    assert str(caught.value) == f"stdin is {kind}, not text; name the file itself in the place of -"
+
+
+@pytest.mark.parametrize(("start", "what"), NO_TEXT)
 @pytest.mark.parametrize("ending", ["csv", "json", "jsonl"])
 def test_data_that_is_no_text(tmp_path: Path, start: bytes, what: str, ending: str) -> None:
     path = tmp_path / f"a.{ending}"

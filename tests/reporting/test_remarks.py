@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from mlx_simpo.reporting.remarks import length_bias, remarks
+from mlx_simpo.data.dropped import Dropped
+from mlx_simpo.reporting.remarks import length_bias, remarks, template_text
 
 
 def bias(share: float | None, pairs: int = 1000, chosen: float = 150.4) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def summary(**changes: Any) -> dict[str, Any]:
         "repeated_pairs": [],
         "near_prompts": [],
         "length_bias": bias(0.5),
+        "responses_cut": 0,
     }
     return nothing | changes
 
@@ -61,6 +63,16 @@ def test_pairs_that_repeat_or_contradict(name: str, number: int, start: str) -> 
     assert remark.startswith(start)
     assert "x:2 and x:1" in remark
     assert "emove" in remark
+    # Cut responses may be the same though the whole ones are not.
+    (cut,) = remarks(summary(responses_cut=1, **{name: [["x:2", "x:1"]] * number}))
+    assert cut.replace(" (both as truncated)", "") == remark != cut
+
+
+@pytest.mark.parametrize("flag", Dropped)
+def test_what_a_template_does_is_said_in_words(flag: Dropped) -> None:
+    text = template_text(str(flag.name).lower())
+    assert "_" not in text
+    assert text.startswith("drops the ") is (flag.name in ("TOOLS", "SYSTEM", "THINKING"))
 
 
 def test_near_prompts() -> None:

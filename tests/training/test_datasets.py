@@ -84,6 +84,9 @@ def test_quarantined_records_are_counted_and_the_first_one_is_shown(
 ) -> None:
     rows = [*some_pairs(3), {"prompt": "x"}, {"prompt": "y"}]
     data = write_jsonl(tmp_path / "d.jsonl", rows)
+    one = write_jsonl(tmp_path / "one.jsonl", rows[:4])
+    one_text = Encoded(model_folder, one, "data.max_quarantined=0.5").text
+    assert f"warning: {one}: 1 record quarantined, e.g. missing response" in one_text
     encoded = Encoded(model_folder, data, "data.max_quarantined=0.5")
     assert (
         f"warning: {data}: 2 records quarantined, e.g. missing response: {data}:4" in encoded.text
@@ -148,8 +151,8 @@ def test_the_weights_are_those_of_the_pairs_that_remain(model_folder: Path, tmp_
     assert a.per_epoch == 3 * b.per_epoch
     assert (a.share, b.share) == (0.75, 0.25)
     assert (
-        f"a: 32 pairs to train on, 0 records quarantined; an epoch takes {a.per_epoch}, "
-        "75.0% of its pairs"
+        f"a: 32 pairs to train on, 0 records quarantined; an epoch takes {a.per_epoch} "
+        "of them, 75.0% of the epoch"
     ) in arranged.text
 
 
@@ -160,8 +163,9 @@ def test_quarantined_records_are_counted_per_source(model_folder: Path, tmp_path
     arranged = Arranged(model_folder, train=train, valid_fraction=0.0, max_quarantined=0.2)
     assert [c.quarantined for c in arranged.pairs.sources.values()] == [0, 1]
     assert [q.source for q in arranged.quarantined] == [f"{bad}:9"]
-    assert "bad: 8 pairs to train on, 1 record quarantined; an epoch takes 8, 57.1%" in (
-        arranged.text
+    assert (
+        "bad: 8 pairs to train on, 1 record quarantined; an epoch takes 8 of them, 57.1%"
+        in arranged.text
     )
     with pytest.raises(SimPOError, match=r"bad\.jsonl: 1 of 9 records are quarantined"):
         # One of 15, but the share counts per source.

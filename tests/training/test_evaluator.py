@@ -46,7 +46,7 @@ class Run:
         assert self.evaluator.evaluate_if_due()
 
     def evaluation(self, chosen: float) -> Evaluation:
-        logps, rejected = (np.full(2, value, np.float32) for value in (chosen, -3.0))
+        logps, rejected = np.full(2, chosen, np.float32), np.full(2, -3.0, np.float32)
         return summarize_logps(make_pairs(2), logps, rejected, self.config.objective)
 
 

@@ -193,6 +193,7 @@ def test_a_folder_with_several_splits_as_training_data_names_the_setting(tmp_pat
     files(tmp_path, train=5, valid=4)
     message = error_of(lambda: Opened({"train": str(tmp_path)}))
     assert "holds several splits (train, valid); name one, e.g. data.train_split=train" in message
+    assert "--split train for other commands" in message
     assert message.endswith(f"or set data.folder={tmp_path} instead of data.train and data.valid")
 
 

@@ -101,8 +101,8 @@ def test_the_summary_and_the_display_have_the_counts(whole: tuple[Ran, list[Path
     assert summary["sources"] == expected
     assert summary["pairs"] == sum(SIZES.values())
     assert (
-        f"chat: 9 pairs to train on, 0 records quarantined; an epoch takes 9, {9 / total:.1%}"
-        in (ran.text)
+        f"chat: 9 pairs to train on, 0 records quarantined; an epoch takes 9 of them, "
+        f"{9 / total:.1%} of the epoch" in ran.text
     )
 
 
