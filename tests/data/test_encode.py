@@ -266,3 +266,10 @@ def test_encode_pairs_keeps_the_order_and_returns_quarantined_records() -> None:
     assert [(p.index, p.source) for p in encoded] == [(0, "f:0"), (2, "f:2")]
     assert [(q.source, q.reason) for q in quarantined] == [("f:1", "rejected by the chat template")]
     assert len(steps) == 3
+
+
+def test_a_prompt_in_parts_is_the_text_that_they_say() -> None:
+    """As in training, so that the model is asked in the way that it has learned."""
+    encoder = Encoder(tiny_tokenizer(CHATML), DataConfig())
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Why"}, "?"]}]
+    assert encoder.prompt_tokens(parts) == encoder.prompt_tokens("Why?")

@@ -252,3 +252,22 @@ def test_no_training_data_is_an_error_that_names_the_ways() -> None:
         "data.train is missing; name a file, a folder or a Hugging Face dataset, or pass rows from "
         "memory: train(config, train=rows)"
     )
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_validation_rows_have_the_columns_of_the_settings(several: bool) -> None:
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    rows = [{ours: row[name] for name, ours in columns.items()} for row in ROWS]
+    opened = Opened({"columns": columns}, valid={"chat": rows} if several else rows, train=rows)
+    for source in (*opened.train.sources.values(), *opened.valid.values()):
+        assert [row.value for row in source.rows()] == ROWS
+
+
+def test_which_records_are_drawn_depends_on_the_seed_of_the_run() -> None:
+    def drawn(seed: int) -> list[int]:
+        config = SimPOConfig(model="m", data=DataConfig(max_samples=6), seed=seed)
+        opened = open_train(config, some_pairs(12), captured_display()[0])
+        return [row.number for row in opened.sources["train"].rows()]
+
+    assert drawn(1) == drawn(1)
+    assert len({tuple(drawn(seed)) for seed in range(5)}) > 2
