@@ -158,3 +158,13 @@ def test_pairs_on_disk_tell_the_same(tmp_path: Path) -> None:
     stored = TokenizedPairs(tmp_path)
     assert template_messages(encoder, stored) == template_messages(encoder, encoded)
     assert template_messages(encoder, stored).notes
+
+
+@pytest.mark.parametrize("is_chosen", [False, True])
+def test_the_text_is_that_of_the_response_that_has_it(is_chosen: bool) -> None:
+    """Thinking longer than the block: the first tokens of the other response are none of it."""
+    thinking = assistant("Because.", reasoning_content="Let me see.")
+    encoder = Encoder(template_tokenizer("qwen3"), DataConfig())
+    both = ([thinking], [B]) if is_chosen else ([B], [thinking])
+    notes, _ = template_messages(encoder, encode_pairs(encoder, [Pair([Q], *both)])[0])
+    assert r"itself writes '<think>\n\n</think>\n\n' before the responses of 1 of 1" in notes[0]
