@@ -132,7 +132,8 @@ def is_known(record: Mapping[str, Any]) -> bool:
 
 def _columns_and_remedy(names: Mapping[str, Any]) -> str:
     """Return which columns there are, and how they are mapped."""
-    shown = [*names][:_MAX_NAMES]
+    # A header may have line breaks in a name.
+    shown = [n if n.isprintable() else repr(n) for n in names][:_MAX_NAMES]
     more = ", …" if len(names) > len(shown) else ""
     guess = mapping_line(names)
     remedy = guess[1] if guess else "data.columns={prompt: …, chosen: …, rejected: …}"

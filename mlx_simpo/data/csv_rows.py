@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 from ..errors import SimPOError
-from .rows import PythonNotation, Row
+from .rows import PythonNotation, Row, check_columns
 from .text_files import TextInput, open_characters
 
 # Messages as str() shows a list of them: what pandas writes into a cell.
@@ -47,9 +47,7 @@ def _rows(text: TextInput, delimiters: tuple[str, ...]) -> Iterator[Row]:
     """Yield the rows; SimPOError if they cannot be read."""
     with _records(text, delimiters) as records:
         _, header = next(records, (0, []))
-        for name in header:
-            if name and header.count(name) > 1:
-                raise SimPOError(f"{text.name} has two columns called {name!r}; rename one of them")
+        check_columns(text.name, filter(None, header))
         for line, cells in records:
             source = f"{text.name}:{line}"
             if len(cells) > len(header):

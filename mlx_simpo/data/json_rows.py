@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 
 from ..errors import SimPOError
 from .forms import RESPONSE_COLUMNS
-from .rows import Row
+from .rows import Row, repeated_name
 from .text_files import TextInput, encoding_error, open_bytes, open_characters
 
 # Lines that are not UTF-8, without one that is and has more than ASCII: a damaged line is
@@ -31,9 +31,8 @@ def _with_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object of JSON; ValueError if a name occurs twice: nobody knows which is meant."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} occurs twice in one object")
+        name = repeated_name(name for name, _ in pairs)
+        raise ValueError(f"{name!r} occurs twice in one object")
     return value
 
 

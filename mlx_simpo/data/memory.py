@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import SimPOError
 from .columns import with_our_names
 from .records import Pair
-from .rows import Row, Source
+from .rows import Row, Source, check_columns
 
 _ACCEPTED = (
     "a list or an iterator of records (dicts with prompt, chosen and rejected), a "
@@ -78,9 +78,7 @@ def _records(rows: Any, name: str) -> Any:
         )
     names = getattr(rows, "column_names", getattr(rows, "columns", None))
     names = [] if names is None else list(map(str, names))
-    if len(set(names)) < len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise SimPOError(f"{name} has two columns called {twice!r}; rename one of them")
+    check_columns(name, names)
     for method, arguments in (("to_dicts", ()), ("to_pylist", ()), ("to_dict", ("records",))):
         # polars, pyarrow, pandas; a datasets.Dataset has to_dict, too, and is read row by row.
         if hasattr(rows, method) and names and not hasattr(rows, "features"):

@@ -1,11 +1,11 @@
 """What every source yields, whatever its format: rows with their origin, as in the data."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import one_line
+from ..errors import SimPOError, one_line
 
 Message = dict[str, Any]
 
@@ -60,6 +60,22 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None or k == "content"}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def repeated_name(names: Iterable[str]) -> str | None:
+    """Return a name that occurs twice, if any does: most readers would take the last one."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def check_columns(where: str, names: Iterable[str]) -> None:
+    """Check that a table has no two columns of one name; SimPOError if it has."""
+    if (name := repeated_name(names)) is not None:
+        raise SimPOError(f"{where} has two columns called {name!r}; rename one of them")
 
 
 def shown(value: Any) -> str:

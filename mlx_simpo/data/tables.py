@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SimPOError
-from .rows import Row, Source, first_line
+from .rows import Row, Source, check_columns, first_line
 
 # Rows of a table that are converted to Python objects at a time, to limit memory.
 BATCH_ROWS = 256
@@ -41,12 +41,14 @@ def _open_table(path: Path, kind: str) -> Iterator[Any]:
         with path.open("rb") as content:
             if kind == "Parquet":
                 with ParquetFile(content) as file:
+                    check_columns(str(path), file.schema_arrow.names)
                     yield file
                 return
             # Arrow has a format for files and one for streams, which `datasets` writes.
             is_file = content.read(6) == b"ARROW1"
             content.seek(0)
             with ipc.open_file(content) if is_file else ipc.open_stream(content) as reader:
+                check_columns(str(path), reader.schema.names)
                 yield reader
     except (OSError, ArrowException, *_OF_DAMAGE) as error:
         raise SimPOError(f"cannot read {path} as {kind}: {first_line(error)}") from None

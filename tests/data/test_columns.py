@@ -190,3 +190,9 @@ def test_columns_without_names_are_numbered() -> None:
     assert "it has 0, 1, 2; name them in data.columns=" in error_of(rows)  # type: ignore[arg-type]
     pairs = load_pairs(rows, columns={"prompt": "0", "chosen": "1", "rejected": "2"}).pairs
     assert (pairs[0].prompt, pairs[0].chosen, pairs[0].rejected) == ("p", "c", "r")
+
+
+def test_names_with_line_breaks_are_told_on_one_line() -> None:
+    message = error_of([{"the\nprompt": "p", "good": "a"}])
+    assert "it has 'the\\nprompt', good; name them" in message
+    assert "\n" not in message

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from helpers.forms import STRINGS, tokens, write_format
@@ -94,3 +95,18 @@ def test_a_name_that_is_not_utf_8(tmp_path: Path, kind: str) -> None:
     path = write_format(tmp_path, kind, STRINGS)
     odd = path.rename(tmp_path / f"p\udcff{kind}")
     assert open_source(str(odd)).count() == len(STRINGS)
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".arrow"])
+def test_two_columns_of_one_name_are_an_error(tmp_path: Path, kind: str) -> None:
+    """pyarrow would return the last one."""
+    table = pa.table([[text] for text in "abcd"], names=["prompt", "chosen", "rejected", "prompt"])
+    path = tmp_path / f"a{kind}"
+    if kind == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(SimPOError) as caught:
+        open_source(str(path))
+    assert str(caught.value) == f"{path} has two columns called 'prompt'; rename one of them"
