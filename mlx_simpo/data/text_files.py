@@ -181,6 +181,12 @@ def guess_encoding(sample: bytes) -> str:
     """Return iconv's name of the encoding that text that is not UTF-8 seems to have."""
     # Whole lines, or the last character may be cut in two.
     sample = sample[: sample.rfind(b"\n") + 1] or sample
+    # Bytes above ASCII stand side by side in the encodings of several bytes per character, and in
+    # Cyrillic words; in the languages of Western Europe an accented letter is among ASCII letters.
+    high = [byte >= 0x80 for byte in sample]
+    adjacent = sum(a and b for a, b in pairwise(high))
+    if adjacent <= sum(high) / 4:
+        return "WINDOWS-1252"
     for name, codec, first, last, share in _MULTIBYTE:
         try:
             letters = [c for c in sample.decode(codec) if not c.isascii()]
@@ -188,10 +194,6 @@ def guess_encoding(sample: bytes) -> str:
             continue
         if letters and sum(first <= c <= last for c in letters) >= share * len(letters):
             return name
-    # One byte per character. In Cyrillic words such bytes stand side by side; in the languages of
-    # Western Europe an accented letter is among ASCII letters.
-    high = [byte >= 0x80 for byte in sample]
-    adjacent = sum(a and b for a, b in pairwise(high))
     return "WINDOWS-1251" if adjacent > sum(high) / 2 else "WINDOWS-1252"
 
 

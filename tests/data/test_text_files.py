@@ -17,6 +17,8 @@ from mlx_simpo.data.text_files import guess_encoding
 # A sentence of each kind of text, as its encoding has it: (iconv's name, Python's, text).
 TEXTS = [
     ("WINDOWS-1252", "cp1252", "Où est le café ? Voilà l’été à Málaga, für Ämter und Größe."),
+    ("WINDOWS-1252", "cp1252", "Qu’est-ce?"),
+    ("WINDOWS-1252", "cp1252", "naïve"),
     ("WINDOWS-1252", "latin-1", "Skål på smörgåsbordet, señor"),
     ("WINDOWS-1251", "cp1251", "Почему небо голубое? Потому что так рассеивается свет."),
     ("SHIFT_JIS", "cp932", "空はなぜ青いのですか。光が散乱するからです。"),
