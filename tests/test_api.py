@@ -140,7 +140,7 @@ def test_quarantined_records_are_written(finished: Finished) -> None:
     (record,) = json_lines(finished.folder / "quarantined.jsonl")
     assert record["source"] == f"{finished.config.data.train}:6"
     assert record["reason"] == "missing response"
-    assert "1 records quarantined" in finished.text
+    assert "1 record quarantined" in finished.text
 
 
 def test_the_best_adapter_is_that_of_the_lowest_evaluation_loss(finished: Finished) -> None:
