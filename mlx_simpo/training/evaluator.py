@@ -56,8 +56,8 @@ class Evaluator:
         is_due = step == 0 or self.is_over or (every is not None and step % every == 0)
         if not is_due or progress.evaluated == step:
             return False
-        if step == 0 and session.valid_sets:
-            pairs = sum(map(len, session.valid_sets.values()))
+        pairs = sum(map(len, session.valid_sets.values()))
+        if step == 0 and pairs > options.step_pairs:  # else it takes no longer than a step
             session.display.note(
                 f"step 1 begins after an evaluation on {count_text(pairs, 'pair')}; a smaller "
                 "data.valid_max makes it shorter"
