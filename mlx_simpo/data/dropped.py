@@ -11,7 +11,7 @@ from enum import IntFlag
 from typing import Any
 
 from .boundary import unused_character, write_again
-from .messages import text_of
+from .messages import SYSTEM_ROLES, text_of
 from .render import Renderer
 from .rows import Message
 from .thinking import Thinking, thinking_of, with_text, with_thinking
@@ -39,7 +39,7 @@ def special_parts(messages: list[Message], tools: list | None) -> Dropped:
             parts |= Dropped.TOOL_CALLS
         if message.get("content") is None:
             parts |= Dropped.NULL_CONTENT
-        if message["role"] in ("system", "developer"):
+        if message["role"] in SYSTEM_ROLES:
             parts |= Dropped.SYSTEM
         elif message["role"] == "assistant" and thinking_of(message) is not None:
             parts |= Dropped.THINKING
@@ -111,7 +111,7 @@ class _Checks:
     def drops_system(self) -> bool:
         """The text of a system turn is missing."""
         for index, message in enumerate(self._messages):
-            if message["role"] in ("system", "developer"):
+            if message["role"] in SYSTEM_ROLES:
                 content = text_of(message.get("content")).strip()
                 if content and self._is_missing(content, index, with_text(message, self._mark)):
                     return True

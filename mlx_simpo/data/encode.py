@@ -240,8 +240,8 @@ class Encoder:
         for name, sequence, start in zip(("chosen", "rejected"), tokens, starts, strict=True):
             # Otherwise the model would learn to say nothing, or not to.
             if self.special.is_empty(sequence[start:]):
-                after = self.config.score.replace("_", " ").removeprefix("all")
-                detail = f"the chat template writes nothing of {name} {after}".strip()
+                after = "" if self.config.score == "all" else " after its thinking"
+                detail = f"the chat template writes nothing of {name}{after}"
                 raise InvalidRecordError("empty response", detail)
         start = _Start(boundary_tokens, template_tokens, dropped)
         return ((tokens[0], starts[0]), (tokens[1], starts[1])), start

@@ -75,6 +75,20 @@ def with_joined_parts(messages: list[Message]) -> list[Message]:
     ]
 
 
+def with_system_text(messages: list[Message], text: str) -> list[Message]:
+    """Return messages with ``text`` as a system turn in front; as they are if they have that turn.
+
+    Raises:
+        InvalidRecordError: they have another system turn.
+    """
+    turns = [text_of(m.get("content")) for m in messages if m["role"] in SYSTEM_ROLES]
+    if any(turn.strip() != text.strip() for turn in turns):
+        raise InvalidRecordError(
+            "two different system turns", "the system column differs from the conversation's"
+        )
+    return messages if turns else [{"role": "system", "content": text}, *messages]
+
+
 def is_empty_response(messages: list[Message]) -> bool:
     """Return whether a conversation ends with nothing that could be scored."""
     if not messages:

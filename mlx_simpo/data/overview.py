@@ -48,8 +48,8 @@ class Overview:
         distinct: number of different prompts in each source.
         repeats: of all training sources together, and of each other source. Its
             ``distinct_prompts`` is that of all sources.
-        leaks: of each validation set in the training pairs. Of sources without a role: of each in
-            all before it.
+        leaks: of each validation set in the training pairs. Without training pairs, and of sources
+            without a role: of each in all before it.
     """
 
     pairs: StoredPairs
@@ -142,9 +142,10 @@ def _leaks(
     starts: np.ndarray,
     groups: Sequence[tuple[int, int]],
 ) -> list[Leaks]:
+    has_train = sources[0].role == TRAIN
     result = []
     for first, _ in groups[1:]:
-        end = groups[0][1] if sources[first].role == VALID else first
+        end = groups[0][1] if has_train and sources[first].role == VALID else first
         matches = find_leaks(join_words(words[:end]), words[first])
         shift = int(starts[first])
         result.append(

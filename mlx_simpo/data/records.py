@@ -13,13 +13,13 @@ from typing import Any
 from .forms import read_form
 from .guesses import mapping_line
 from .messages import (
-    SYSTEM_ROLES,
     as_messages,
     check_messages,
     describe,
     is_empty_response,
     text_of,
     with_joined_parts,
+    with_system_text,
 )
 from .rows import InvalidRecordError, Message, PythonNotation, Row
 
@@ -133,14 +133,7 @@ def with_system_turn(pair: Pair, record: dict) -> Pair:
         raise InvalidRecordError("system is not text", f"it is {describe(system)}")
     if system is None or not system.strip():
         return pair
-    prompt = as_messages(pair.prompt, "user")
-    turns = [text_of(m.get("content")) for m in prompt if m["role"] in SYSTEM_ROLES]
-    if any(turn.strip() != system.strip() for turn in turns):
-        raise InvalidRecordError(
-            "two different system turns", "the system column differs from the conversation's"
-        )
-    if not turns:
-        prompt = [{"role": "system", "content": system}, *prompt]
+    prompt = with_system_text(as_messages(pair.prompt, "user"), system)
     chosen, rejected = (as_messages(part, "assistant") for part in (pair.chosen, pair.rejected))
     return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
 

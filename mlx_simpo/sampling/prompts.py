@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from ..data.dropped import Dropped, dropped_parts
 from ..data.encode import Encoder
-from ..data.messages import SYSTEM_ROLES, as_messages, check_messages, text_of
+from ..data.messages import as_messages, check_messages, text_of, with_system_text
 from ..data.rows import InvalidRecordError, Message
 from ..engine.vocabulary import check_prompt_ids, vocabulary_size
 from ..errors import SimPOError
@@ -92,16 +92,13 @@ def with_system_turn(prompt: NamedPrompt, text: str) -> NamedPrompt:
     Raises:
         SimPOError: it has another system turn.
     """
-    messages = as_messages(prompt.prompt, "user")
-    turns = [text_of(m.get("content")) for m in messages if m["role"] in SYSTEM_ROLES]
-    if any(turn.strip() != text.strip() for turn in turns):
+    try:
+        return prompt._replace(prompt=with_system_text(as_messages(prompt.prompt, "user"), text))
+    except InvalidRecordError:
         raise SimPOError(
             f"{prompt.name} has a system turn of its own, and there is another system prompt; "
             "leave one of them out"
-        )
-    if turns:
-        return prompt
-    return prompt._replace(prompt=[{"role": "system", "content": text}, *messages])
+        ) from None
 
 
 def check_system_prompt(encoder: Encoder, text: str) -> None:

@@ -241,3 +241,15 @@ def test_a_misspelt_section_has_a_hint_at_the_section(section: str, meant: str) 
         from_mapping(SimPOConfig, {"model": "x", section: {"rank": 2}}, SimPOConfig)
     hint = str(caught.value).partition("; ")[2]
     assert hint.startswith((f"did you mean {meant!r}", f"did you mean '{meant}."))
+
+
+def test_values_that_are_computed_with_our_defaults_follow_them() -> None:
+    """A rule cannot import the settings, which import the rules: it repeats these defaults."""
+    ours = load_config({"model": "x"})
+    ratio = here("gamma", 3).settings["objective.gamma_beta_ratio"]
+    assert ratio * ours.objective.beta == 3
+    prompt = ours.data.max_prompt_length
+    assert here("max_seq_length", prompt + 1).settings == {"data.max_length": prompt + 1}
+    assert "data.max_prompt_length" in here("max_seq_length", prompt).settings
+    assert here("max_completion_length", 9).settings == {"data.max_length": prompt + 9}
+    assert here("val_batches", 7).settings == {"data.valid_max": 7 * ours.train.batch_size}

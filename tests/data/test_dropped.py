@@ -182,7 +182,7 @@ def test_a_response_of_which_nothing_is_left_is_not_trained_on() -> None:
         encoder.encode(pair)
     assert caught.value.args == ("empty response", "the chat template writes nothing of chosen")
     encoder = Encoder(tiny_tokenizer(), DataConfig(score="after_thinking"))
-    with pytest.raises(InvalidRecordError, match="nothing of rejected after thinking"):
+    with pytest.raises(InvalidRecordError, match="nothing of rejected after its thinking"):
         encoder.encode(Pair("Why?", "Because.", "<think>Let me see.</think>"))
 
 

@@ -82,3 +82,11 @@ def test_one_source_and_only_validation_sets(tmp_path: Path) -> None:
     assert overview_of(tmp_path, a=(TRAIN, OTHERS)).leaks == ()
     result = overview_of(tmp_path, v=(VALID, OTHERS), w=(VALID, OTHERS))
     assert [leaks.source for leaks in result.leaks] == ["w"]
+
+
+def test_without_training_pairs_every_set_is_compared_with_all_before_it(tmp_path: Path) -> None:
+    result = overview_of(tmp_path, u=(VALID, TEXTS), v=(VALID, OTHERS), w=(VALID, OTHERS))
+    assert [(leaks.others, len(leaks.matches)) for leaks in result.leaks] == [
+        (("u",), 0),
+        (("u", "v"), len(OTHERS)),
+    ]

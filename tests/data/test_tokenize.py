@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.stored import plain
 from helpers.tiny import CHATML, assistant, some_pairs, system, tiny_tokenizer, user, write_jsonl
 
 from mlx_simpo import DataConfig, SimPOError, load_pairs
@@ -42,20 +43,6 @@ def mixed(tmp_path: Path) -> Path:
     for index, bad in zip(range(3, len(rows), CHUNK_ROWS), BAD * 2, strict=False):
         rows.insert(index, bad)
     return write_jsonl(tmp_path / "mixed.jsonl", rows)
-
-
-def plain(pair: EncodedPair) -> tuple:
-    sequences = [(s.tokens.tolist(), s.score_start) for s in (pair.chosen, pair.rejected)]
-    return (
-        *sequences,
-        pair.index,
-        pair.source,
-        pair.boundary_tokens,
-        pair.cut_prompt,
-        pair.cut_response,
-        pair.template_tokens,
-        pair.dropped,
-    )
 
 
 @pytest.mark.parametrize(
