@@ -10,7 +10,7 @@ from .data.encode import EncodedPair, Encoder
 from .data.inspection import summarize
 from .data.mixing import Mixture
 from .data.overview import InspectedSource, Overview, overview
-from .engine.choice import choose_engine
+from .engine.choice import configured_engine
 from .errors import SimPOError
 from .evaluation import Evaluation
 from .kernels.choice import choose_implementation
@@ -126,7 +126,7 @@ def evaluate(
     model = loaded.model
     if adapter is not None:
         check_fits(model, adapter)
-    engine = choose_engine(config.train.engine, model, config.logps.impl)
+    engine = configured_engine(config, model)
     display.note(f"engine: {engine.note}")
 
     def evaluate_model(name: str, title: str) -> dict[str, Evaluation]:

@@ -70,9 +70,10 @@ ROOMS = {
     "planning": [["largest", "peak"], ["memory"], ["memory_errors"]],
     # What pairs of tokens go through.
     "engine": [
-        ["reference", "attention", "plan", "head", "vocabulary"],
-        ["prefix_cache", "collate_stacked", "collate_shared", "token_logps"],
-        ["gradient_checkpointing", "shared_prefix"],
+        ["reference", "figures", "trunk", "vocabulary", "agreement"],
+        ["attention", "plan", "head", "prefix_cache"],
+        ["operations", "collate_stacked", "collate_shared", "token_logps"],
+        ["gradient_checkpointing", "shared_prefix", "operation_choice"],
         ["choice"],
     ],
 }

@@ -108,3 +108,49 @@ class LogpsConfig(Section):
         "a GPU (engine shared_prefix only)",
         on_resume="rounding",
     )
+
+
+@dataclass(frozen=True)
+class EngineConfig(Section):
+    """What the shared-prefix engine computes with."""
+
+    NAME: ClassVar[str] = "engine"
+
+    attention: Literal["auto", "mlx", "blocks"] = setting(
+        "auto",
+        "attention while training: mlx: MLX's fused operation; blocks: our own sequence of matrix "
+        "products; auto: on a GPU whichever is quicker at the run's lengths, blocks on a CPU",
+        on_resume="rounding",
+    )
+    calibration: Literal["auto", "off"] = setting(
+        "auto",
+        "auto: on a GPU, measure for up to 3 seconds how pairs are best divided into micro-batches; "
+        "off: the built-in numbers",
+        on_resume="rounding",
+    )
+
+
+@dataclass(frozen=True)
+class MemoryConfig(Section):
+    """How much memory MLX may use."""
+
+    NAME: ClassVar[str] = "memory"
+
+    limit_gb: float | None = setting(
+        None,
+        "GB of 10^9 bytes that MLX tries to stay within; null: MLX's own limit",
+        POSITIVE,
+        on_resume="free",
+    )
+    cache_limit_gb: float | None = setting(
+        None,
+        "GB of freed buffers that MLX keeps for reuse, 0 or more; null: 1",
+        NON_NEGATIVE,
+        on_resume="free",
+    )
+    wired_limit_gb: float | None = setting(
+        None,
+        "GB that macOS may not page out; null: what Metal recommends",
+        NON_NEGATIVE,
+        on_resume="free",
+    )

@@ -14,7 +14,7 @@ from ..paths import local_path
 from .data_config import DataConfig
 from .hints import hint_at_name
 from .schema import NON_EMPTY, Rule, Section, from_mapping, setting, setting_names
-from .sections import LogpsConfig, LoRAConfig, ObjectiveConfig
+from .sections import EngineConfig, LogpsConfig, LoRAConfig, MemoryConfig, ObjectiveConfig
 from .sources import SourceConfig
 from .train_config import TrainConfig
 from .value_types import RawText
@@ -52,6 +52,8 @@ class SimPOConfig(Section):
     lora: LoRAConfig = LoRAConfig()
     train: TrainConfig = TrainConfig()
     logps: LogpsConfig = LogpsConfig()
+    engine: EngineConfig = EngineConfig()
+    memory: MemoryConfig = MemoryConfig()
 
     def conflicts(self) -> Iterator[str]:
         """Yield a message for all settings that exclude each other."""
@@ -59,6 +61,11 @@ class SimPOConfig(Section):
             yield (
                 f"logps.impl is {self.logps.impl}, but train.engine=reference has only one "
                 "implementation; remove one of the two settings"
+            )
+        if self.engine.attention != "auto" and self.train.engine == "reference":
+            yield (
+                f"engine.attention is {self.engine.attention}, but train.engine=reference computes "
+                "attention as mlx-lm does; remove one of the two settings"
             )
 
     def as_dict(self) -> dict[str, Any]:

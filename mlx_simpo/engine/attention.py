@@ -17,10 +17,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..device import is_gpu
+from .figures import CPU
 
-# Scores computed at once: on a CPU, what its cache holds; on a GPU, what is worth a few launches.
-TILE_SCORES_CPU, TILE_SCORES_GPU = 2**19, 2**24
 MIN_TILE_ROWS = 64  # with fewer rows, a tile's matrix products are too thin to be fast
 # Scores of one call that are saved for its backward pass: 32 MiB in float32, per layer.
 MAX_SAVED_SCORES = 2**23
@@ -35,7 +33,12 @@ class Tile(NamedTuple):
 
 
 def attention(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: mx.array | str | None,
+    tile_scores: int = CPU.tile_scores,
 ) -> mx.array:
     """Compute mx.fast.scaled_dot_product_attention, with a gradient that needs less memory.
 
@@ -43,11 +46,13 @@ def attention(
         queries: [n, H, T, D], of the last T of S positions.
         keys, values: [n, K, S, D] and [n, K, S, E], where K divides H.
         mask: "causal", None, or booleans [T, S], True where a query sees a key.
+        tile_scores: scores computed at once.
 
     Returns:
         [n, H, T, E].
     """
-    tiles = split_into_tiles(queries.shape, keys.shape[2], causal=isinstance(mask, str))
+    causal = isinstance(mask, str)
+    tiles = split_into_tiles(queries.shape, keys.shape[2], tile_scores, causal=causal)
     rows_times_keys = sum((tile.stop - tile.start) * tile.num_keys for tile in tiles)
     saves_probabilities = queries.shape[0] * queries.shape[1] * rows_times_keys <= MAX_SAVED_SCORES
 
@@ -151,10 +156,11 @@ def _probabilities(
     return mx.softmax(scores, axis=-1, precise=True)
 
 
-def split_into_tiles(queries_shape: tuple[int, ...], num_keys: int, *, causal: bool) -> list[Tile]:
+def split_into_tiles(
+    queries_shape: tuple[int, ...], num_keys: int, tile_scores: int, *, causal: bool
+) -> list[Tile]:
     """Divide the T rows of queries [n, H, T, D] into tiles of about equal size."""
     n, heads, num_queries = queries_shape[:3]
-    tile_scores = TILE_SCORES_GPU if is_gpu() else TILE_SCORES_CPU
     rows = max(MIN_TILE_ROWS, tile_scores // (n * heads * num_keys))
     count = -(-num_queries // rows)
     edges = [num_queries * i // count for i in range(count + 1)]

@@ -1,19 +1,24 @@
 """The two ways to compute a batch's log-probabilities, behind one interface, and their choice."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from ..config.simpo_config import SimPOConfig
 from ..data.encode import EncodedPair, TokenizedSequence
 from ..kernels.choice import BUILT_IN, Implementation, Name, choose_implementation
 from ..model.loading import dtype_of
 from .collate_shared import collate_shared
 from .collate_stacked import collate_stacked
+from .figures import Figures, default_figures
 from .head import resolve_head
+from .operation_choice import AttentionSetting, choose_operations
+from .operations import patchable_modules, patched
 from .plan import plan_shared_prefix, plan_stacked
-from .prefix_cache import attention_modules, patched_attention, reason_not_shareable
+from .prefix_cache import reason_not_shareable
 from .reference import average_logps
 from .shared_prefix import shared_prefix_logps
 from .vocabulary import vocabulary_size
@@ -62,8 +67,8 @@ def _stacked_micro_batch(pairs: Sequence[EncodedPair]) -> MicroBatch:
     return MicroBatch(batch.arrays, positions, head_positions=positions)
 
 
-def _shared_prefix_micro_batch(pairs: Sequence[EncodedPair]) -> MicroBatch:
-    batch = collate_shared(pairs)
+def _shared_prefix_micro_batch(pairs: Sequence[EncodedPair], pass_cost: int) -> MicroBatch:
+    batch = collate_shared(pairs, pass_cost)
     return MicroBatch(batch.arrays, batch.positions, head_positions=batch.hidden_indices.size)
 
 
@@ -77,19 +82,27 @@ REFERENCE = Engine(
 )
 
 
-def shared_prefix_engine(model: Any, implementation: Implementation = BUILT_IN) -> Engine:
+def shared_prefix_engine(
+    model: Any,
+    implementation: Implementation = BUILT_IN,
+    attention: AttentionSetting = "auto",
+    figures: Figures | None = None,
+) -> Engine:
     """Return the shared-prefix engine for ``model``, untested; see `choose_engine`.
 
-    What depends on the kind of model is determined here, once: its head, and which modules of
-    mlx-lm hold its attention.
+    What depends on the kind of model is determined here, once: its head, what its layers compute
+    with, and which modules of mlx-lm hold them.
 
     Args:
-        implementation: computes log-probabilities from logits.
+        implementation: computes log-probabilities from logits. attention: of ``engine.attention``.
+        figures: default: the built-in ones for the device.
     """
-    head, modules = resolve_head(model), attention_modules(model)
+    figures = figures or default_figures()
+    head, modules = resolve_head(model), patchable_modules(model)
+    operations = choose_operations(model, attention, figures)
 
     def logps(model: Any, arrays: tuple, training: bool) -> mx.array:
-        with patched_attention(modules):
+        with patched(modules, operations.training if training else operations.evaluation):
             return shared_prefix_logps(
                 model, head, *arrays, training=training, implementation=implementation
             )
@@ -97,21 +110,28 @@ def shared_prefix_engine(model: Any, implementation: Implementation = BUILT_IN) 
     return Engine(
         "shared_prefix",
         "shared_prefix (each prompt runs once, only scored tokens reach the head); "
-        f"log-probabilities: {implementation.note}",
-        plan_shared_prefix,
-        _shared_prefix_micro_batch,
+        f"{operations.note}; log-probabilities: {implementation.note}",
+        partial(plan_shared_prefix, figures=figures),
+        partial(_shared_prefix_micro_batch, pass_cost=figures.pass_cost),
         logps,
         compiled=False,  # its shapes are the data's own, and each would be traced
     )
 
 
-def choose_engine(name: str, model: Any, impl: Name = "auto") -> Engine:
+def choose_engine(
+    name: str,
+    model: Any,
+    impl: Name = "auto",
+    attention: AttentionSetting = "auto",
+    figures: Figures | None = None,
+) -> Engine:
     """Return the engine of that name; the reference, with the reason in its note, for a model that
     the shared-prefix engine cannot run or computes differently.
 
     Args:
         name: "shared_prefix" or "reference".
         impl: what computes log-probabilities from logits; see `kernels.choice`.
+        attention, figures: see `shared_prefix_engine`.
 
     Raises:
         SimPOError: ``impl`` cannot run here.
@@ -124,7 +144,7 @@ def choose_engine(name: str, model: Any, impl: Name = "auto") -> Engine:
         was_training = model.training
         model.eval()  # no dropout: it would make any two passes differ
         try:
-            engine = shared_prefix_engine(model, implementation)
+            engine = shared_prefix_engine(model, implementation, attention, figures)
             reason = disagreement_with_reference(model, engine)
             if reason is None:
                 return engine
@@ -133,6 +153,16 @@ def choose_engine(name: str, model: Any, impl: Name = "auto") -> Engine:
         finally:
             model.train(was_training)
     return REFERENCE._replace(note=f"{REFERENCE.note}: the prefix cannot be shared, {reason}")
+
+
+def configured_engine(config: SimPOConfig, model: Any, figures: Figures | None = None) -> Engine:
+    """Return the engine that a run's settings name; see `choose_engine`.
+
+    Raises:
+        SimPOError: ``logps.impl`` cannot run here.
+    """
+    name, impl, attention = config.train.engine, config.logps.impl, config.engine.attention
+    return choose_engine(name, model, impl, attention, figures)
 
 
 def disagreement_with_reference(model: Any, engine: Engine) -> str | None:

@@ -2,7 +2,7 @@
 indices of the hidden states that predict a scored token.
 
 Nothing is padded unless that is cheaper: a forward pass of its own costs as much as
-`plan.pass_cost` positions, so sequences share a pass where the padding, or the prompt tokens that
+`Figures.pass_cost` positions, so sequences share a pass where the padding, or the prompt tokens that
 run twice for it, cost less than that.
 """
 
@@ -58,11 +58,14 @@ class SharedPrefixBatch:
         return self.prefix_tokens.size + sum(tokens.size for tokens, _ in self.groups)
 
 
-def collate_shared(pairs: Sequence[EncodedPair]) -> SharedPrefixBatch:
+def collate_shared(pairs: Sequence[EncodedPair], pass_cost: int) -> SharedPrefixBatch:
     """Divide the pairs' sequences into prefixes and continuations.
 
     All prefixes have the length of the shortest one; the rest of a longer prompt goes in front of
     its responses. The last token of a sequence predicts nothing and is not run.
+
+    Args:
+        pass_cost: of one more pass, in positions; see `plan.group_by_length`.
     """
     sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
     prefix_length = min(shared_prefix_length(pair) for pair in pairs)
@@ -70,7 +73,8 @@ def collate_shared(pairs: Sequence[EncodedPair]) -> SharedPrefixBatch:
     logp_indices = np.zeros((len(sequences), max(s.num_scored for s in sequences)), np.int32)
     groups, hidden_indices, targets = [], [], []
     num_hidden = num_logps = padding = 0
-    for members in group_by_length([input_length(s) - prefix_length for s in sequences]):
+    suffixes = [input_length(s) - prefix_length for s in sequences]
+    for members in group_by_length(suffixes, pass_cost):
         tokens = _continuation_tokens([sequences[s] for s in members], prefix_length)
         prefix_index = np.array([s % len(pairs) for s in members], np.int32)
         groups.append((mx.array(tokens), mx.array(prefix_index)))

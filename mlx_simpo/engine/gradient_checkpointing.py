@@ -15,7 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
-from .prefix_cache import PrefixKVCache, attention_modules, patched_attention
+from .operations import current_operations, patchable_modules, patched
+from .prefix_cache import cache_arrays, is_prefix_cache, set_arrays, with_arrays
 
 _CACHE = "the cache"  # replaces the cache among a layer's arguments
 
@@ -48,7 +49,7 @@ class _KeyedDropout(nn.Module):
 @contextmanager
 def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
     """Within the context, each of ``model.layers`` recomputes itself in the backward pass."""
-    modules = attention_modules(model)
+    modules = patchable_modules(model)
     originals = []
     for layer in model.layers:  # type: ignore[union-attr]
         keys = _DropoutKeys()
@@ -70,28 +71,29 @@ def _recomputing(layer_class: type, keys: _DropoutKeys, modules: Sequence[Module
     """Return a subclass of ``layer_class`` whose call goes through mx.checkpoint."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, PrefixKVCache)), None)
+        cache = next((a for a in (*args, *kwargs.values()) if is_prefix_cache(a)), None)
+        operations = current_operations()
 
-        def run(parameters: dict, key: mx.array, prefix: tuple, args: tuple, kwargs: dict) -> Any:
+        def run(parameters: dict, key: mx.array, prefix: Any, args: tuple, kwargs: dict) -> Any:
             self.update(parameters)
             keys.key = mx.stop_gradient(key)  # vjp is not defined for random bits
-            own_cache = None if cache is None else type(cache)(*prefix)
+            own_cache = None if cache is None else with_arrays(cache, prefix)
             args, kwargs = tree_map(lambda a: own_cache if a is _CACHE else a, (args, kwargs))
             # The second run comes with the backward pass, when the engine's own context has ended.
-            with nullcontext() if own_cache is None else patched_attention(modules):
+            with nullcontext() if own_cache is None else patched(modules, operations):
                 out = layer_class.__call__(self, *args, **kwargs)
-            return out, () if own_cache is None else own_cache.arrays()
+            return out, {} if own_cache is None else cache_arrays(own_cache)
 
         parameters = self.trainable_parameters()
         # An input of the checkpointed function, hence the same in both of its runs.
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
         # A cache's arrays are passed in and returned: a cache that the function changed itself
         # would be changed twice, and its arrays would get no gradient.
-        prefix = () if cache is None else cache.arrays()
-        inputs = tree_map(lambda a: _CACHE if isinstance(a, PrefixKVCache) else a, (args, kwargs))
+        prefix = {} if cache is None else cache_arrays(cache)
+        inputs = tree_map(lambda a: _CACHE if is_prefix_cache(a) else a, (args, kwargs))
         out, arrays = mx.checkpoint(run)(parameters, key, prefix, *inputs)
         if cache is not None and arrays:
-            cache.keys, cache.values = arrays
+            set_arrays(cache, arrays)
         self.update(parameters)
         return out
 

@@ -8,6 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .trunk import embedding_of, text_model, trunk_path
+
 
 class Head(NamedTuple):
     """How a model's logits follow from its raw logits.
@@ -29,7 +31,9 @@ class Head(NamedTuple):
         if not self.is_projection:
             return model_logits(model, hidden)
         projection = _projection(model)
-        return projection(hidden) if "lm_head" in model else projection.as_linear(hidden)
+        return (
+            projection(hidden) if "lm_head" in text_model(model) else projection.as_linear(hidden)
+        )
 
     def shifted_raw_logits(self, model: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
         """Return raw logits [C, V] of hidden states [C, D], each row shifted by its target's where
@@ -65,7 +69,7 @@ def resolve_head(model: nn.Module) -> Head:
     The trial compares a few logits with the model's own. Where they differ, more happens than the
     usual settings say, and the head is `MODELS_OWN_CODE`.
     """
-    embedding: Any = getattr(model.model, "embed_tokens", None)
+    embedding = embedding_of(model)
     if embedding is None:
         return MODELS_OWN_CODE
     head = _described_head(model)
@@ -81,7 +85,7 @@ def resolve_head(model: nn.Module) -> Head:
 
 def _described_head(model: nn.Module) -> Head:
     """Return the head that the model's settings describe (Cohere multiplies, Granite divides)."""
-    settings: Any = getattr(model, "args", None)
+    settings: Any = getattr(text_model(model), "args", None)
     scale = getattr(settings, "logit_scale", None) or 1.0
     scale /= getattr(settings, "logits_scaling", None) or 1.0
     softcap = getattr(settings, "final_logit_softcapping", None) or 0.0
@@ -90,7 +94,7 @@ def _described_head(model: nn.Module) -> Head:
 
 def _projection(model: Any) -> Any:
     """Return lm_head, or the embedding that is tied to it, as the model has it now."""
-    return model.get("lm_head", model.model.embed_tokens)
+    return text_model(model).get("lm_head", embedding_of(model))
 
 
 def model_logits(model: nn.Module, hidden: mx.array) -> mx.array:
@@ -99,7 +103,9 @@ def model_logits(model: nn.Module, hidden: mx.array) -> mx.array:
     The model's own ``__call__`` runs, with a trunk that returns ``hidden``: tied and untied heads,
     quantized ones, softcaps and logit scales come with it.
     """
-    return type(model).__call__(_ModelWithHidden(model, hidden), None)  # type: ignore[operator]
+    path = trunk_path(model)
+    assert path is not None
+    return _ModelWithHidden(model, path, hidden)(None)
 
 
 def weights_outside_layers(model: nn.Module) -> dict[str, mx.array]:
@@ -122,14 +128,24 @@ def is_head_frozen(model: nn.Module) -> bool:
 
 
 class _ModelWithHidden:
-    """A model, as its ``__call__`` sees it, whose trunk returns ``hidden`` for every input."""
+    """A model, as its ``__call__`` sees it, whose trunk returns ``hidden`` for every input.
 
-    def __init__(self, model: nn.Module, hidden: mx.array) -> None:
-        self._model, self._hidden = model, hidden
+    path: the attributes that lead to the trunk.
+    """
+
+    def __init__(self, model: Any, path: tuple[str, ...], hidden: mx.array) -> None:
+        self._model, self._path, self._hidden = model, path, hidden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return type(self._model).__call__(self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._model, name)
-        return _TrunkWithHidden(attribute, self._hidden) if name == "model" else attribute
+        if name != self._path[0]:
+            return attribute
+        if len(self._path) > 1:
+            return _ModelWithHidden(attribute, self._path[1:], self._hidden)
+        return _TrunkWithHidden(attribute, self._hidden)
 
 
 class _TrunkWithHidden:

@@ -1,8 +1,8 @@
 """Divides a step's pairs into the micro-batches that cost least, for either engine.
 
 Costs are counted in positions (tokens through the trunk). A forward pass of its own costs as much
-as `pass_cost` positions, so sequences share a pass where the padding, or the prompt tokens that run
-twice for it, cost less than that.
+as `Figures.pass_cost` positions, so sequences share a pass where the padding, or the prompt tokens
+that run twice for it, cost less than that.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data.encode import EncodedPair, TokenizedSequence
-from ..device import is_gpu
+from .figures import Figures
 
 # Stacked sequences are padded to a multiple of this, so that a compiled step meets few shapes.
 PAD_MULTIPLE = 16
-# Positions that one more forward pass costs. Measured on a CPU (docs/engine.md); an estimate for
-# GPUs, which take some microseconds to start each operation.
-PASS_COST_CPU, PASS_COST_GPU = 16, 32
-# Positions at which a micro-batch keeps the device busy; more would only take more memory.
-SATURATING_POSITIONS_CPU, SATURATING_POSITIONS_GPU = 512, 4096
 
 
 def plan_stacked(
@@ -47,12 +42,16 @@ def plan_stacked(
 
 
 def plan_shared_prefix(
-    pairs: Sequence[EncodedPair], batch_size: int, max_tokens: int | None = None
+    pairs: Sequence[EncodedPair],
+    batch_size: int,
+    max_tokens: int | None = None,
+    *,
+    figures: Figures,
 ) -> list[list[int]]:
     """Divide pairs into the shared-prefix micro-batches in which they cost least.
 
     Pairs in the order of their prefixes' lengths join the micro-batch before them where that is
-    cheaper than one of their own, as long as it has no more than SATURATING_POSITIONS.
+    cheaper than one of their own, as long as it has no more than ``figures.max_positions``.
 
     Args:
         batch_size: pairs per micro-batch, at most.
@@ -61,7 +60,7 @@ def plan_shared_prefix(
     Returns:
         Indices into ``pairs``, per micro-batch.
     """
-    max_positions = SATURATING_POSITIONS_GPU if is_gpu() else SATURATING_POSITIONS_CPU
+    max_positions, pass_cost = figures.max_positions, figures.pass_cost
     if max_tokens is not None:
         max_positions = min(max_positions, max_tokens)
     lengths = [shared_prefix_length(pair) for pair in pairs]
@@ -69,10 +68,11 @@ def plan_shared_prefix(
     batches: list[list[int]] = []
     last_cost = None  # of the last micro-batch
     for i in order:
-        cost_alone = cost([pairs[i]], lengths[i])
+        cost_alone = cost([pairs[i]], lengths[i], pass_cost)
         if last_cost is not None and len(batches[-1]) < batch_size:
             # In this order, the first pair of a micro-batch has its shortest prefix.
-            joined = cost([pairs[j] for j in (*batches[-1], i)], lengths[batches[-1][0]])
+            members = [pairs[j] for j in (*batches[-1], i)]
+            joined = cost(members, lengths[batches[-1][0]], pass_cost)
             is_cheaper = joined.total <= last_cost.total + cost_alone.total
             if joined.positions <= max_positions and is_cheaper:
                 batches[-1].append(i)
@@ -88,43 +88,44 @@ class Cost:
     """What a micro-batch costs.
 
     positions: tokens through the trunk, padding included.
-    passes: forward passes of the trunk.
+    passes: forward passes of the trunk. pass_cost: of each, in positions.
     """
 
     positions: int
     passes: int
+    pass_cost: int
 
     @property
     def total(self) -> int:
         """The total cost, in positions."""
-        return self.positions + pass_cost() * self.passes
+        return self.positions + self.pass_cost * self.passes
 
 
-def pass_cost() -> int:
-    """Return the fixed cost of a forward pass on the default device, in positions."""
-    return PASS_COST_GPU if is_gpu() else PASS_COST_CPU
-
-
-def cost(pairs: Sequence[EncodedPair], prefix_length: int) -> Cost:
+def cost(pairs: Sequence[EncodedPair], prefix_length: int, pass_cost: int) -> Cost:
     """Return the cost of one micro-batch of pairs, each of which runs its first ``prefix_length``
     tokens once."""
     suffixes = [input_length(s) - prefix_length for p in pairs for s in (p.chosen, p.rejected)]
-    groups = group_by_length(suffixes)
+    groups = group_by_length(suffixes, pass_cost)
     positions = sum(len(group) * max(suffixes[i] for i in group) for group in groups)
-    return Cost(len(pairs) * prefix_length + positions, len(groups) + (prefix_length > 0))
+    return Cost(
+        len(pairs) * prefix_length + positions, len(groups) + (prefix_length > 0), pass_cost
+    )
 
 
-def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:
     """Divide sequences into groups of similar length that run in one pass each.
 
     A sequence joins a group where the padding that it needs costs less than a pass of its own.
+
+    Args:
+        pass_cost: of one more pass, in positions.
 
     Returns:
         Indices into ``lengths``, per group; the longest sequence of each group first.
     """
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and lengths[groups[-1][0]] - lengths[i] <= pass_cost():
+        if groups and lengths[groups[-1][0]] - lengths[i] <= pass_cost:
             groups[-1].append(i)
         else:
             groups.append([i])

@@ -1,26 +1,19 @@
 """A forward pass in which several continuations share one prefix, gradients through it included.
 
-mlx-lm's models read keys and values through a cache object. A `PrefixKVCache` puts those of a
-prefix in front of the new ones; what it holds are ordinary arrays of the graph, and no two passes
-share a `PrefixKVCache`.
+mlx-lm's models read keys, values and recurrent states through cache objects. Ours hold those of a
+prefix as ordinary arrays of the graph, and no two passes share one.
 """
 
-import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from threading import RLock
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx.utils import tree_map
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
-from .attention import attention
-
-_ATTENTION_NAME = scaled_dot_product_attention.__name__
+from .trunk import run_trunk, trunk_path
 
 
 class PrefixKVCache:
@@ -37,10 +30,6 @@ class PrefixKVCache:
     def offset(self) -> int:
         """The number of positions before those that run now."""
         return 0 if self.keys is None else self.keys.shape[2]
-
-    def arrays(self) -> tuple:
-        """Return (keys, values), or () if there are none, to pass them to a function as arrays."""
-        return () if self.keys is None else (self.keys, self.values)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append new keys and values [n, heads, T, D] and return all of them."""
@@ -60,97 +49,107 @@ class PrefixKVCache:
         return None if n == 1 else "causal"
 
 
-def run_prefix(model: nn.Module, tokens: mx.array) -> list[PrefixKVCache]:
-    """Return each layer's keys and values of the prefixes ``tokens`` [B, P]; P may be 0."""
-    caches = [PrefixKVCache() for _ in make_prompt_cache(model)]
+class PrefixStates(ArraysCache):
+    """The recurrent and convolution states of one layer, each [n, …] or None.
+
+    A layer replaces its states and never writes into their arrays, so a copy of the list is a fork.
+    """
+
+    def __init__(self, states: Sequence[mx.array | None]) -> None:
+        super().__init__(len(states))
+        self.cache = list(states)
+
+
+class PrefixCacheList(CacheList):
+    """The caches of a layer that has several, as Falcon-H1's: attention beside a recurrence."""
+
+
+PrefixCache = PrefixKVCache | PrefixStates | PrefixCacheList
+
+
+def is_prefix_cache(value: Any) -> TypeGuard[PrefixCache]:
+    """Return whether ``value`` is one of ours."""
+    return isinstance(value, PrefixKVCache | PrefixStates | PrefixCacheList)
+
+
+def cache_arrays(cache: PrefixCache) -> Any:
+    """Return what a cache holds as a tree of arrays, to pass it to a function or to index it."""
+    if isinstance(cache, PrefixKVCache):
+        return {} if cache.keys is None else {"keys": cache.keys, "values": cache.values}
+    if isinstance(cache, PrefixStates):
+        return {str(i): state for i, state in enumerate(cache.cache) if state is not None}
+    return [cache_arrays(inner) for inner in cache.caches]
+
+
+def with_arrays(cache: PrefixCache, arrays: Any) -> PrefixCache:
+    """Return a new cache of the same kind that holds ``arrays``, as `cache_arrays` returns them."""
+    if isinstance(cache, PrefixKVCache):
+        return type(cache)(**arrays)
+    if isinstance(cache, PrefixStates):
+        return PrefixStates([arrays.get(str(i)) for i in range(len(cache.cache))])
+    inner = zip(cache.caches, arrays, strict=True)
+    return PrefixCacheList(*(with_arrays(one, part) for one, part in inner))
+
+
+def set_arrays(cache: PrefixCache, arrays: Any) -> None:
+    """Let ``cache`` hold ``arrays``, as `cache_arrays` returns them."""
+    if isinstance(cache, PrefixKVCache):
+        cache.keys, cache.values = arrays["keys"], arrays["values"]
+    elif isinstance(cache, PrefixStates):
+        cache.cache = [arrays.get(str(i)) for i in range(len(cache.cache))]
+    else:
+        for inner, part in zip(cache.caches, arrays, strict=True):
+            set_arrays(inner, part)
+
+
+def empty_caches(model: nn.Module) -> list[PrefixCache]:
+    """Return a cache of our kind for each that mlx-lm makes for the model.
+
+    Raises:
+        TypeError: mlx-lm makes one that holds something else; see `reason_not_shareable`.
+    """
+    return [_empty(cache) for cache in make_prompt_cache(model)]
+
+
+def _empty(cache: Any) -> PrefixCache:
+    if type(cache) in (KVCache, RotatingKVCache):
+        return PrefixKVCache()
+    if type(cache) is ArraysCache:
+        return PrefixStates([None] * len(cache.cache))
+    if type(cache) is CacheList:
+        return PrefixCacheList(*map(_empty, cache.caches))
+    raise TypeError(f"a {type(cache).__name__} cannot be forked")
+
+
+def run_prefix(model: nn.Module, tokens: mx.array) -> list[PrefixCache]:
+    """Return each layer's cache after the prefixes ``tokens`` [B, P]; P may be 0."""
+    caches = empty_caches(model)
     if tokens.shape[1]:
-        model.model(tokens, cache=caches)  # type: ignore[operator]
+        run_trunk(model, tokens, caches)
     return caches
 
 
 def run_continuations(
-    model: nn.Module, tokens: mx.array, prefix: Sequence[PrefixKVCache], prefix_index: mx.array
+    model: nn.Module, tokens: mx.array, prefix: Sequence[PrefixCache], prefix_index: mx.array
 ) -> mx.array:
     """Return the hidden states [n, T, D] of tokens [n, T], which follow prefixes by index [n]."""
     # Indexing copies: what one continuation appends is not seen by another.
-    caches = [PrefixKVCache(*(a[prefix_index] for a in cache.arrays())) for cache in prefix]
-    return model.model(tokens, cache=caches)  # type: ignore[operator]
+    caches = [
+        with_arrays(cache, tree_map(lambda a: a[prefix_index], cache_arrays(cache)))
+        for cache in prefix
+    ]
+    if tokens.shape[1] == 1 and any(not isinstance(cache, PrefixKVCache) for cache in prefix):
+        # A recurrent layer's step of one token is a kernel without a gradient on Metal.
+        return run_trunk(model, mx.pad(tokens, ((0, 0), (0, 1))), caches)[:, :1]
+    return run_trunk(model, tokens, caches)
 
 
 def reason_not_shareable(model: nn.Module) -> str | None:
     """Return why a prefix cannot be shared in this model; None where it can."""
-    kinds: set[Any] = {type(cache) for cache in make_prompt_cache(model)}
-    others = sorted(kind.__name__ for kind in kinds - {KVCache, RotatingKVCache})
-    if others:
-        return f"its layers keep a state that cannot be forked ({', '.join(others)})"
-    if not callable(getattr(model, "model", None)):
+    if trunk_path(model) is None:
         return "mlx-lm does not separate its trunk from its head"
-    return None
-
-
-# --- the patch of mlx-lm's attention -----------------------------------------------------------
-
-# The contexts that hold the patch of a module; without any, it is as mlx-lm wrote it.
-_holders: dict[ModuleType, set[object]] = defaultdict(set)
-# Re-entrant: garbage collection may end an abandoned context while this thread holds the lock.
-_lock = RLock()
-
-
-def attention_modules(model: nn.Module) -> tuple[ModuleType, ...]:
-    """Return the modules that define ``model``'s layers and call mlx-lm's attention by its name.
-
-    Models that compute their scores themselves (Gemma 2, for its softcap) have none.
-    """
-    layers: Any = model.layers
-    names = {type(module).__module__ for layer in layers for module in layer.modules()}
-    modules = [sys.modules[name] for name in sorted(names)]
-    either = (scaled_dot_product_attention, _attention)  # the second within `patched_attention`
-    return tuple(m for m in modules if vars(m).get(_ATTENTION_NAME) in either)
-
-
-@contextmanager
-def patched_attention(modules: Sequence[ModuleType]) -> Iterator[None]:
-    """Within the context, let ``modules`` use `attention` where they run on a `PrefixKVCache`.
-
-    mlx-lm's model files import one function by name, ``scaled_dot_product_attention``, and pass it
-    the cache. Within the context that name leads to a function that passes every other cache on to
-    mlx-lm's; afterwards, also after an exception or Ctrl-C, to mlx-lm's own again. Contexts may be
-    nested, overlap, and run in several threads: the last one to end takes the patch away.
-
-    MLX calls Python only while it builds a graph, so the context has to be entered for that and not
-    for mx.eval. A function in mx.checkpoint is called again when its gradient's graph is built,
-    which is after the forward pass: it has to enter the context itself.
-
-    Args:
-        modules: of `attention_modules`.
-    """
-    holder = object()
     try:
-        with _lock:
-            for module in modules:
-                _holders[module].add(holder)
-                vars(module)[_ATTENTION_NAME] = _attention
-        yield
-    finally:
-        with _lock:
-            for module in modules:
-                _holders[module].discard(holder)
-                if not _holders[module]:
-                    vars(module)[_ATTENTION_NAME] = scaled_dot_product_attention
-
-
-def _attention(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    cache: Any,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """Compute `attention` on a `PrefixKVCache`, and mlx-lm's own with any other cache, with sinks,
-    and with a mask that is more than booleans [T, S] (an additive one may have a gradient)."""
-    is_plain = mask is None or isinstance(mask, str) or (mask.dtype == mx.bool_ and mask.ndim == 2)
-    if isinstance(cache, PrefixKVCache) and sinks is None and is_plain:
-        return attention(queries, keys, values, scale, mask)
-    return scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)  # type: ignore
+        empty_caches(model)
+    except TypeError as error:
+        return f"its layers keep a state of which nobody knows how to fork it ({error})"
+    return None

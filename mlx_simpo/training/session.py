@@ -13,7 +13,7 @@ from ..config.simpo_config import SimPOConfig
 from ..data.encode import EncodedPair, Encoder
 from ..data.mixing import SourceCounts
 from ..data.pairs import Quarantined
-from ..engine.choice import Engine, choose_engine
+from ..engine.choice import Engine, configured_engine
 from ..engine.vocabulary import check_prompt_ids, check_token_ids
 from ..errors import SimPOError
 from ..evaluation import Evaluation, evaluate_pairs
@@ -186,7 +186,7 @@ def prepare(
         valid_main=config.data.valid_main or next(iter(pairs.valid), ""),
         sources=pairs.sources,
         quarantined=quarantined,
-        engine=choose_engine(config.train.engine, model, config.logps.impl),
+        engine=configured_engine(config, model),
         display=display,
         record=training_record(loaded, config, template),
         loaded=loaded,

@@ -21,7 +21,7 @@ from ..config.simpo_config import SimPOConfig, TrainConfig
 from ..data.encode import EncodedPair
 from ..data.mixing import Mixture, epoch_order
 from ..data.order import steps_per_epoch
-from ..engine.choice import Engine, choose_engine
+from ..engine.choice import Engine, configured_engine
 from ..engine.gradient_checkpointing import gradient_checkpointing
 from ..errors import SimPOError
 from ..randomness import random_state
@@ -98,7 +98,7 @@ def train_steps(
     if not pairs:
         raise SimPOError("there are no pairs to train on")
     options = config.train
-    engine = engine or choose_engine(options.engine, model, config.logps.impl)
+    engine = engine or configured_engine(config, model)
     steps = total_steps(config, pairs)
     per_epoch = steps_per_epoch(epoch_order(pairs, config.seed).num_pairs, options.step_pairs)
     state = state or TrainingState(model, config, steps)

@@ -172,6 +172,8 @@ def resolved_settings(name: str) -> dict[str, Any]:
             "keep_awake": None,
         },
         "logps": {"impl": "auto"},
+        "engine": {"attention": "auto", "calibration": "auto"},
+        "memory": {"limit_gb": None, "cache_limit_gb": None, "wired_limit_gb": None},
     }
 
 

@@ -14,8 +14,10 @@ import pytest
 from mlx_simpo import (
     DataConfig,
     EarlyStoppingConfig,
+    EngineConfig,
     LogpsConfig,
     LoRAConfig,
+    MemoryConfig,
     ObjectiveConfig,
     SimPOConfig,
     SimPOError,
@@ -28,6 +30,7 @@ from mlx_simpo.config.value_types import union_members
 SETTINGS = {name: (item, hint) for name, item, hint in all_settings(SimPOConfig)}
 SECTIONS = {"data": DataConfig, "objective": ObjectiveConfig, "lora": LoRAConfig}
 SECTIONS |= {"train": TrainConfig, "logps": LogpsConfig}
+SECTIONS |= {"engine": EngineConfig, "memory": MemoryConfig}
 SECTIONS |= {"train.early_stopping": EarlyStoppingConfig}
 
 

@@ -1,0 +1,168 @@
+"""The patch of mlx-lm's operations: which attention and which delta rule the layers compute with.
+
+mlx-lm's model files import two functions by name, ``scaled_dot_product_attention`` and
+``gated_delta_update``. Within `patched` those names lead to functions that compute with the
+operations of that context; afterwards to mlx-lm's own again.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import RLock
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import gated_delta
+from mlx_lm.models.base import scaled_dot_product_attention
+
+from ..device import is_gpu
+from .prefix_cache import PrefixKVCache
+
+# (queries, keys, values, scale, mask: "causal", None or booleans [T, S]) → [n, H, T, E]; see
+# `attention.attention`.
+Attention = Callable[[mx.array, mx.array, mx.array, float, mx.array | str | None], mx.array]
+# (q, k [B, T, Hk, Dk], v [B, T, Hv, Dv], g [B, T, Hv] or [B, T, Hv, Dk], beta [B, T, Hv],
+# state [B, Hv, Dv, Dk]) → (outputs [B, T, Hv, Dv], state after the last token).
+DeltaRule = Callable[
+    [mx.array, mx.array, mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]
+]
+
+
+class Operations(NamedTuple):
+    """What the layers compute with; None: mlx-lm's own."""
+
+    attention: Attention | None
+    delta_rule: DeltaRule | None
+
+
+MLX_LM = Operations(None, None)
+
+_current: ContextVar[Operations] = ContextVar("operations", default=MLX_LM)
+# The contexts that hold the patch of a module; without any, it is as mlx-lm wrote it.
+_holders: dict[ModuleType, set[object]] = defaultdict(set)
+# Re-entrant: garbage collection may end an abandoned context while this thread holds the lock.
+_lock = RLock()
+
+
+def current_operations() -> Operations:
+    """Return the operations of the innermost `patched` of this thread; MLX_LM without any."""
+    return _current.get()
+
+
+def patchable_modules(model: nn.Module) -> tuple[ModuleType, ...]:
+    """Return the modules that define ``model``'s layers and call one of the two by its name.
+
+    Models that compute their scores themselves (Gemma 2, for its softcap) have none.
+    """
+    layers: Any = model.layers
+    names = {type(module).__module__ for layer in layers for module in layer.modules()}
+    modules = [sys.modules[name] for name in sorted(names)]
+    return tuple(m for m in modules if any(_is_patchable(m, name) for name in _PATCHES))
+
+
+@contextmanager
+def patched(modules: Sequence[ModuleType], operations: Operations) -> Iterator[None]:
+    """Within the context, let ``modules`` compute with ``operations``.
+
+    Everything else, and every other thread, computes with mlx-lm's own. Contexts may be nested,
+    overlap, and run in several threads: the last one to end takes the patch away, also after an
+    exception or Ctrl-C.
+
+    MLX calls Python only while it builds a graph, so the context has to be entered for that and not
+    for mx.eval. A function in mx.checkpoint is called again when its gradient's graph is built,
+    which is after the forward pass: it has to enter the context itself.
+
+    Args:
+        modules: of `patchable_modules`.
+    """
+    holder = object()
+    token = _current.set(operations)
+    try:
+        with _lock:
+            for module in modules:
+                _holders[module].add(holder)
+                for name, (_, ours) in _PATCHES.items():
+                    if _is_patchable(module, name):
+                        vars(module)[name] = ours
+        yield
+    finally:
+        _current.reset(token)
+        with _lock:
+            for module in modules:
+                _holders[module].discard(holder)
+                if not _holders[module]:
+                    for name, (original, _) in _PATCHES.items():
+                        if _is_patchable(module, name):
+                            vars(module)[name] = original
+
+
+def _is_patchable(module: ModuleType, name: str) -> bool:
+    return vars(module).get(name) in _PATCHES[name]
+
+
+def _attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Compute the context's attention on a `PrefixKVCache`, and mlx-lm's own with any other cache,
+    with sinks, and with a mask that is more than booleans [T, S] (an additive one may have a
+    gradient)."""
+    ours = current_operations().attention
+    is_plain = mask is None or isinstance(mask, str) or (mask.dtype == mx.bool_ and mask.ndim == 2)
+    if ours is not None and isinstance(cache, PrefixKVCache) and sinks is None and is_plain:
+        return ours(queries, keys, values, scale, mask)
+    return scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)  # type: ignore
+
+
+def _gated_delta_update(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
+    *,
+    use_kernel: bool = True,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """Compute the context's delta rule, and mlx-lm's own with a mask, and for inference on a GPU,
+    where mlx-lm has a kernel (without a gradient)."""
+    ours = current_operations().delta_rule
+    if ours is None or mask is not None or (use_kernel and is_gpu()):
+        return _ORIGINAL_DELTA(
+            *(q, k, v, a, b, A_log, dt_bias, state, mask),
+            use_kernel=use_kernel,
+            lower_bound=lower_bound,
+            allow_neg_eigval=allow_neg_eigval,
+        )
+    beta = mx.sigmoid(b)
+    if allow_neg_eigval:
+        beta = beta * 2.0
+    if lower_bound is None:
+        g = gated_delta.compute_g(A_log, a, dt_bias)
+    else:
+        g = gated_delta.compute_lower_bound_g(A_log, a, dt_bias, lower_bound)
+    if state is None:
+        state = mx.zeros((q.shape[0], *v.shape[2:], k.shape[3]), mx.float32)
+    return ours(q, k, v, g, beta, state)
+
+
+_ORIGINAL_DELTA = gated_delta.gated_delta_update
+# The name in mlx-lm's model files: mlx-lm's function and ours.
+_PATCHES: dict[str, tuple[Callable, Callable]] = {
+    "scaled_dot_product_attention": (scaled_dot_product_attention, _attention),
+    "gated_delta_update": (_ORIGINAL_DELTA, _gated_delta_update),
+}
