@@ -57,6 +57,11 @@ class SharedPrefixBatch:
         """Tokens that the trunk processes, padding included."""
         return self.prefix_tokens.size + sum(tokens.size for tokens, _ in self.groups)
 
+    @property
+    def passes(self) -> int:
+        """Forward passes of the trunk."""
+        return len(self.groups) + (self.prefix_tokens.size > 0)
+
 
 def collate_shared(pairs: Sequence[EncodedPair], pass_cost: int) -> SharedPrefixBatch:
     """Divide the pairs' sequences into prefixes and continuations.
