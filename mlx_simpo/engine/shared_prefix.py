@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..kernels.choice import BUILT_IN, Implementation
 from .head import Head
 from .prefix_cache import run_continuations, run_prefix
-from .token_logps import token_logps
+from .token_logps import MAX_CHUNK_LOGITS, token_logps
 
 
 def shared_prefix_logps(
@@ -25,6 +25,7 @@ def shared_prefix_logps(
     *,
     training: bool,
     implementation: Implementation = BUILT_IN,
+    chunk_logits: int = MAX_CHUNK_LOGITS,
 ) -> mx.array:
     """Return the average log-probability of each response of a `collate_shared.SharedPrefixBatch`.
 
@@ -32,7 +33,7 @@ def shared_prefix_logps(
         model: an mlx-lm model; within `prefix_cache.patched_attention`, training takes less memory.
         head: of `head.resolve_head`.
         prefix_tokens, …, response_lengths: the fields of `collate_shared.SharedPrefixBatch`.
-        training: whether gradients will be asked for; see `token_logps`.
+        training, chunk_logits: see `token_logps`.
 
     Returns:
         float32 [2B], in nats per token: the B chosen responses, then the B rejected ones.
@@ -41,7 +42,13 @@ def shared_prefix_logps(
     hidden = [run_continuations(model, tokens, prefix, index) for tokens, index in groups]
     flat = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])
     logps = token_logps(
-        model, head, flat[hidden_indices], targets, training=training, implementation=implementation
+        model,
+        head,
+        flat[hidden_indices],
+        targets,
+        training=training,
+        implementation=implementation,
+        chunk_logits=chunk_logits,
     )
     loss_mask = mx.arange(logp_indices.shape[1]) < response_lengths[:, None]
     return mx.where(loss_mask, logps[logp_indices], 0.0).sum(axis=-1) / response_lengths

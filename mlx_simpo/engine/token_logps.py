@@ -33,8 +33,9 @@ def token_logps(
     *,
     training: bool,
     implementation: Implementation = BUILT_IN,
+    chunk_logits: int = MAX_CHUNK_LOGITS,
 ) -> mx.array:
-    """Return log p(targets) of hidden states, from at most MAX_CHUNK_LOGITS logits at a time.
+    """Return log p(targets) of hidden states, from at most ``chunk_logits`` logits at a time.
 
     Args:
         model: the model that made the hidden states, and the weights of its head.
@@ -58,7 +59,7 @@ def token_logps(
     else:
         chunk_logps = trained_head_logps(model, head, response_logps)
     vocab_size = head.raw_logits(model, hidden[:1]).shape[-1]  # never evaluated
-    size = min(MOST_ROWS, max(64, MAX_CHUNK_LOGITS // vocab_size // 64 * 64))
+    size = chunk_rows(chunk_logits, vocab_size)
     logps: list[mx.array] = []
     for start in range(0, hidden.shape[0], size):
         chunk = hidden[start : start + size]
@@ -68,6 +69,11 @@ def token_logps(
             chunk = mx.depends([chunk], [logps[-1]])[0]
         logps.append(chunk_logps(chunk, targets[start : start + size]))
     return mx.concatenate(logps)
+
+
+def chunk_rows(chunk_logits: int, vocab_size: int) -> int:
+    """Return how many hidden states become so many logits, at most: a multiple of 64."""
+    return min(MOST_ROWS, max(64, chunk_logits // vocab_size // 64 * 64))
 
 
 def forward_logps(model: Any, head: Head, response_logps: LogpsAndGradient) -> ChunkLogps:
