@@ -70,13 +70,15 @@ ROOMS = {
     "planning": [["largest", "peak"], ["memory"], ["memory_errors"]],
     # What pairs of tokens go through.
     "engine": [
-        ["reference", "figures", "trunk", "vocabulary", "agreement"],
+        ["reference", "figures", "trunk", "vocabulary", "agreement", "stopwatch"],
         ["attention", "plan", "head", "prefix_cache"],
-        ["operations", "collate_stacked", "collate_shared", "token_logps"],
-        ["gradient_checkpointing", "shared_prefix", "attention_shapes"],
+        ["operations", "collate_stacked", "collate_shared", "token_logps", "pass_timing"],
+        ["gradient_checkpointing", "shared_prefix", "attention_shapes", "head_timing"],
         ["fused_attention"],
         ["operation_choice"],
-        ["choice"],
+        ["choice", "attention_timing"],
+        ["calibration"],
+        ["calibrated"],
     ],
 }
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -1,22 +1,17 @@
 """Whether MLX's fused attention or our blocks are quicker on this device, at a run's lengths."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .attention import attention, split_into_tiles
+from .attention import split_into_tiles
+from .attention_shapes import AttentionShape, observe_attention
 from .figures import AttentionName, Figures
-from .fused_attention import (
-    AttentionShape,
-    check_fused_attention,
-    has_fused_gradient,
-    mlx_attention,
-    observe_attention,
-)
-from .operation_choice import AttentionSetting
+from .fused_attention import check_fused_attention, has_fused_gradient
+from .operation_choice import AttentionSetting, attention_in_blocks, fused_attention
+from .operations import Attention
 from .pass_timing import SECOND_AT_MOST, Lengths, shape_of
 from .stopwatch import Stopwatch, Work
 
@@ -25,9 +20,6 @@ TILES = (2**19, 2**22, 2**24)  # scores that the blocks compute at once
 SLOWER = 0.05
 # How much slower than the first alternative another one should be, at most.
 MARGIN = 4.0
-
-# (queries, keys, values, scale, mask) → [n, H, T, E]
-PlainAttention = Callable[[mx.array, mx.array, mx.array, float, str], mx.array]
 
 
 class AttentionTiming(NamedTuple):
@@ -61,7 +53,7 @@ def time_attention(
     Returns:
         Nothing if there is no choice: one kind, or models that compute their scores themselves.
     """
-    shapes = [s for s in observe_attention(model) if s.is_plain and s.mask == "causal"]
+    shapes = list({s.without_mask: 0 for s in observe_attention(model) if s.is_plain})
     pairs = shape_of(max(SECOND_AT_MOST, lengths.positions), lengths).pairs
     prefix, continuation = lengths
     calls = [_Call(pairs, prefix, prefix), _Call(2 * pairs, continuation, prefix + continuation)]
@@ -70,8 +62,8 @@ def time_attention(
         return []
     timings: list[AttentionTiming] = []
     for name, tile_scores in alternatives:
-        run = mlx_attention if name == "mlx" else partial(attention, tile_scores=tile_scores)
-        work = _work(run, shapes, calls)
+        run = attention_in_blocks(tile_scores)
+        work = _work(fused_attention(run) if name == "mlx" else run, shapes, calls)
         # Twice: the first run compiles kernels.
         if 2 * layer_s > watch.left:
             break
@@ -89,12 +81,12 @@ def _alternatives(
 ) -> list[tuple[AttentionName, int]]:
     """Return the attentions to choose from, with their tile_scores, MLX's first."""
     alternatives: dict[Any, tuple[AttentionName, int]] = {}
-    is_fused = all(
+    is_fused = any(
         has_fused_gradient(shape, (call.queries, call.keys)) and check_fused_attention(shape).passed
         for shape in shapes
         for call in calls
     )
-    if setting != "blocks" and is_fused:
+    if setting == "auto" and is_fused:
         alternatives["mlx"] = ("mlx", TILES[0])
     if setting != "mlx":
         for tile_scores in TILES:
@@ -112,7 +104,7 @@ def _alternatives(
     return list(alternatives.values())
 
 
-def _work(run: PlainAttention, shapes: Sequence[AttentionShape], calls: Sequence[_Call]) -> Work:
+def _work(run: Attention, shapes: Sequence[AttentionShape], calls: Sequence[_Call]) -> Work:
     """Return value and gradient of these calls, in a layer of each shape."""
     inputs = []
     for shape in shapes:
@@ -133,7 +125,9 @@ def _work(run: PlainAttention, shapes: Sequence[AttentionShape], calls: Sequence
     def work() -> Any:
         return [
             mx.vjp(
-                lambda q, k, v, scale=scale: run(q, k, v, scale, "causal"), primals, [cotangent]
+                lambda q, k, v, scale=scale: run(q, k, v, scale, "causal", None),
+                primals,
+                [cotangent],
             )
             for scale, (*primals, cotangent) in inputs
         ]

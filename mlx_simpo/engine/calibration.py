@@ -33,6 +33,7 @@ from .pass_timing import (
     Shape,
     costs_at_ratio,
     fit,
+    has_two_sizes,
     pairs_of,
     shape_of,
     time_passes,
@@ -57,7 +58,8 @@ class Calibration:
     figures: what the engine is to be planned with. seconds: that measuring took. pass_s,
     position_s, row_s: seconds of a forward pass, of a position, and of a hidden state in the head,
     gradients included; None where there was no time, or no line through the measurements. longest:
-    tokens of the longest sequence that was measured.
+    tokens of the longest sequence that was measured. is_complete: whether the figures are measured,
+    and not the built-in ones.
     """
 
     figures: Figures
@@ -66,6 +68,7 @@ class Calibration:
     position_s: float | None
     row_s: float | None
     longest: int
+    is_complete: bool
 
 
 def calibrate(
@@ -137,11 +140,12 @@ def calibrate(
     if attention:
         figures = replace(figures, evidence=attention_evidence(attention))
     costs = fit(timings)
+    is_complete = costs is not None
     if costs is not None:
         figures = _with_passes(figures, costs, _positions_in(free, timings), seconds)
     else:
         figures = replace(figures, source=_reason(figures.source, timings, seconds))
-        if len({t.shape.positions // SMALL for t in timings}) == 1:
+        if timings and not has_two_sizes(timings):
             costs = costs_at_ratio(timings[0], figures.pass_cost)
     return Calibration(
         figures,
@@ -150,6 +154,7 @@ def calibrate(
         None if costs is None else costs.position_s,
         None if head is None else head.row_s,
         max((sum(t.shape.lengths) for t in timings), default=0),
+        is_complete,
     )
 
 

@@ -2,8 +2,8 @@
 indices of the hidden states that predict a scored token.
 
 Nothing is padded unless that is cheaper: a forward pass of its own costs as much as
-`Figures.pass_cost` positions, so sequences share a pass where the padding, or the prompt tokens that
-run twice for it, cost less than that.
+`Figures.pass_cost` positions, so sequences share a pass where the padding, or the prompt tokens
+that run twice for it, cost less than that.
 """
 
 from collections.abc import Sequence

@@ -22,6 +22,9 @@ SECOND_AT_MOST = 512
 MARGIN = 1.3
 # Of the memory that is free, how much a micro-batch may take while it is timed.
 MEMORY_SHARE = 0.5
+# Of what is left of the budget, how much a third pass of the smallest size may take: it tells the
+# cost of a pass more directly, but a second size is needed more.
+UNEVEN_SHARE = 0.2
 SAMPLED_PAIRS = 512
 
 
@@ -151,7 +154,9 @@ def time_passes(
     time(small, small_s)
     if not timings:
         return []
-    time(small._replace(passes=3), 1.5 * timings[0].measured.seconds)
+    uneven_s = 1.5 * timings[0].measured.seconds
+    if uneven_s <= UNEVEN_SHARE * watch.left:
+        time(small._replace(passes=3), uneven_s)
     for largest in (SECOND_AT_MOST, SIZES[-1]):
         expected = {
             size: _expected(timings, shape_of(size, lengths))
@@ -187,19 +192,22 @@ def fit(timings: Sequence[PassTiming]) -> PassCosts | None:
     None if there is no such line: too few sizes, or a time that is not finite, or one that does
     not grow with the positions (b ≤ 0), or one that would be less without passes (a < 0).
     """
-    positions = np.array([t.shape.positions for t in timings], float)
-    if len(timings) < 2 or positions.max() < 1.5 * positions.min():
-        return None
     seconds = np.array([t.measured.seconds for t in timings])
-    if not (np.isfinite(seconds).all() and (seconds > 0).all()):
+    if not (has_two_sizes(timings) and np.isfinite(seconds).all() and (seconds > 0).all()):
         return None
-    passes = np.array([t.shape.passes for t in timings], float)
+    positions, passes = np.array([(t.shape.positions, t.shape.passes) for t in timings]).T
     # Divided by the seconds: a measurement is off by some share of itself.
     matrix = np.stack([passes, positions], axis=1) / seconds[:, None]
     (pass_s, position_s), *_ = np.linalg.lstsq(matrix, np.ones(len(timings)))
     if pass_s < 0 or position_s <= 0:
         return None
     return PassCosts(float(pass_s), float(position_s))
+
+
+def has_two_sizes(timings: Sequence[PassTiming]) -> bool:
+    """Return whether the numbers of positions differ enough to tell what one costs."""
+    positions = [t.shape.positions for t in timings]
+    return max(positions, default=0) >= 1.5 * min(positions, default=1)
 
 
 def costs_at_ratio(timing: PassTiming, pass_cost: int) -> PassCosts:

@@ -29,9 +29,7 @@ def alone(sequence: TokenizedSequence) -> float:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("pass_cost", PASS_COSTS)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_chosen_then_rejected_each_as_if_alone(
-    count: int, pass_cost: int, training: bool
-) -> None:
+def test_chosen_then_rejected_each_as_if_alone(count: int, pass_cost: int, training: bool) -> None:
     """With a prefix, and (pair 3 has a prompt of one token) without any."""
     pairs = PAIRS[:count]
     arrays = collate_shared(pairs, pass_cost).arrays
