@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..kernels.choice import Implementation
+from ..kernels.launch import MOST_ROWS
 from .head import Head
 from .prefix_cache import empty_caches
 from .stopwatch import Stopwatch, Work
@@ -38,7 +39,7 @@ def time_head(
     """
     output = run_trunk(model, mx.zeros((1, 1), mx.int32), empty_caches(model))  # not evaluated
     vocab_size = head.raw_logits(model, output[0]).shape[-1]
-    rows_of = {chunk_rows(chunk, vocab_size): chunk for chunk in reversed(CHUNKS)}
+    rows_of = {chunk_rows(MOST_ROWS, vocab_size, c): c for c in reversed(CHUNKS)}
     probed, timings = None, {}
     for rows in (PROBE_ROWS, *reversed(rows_of)):
         hidden = mx.random.normal((rows, output.shape[-1]), key=mx.random.key(0))
