@@ -153,9 +153,9 @@ def attention_evidence(timings: Sequence[AttentionTiming]) -> str:
     """Return what was measured of attention in a sentence for the user: the quickest of a kind."""
     texts = []
     for name, words in (("mlx", "MLX's fused"), ("blocks", "blocks")):
-        of_kind = [timing for timing in timings if timing.name == name]
-        if of_kind:
-            quickest = min(of_kind, key=lambda t: t.seconds)
+        same = [timing for timing in timings if timing.name == name]
+        if same:
+            quickest = min(same, key=lambda t: t.seconds)
             texts.append(
                 f"{words} {1e3 * quickest.seconds:.1f} ms and {quickest.bytes / 1e9:.2f} GB"
             )

@@ -32,20 +32,26 @@ FORMAT = 1  # of the cached files; another number whenever something else is mea
 EARLIER = "measured earlier on this machine"
 
 
-def run_engine(config: SimPOConfig, model: Any, pairs: Sequence[EncodedPair]) -> Engine:
+def run_engine(
+    config: SimPOConfig,
+    model: Any,
+    pairs: Sequence[EncodedPair],
+    figures: Figures | None = None,
+) -> Engine:
     """Return the engine that a run's settings name, for training on these pairs.
 
     On a GPU its figures are measured, unless ``engine.calibration`` is off. On a CPU they are the
     built-in ones: those were measured on a CPU, and runs there are the same to the last digit.
 
     Args:
-        model: with LoRA attached.
+        model: with LoRA attached. figures: that the run has recorded, instead.
 
     Raises:
         SimPOError: ``logps.impl`` or ``engine.attention`` cannot run here.
     """
-    engine = configured_engine(config, model)
-    if engine.figures is None or config.engine.calibration == "off" or not is_gpu():
+    engine = configured_engine(config, model, figures)
+    is_fixed = figures is not None or config.engine.calibration == "off" or not is_gpu()
+    if engine.figures is None or is_fixed:
         return engine
     figures = load_or_calibrate(model, config, typical_lengths(pairs)).figures
     implementation = choose_implementation(config.logps.impl)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,7 +23,7 @@ from .collate_shared import collate_shared
 from .figures import Figures, default_figures
 from .gradient_checkpointing import gradient_checkpointing
 from .head import resolve_head
-from .head_timing import time_head
+from .head_timing import HeadCosts, time_head
 from .pass_timing import (
     SIZES,
     SMALL,
@@ -93,81 +93,100 @@ def calibrate(
     Raises:
         SimPOError: ``logps.impl`` cannot run here.
     """
-    implementation = choose_implementation(config.logps.impl)
-    max_positions = min(config.train.max_tokens_per_step or SIZES[-1], SIZES[-1])
-    setting, figures = config.engine.attention, default_figures()
-    is_checkpointed = config.train.gradient_checkpointing
-
-    def work_of(engine: Engine, shape: Shape) -> Work:
-        arrays = collate_shared(pairs_of(shape), 0).arrays
-        gradient = nn.value_and_grad(
-            model, lambda *arrays: engine.logps(model, arrays, training=True).sum()
-        )
-
-        def work() -> Any:
-            with gradient_checkpointing(model) if is_checkpointed else nullcontext():
-                return gradient(*arrays)
-
-        return work
-
     mx.eval(model.parameters())  # reading them from a disk is not what is to be timed
     watch = Stopwatch(budget_s, clock)
     with undisturbed(model):
         model.train()
-        engine = shared_prefix_engine(model, implementation, setting, figures)
-        small = shape_of(min(SMALL, max_positions), lengths)
-        warm_up = watch.once(work_of(engine, small))
-        attention = time_attention(
-            watch.part(ATTENTION_SHARE), model, lengths, setting, warm_up.seconds
-        )
-        figures = best_attention(attention, figures)
-        engine = shared_prefix_engine(model, implementation, setting, figures)
-        free = memory_limit_bytes() - mx.get_active_memory()
-        timings = time_passes(
-            watch.part(PASSES_SHARE),
-            lambda shape: work_of(engine, shape),
-            lengths,
-            warm_up.seconds,
-            max_positions,
-            free,
-        )
-        # A hidden state in the head takes no longer than two positions in the trunk.
-        row_s = 2 * warm_up.seconds / small.positions
-        head = time_head(watch, model, resolve_head(model), implementation, row_s)
-    seconds = watch.elapsed
-    if head is not None and head.chunk_logits is not None:
-        figures = replace(figures, chunk_logits=head.chunk_logits)
-    if attention:
-        figures = replace(figures, evidence=attention_evidence(attention))
-    costs = fit(timings)
-    is_complete = costs is not None
+        measured = _measure(watch, model, config, lengths)
+    costs, seconds = fit(measured.passes), watch.elapsed
+    figures = measured.figures
     if costs is not None:
-        figures = _with_passes(figures, costs, _positions_in(free, timings), seconds)
+        figures = _with_passes(figures, costs, measured, seconds)
     else:
-        figures = replace(figures, source=_reason(figures.source, timings, seconds))
-        if timings and not has_two_sizes(timings):
-            costs = costs_at_ratio(timings[0], figures.pass_cost)
+        figures = replace(figures, source=_reason(figures.source, measured.passes, seconds))
+    is_complete = costs is not None
+    if costs is None and measured.passes and not has_two_sizes(measured.passes):
+        costs = costs_at_ratio(measured.passes[0], figures.pass_cost)
     return Calibration(
         figures,
         seconds,
         None if costs is None else costs.pass_s,
         None if costs is None else costs.position_s,
-        None if head is None else head.row_s,
-        max((sum(t.shape.lengths) for t in timings), default=0),
+        None if measured.head is None else measured.head.row_s,
+        max((sum(t.shape.lengths) for t in measured.passes), default=0),
         is_complete,
     )
 
 
-def _positions_in(free_bytes: float, timings: Sequence[PassTiming]) -> int:
-    """Return how many positions a micro-batch may have to fit into memory beside another one."""
-    largest = max(timings, key=lambda t: t.shape.positions)
-    bytes_each = max(1.0, largest.measured.bytes / largest.shape.positions)
-    return int(FREE_SHARE * free_bytes / bytes_each)
+class _Measured(NamedTuple):
+    """figures: the built-in ones, with the attention and the chunk that are best. passes, head:
+    what was timed. free_bytes: memory that MLX can still use."""
+
+    figures: Figures
+    passes: list[PassTiming]
+    head: HeadCosts | None
+    free_bytes: float
 
 
-def _with_passes(figures: Figures, costs: PassCosts, fitting: int, seconds: float) -> Figures:
+def _measure(watch: Stopwatch, model: Any, config: SimPOConfig, lengths: Lengths) -> _Measured:
+    """Measure as much as there is time for; see `calibrate`."""
+    implementation = choose_implementation(config.logps.impl)
+    setting, figures = config.engine.attention, default_figures()
+    max_positions = min(config.train.max_tokens_per_step or SIZES[-1], SIZES[-1])
+    is_checkpointed = config.train.gradient_checkpointing
+    engine = shared_prefix_engine(model, implementation, setting, figures)
+    small = shape_of(min(SMALL, max_positions), lengths)
+    small_s = watch.once(_gradient_work(model, engine, small, is_checkpointed)).seconds
+
+    attention = time_attention(watch.part(ATTENTION_SHARE), model, lengths, setting, small_s)
+    if attention:
+        figures = replace(
+            best_attention(attention, figures), evidence=attention_evidence(attention)
+        )
+        engine = shared_prefix_engine(model, implementation, setting, figures)
+
+    free_bytes = memory_limit_bytes() - mx.get_active_memory()
+    passes = time_passes(
+        watch.part(PASSES_SHARE),
+        lambda shape: _gradient_work(model, engine, shape, is_checkpointed),
+        lengths,
+        small_s,
+        max_positions,
+        free_bytes,
+    )
+
+    # A hidden state in the head takes no longer than two positions in the trunk.
+    row_s = 2 * small_s / small.positions
+    head = time_head(watch, model, resolve_head(model), implementation, row_s)
+    if head is not None and head.chunk_logits is not None:
+        figures = replace(figures, chunk_logits=head.chunk_logits)
+    return _Measured(figures, passes, head, free_bytes)
+
+
+def _gradient_work(model: Any, engine: Engine, shape: Shape, is_checkpointed: bool) -> Work:
+    """Return value and gradient of a micro-batch of this shape."""
+    arrays = collate_shared(pairs_of(shape), 0).arrays
+
+    def loss(*arrays: Any) -> mx.array:
+        return engine.logps(model, arrays, training=True).sum()
+
+    gradient = nn.value_and_grad(model, loss)
+
+    def work() -> Any:
+        with gradient_checkpointing(model) if is_checkpointed else nullcontext():
+            return gradient(*arrays)
+
+    return work
+
+
+def _with_passes(
+    figures: Figures, costs: PassCosts, measured: _Measured, seconds: float
+) -> Figures:
     """Return the figures with what was measured of passes and positions."""
     pass_cost = min(max(1, round(costs.pass_s / costs.position_s)), MAX_PASS_COST)
+    largest = max(measured.passes, key=lambda t: t.shape.positions)
+    bytes_each = max(1.0, largest.measured.bytes / largest.shape.positions)
+    fitting = int(FREE_SHARE * measured.free_bytes / bytes_each)
     positions = min(POSITIONS_PER_PASS_COST * pass_cost, fitting, MAX_POSITIONS)
     return replace(
         figures,

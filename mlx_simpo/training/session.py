@@ -14,7 +14,7 @@ from ..data.encode import EncodedPair, Encoder
 from ..data.mixing import SourceCounts
 from ..data.pairs import Quarantined
 from ..engine.calibrated import run_engine
-from ..engine.choice import Engine, configured_engine
+from ..engine.choice import Engine
 from ..engine.figures import Figures
 from ..engine.vocabulary import check_prompt_ids, check_token_ids
 from ..errors import SimPOError
@@ -154,8 +154,7 @@ def prepare(
             instead of data.train and data.valid (docs/data.md says which kinds); valid may be
             several sets by name, {"chat": rows, "safety": rows}, the first of which is the main
             one. resuming: the weights come from a checkpoint, and ``lora.init_from`` is not read.
-            figures: of the engine, as a run has recorded them (`resuming.recorded_figures`);
-            default: measured or built-in, see `engine.calibrated.run_engine`.
+            figures: of the engine, if the run has recorded them; see `calibrated.run_engine`.
 
     Raises:
         SimPOError: data, a model or settings that cannot be read or used.
@@ -180,10 +179,6 @@ def prepare(
         check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
     adapter = _attach_adapter(config, loaded, template, display, resuming)
     maybe_set_recommended_wired_limit()  # or macOS may page weights out between steps
-    if figures is None:
-        engine = run_engine(config, model, pairs.train)
-    else:
-        engine = configured_engine(config, model, figures)
     return Session(
         config=config,
         model=model,
@@ -195,7 +190,7 @@ def prepare(
         valid_main=config.data.valid_main or next(iter(pairs.valid), ""),
         sources=pairs.sources,
         quarantined=quarantined,
-        engine=engine,
+        engine=run_engine(config, model, pairs.train, figures),
         display=display,
         record=training_record(loaded, config, template),
         loaded=loaded,
