@@ -155,9 +155,7 @@ def test_one_measurement_is_divided_at_the_ratio_that_is_known() -> None:
 # --- the budget ------------------------------------------------------------------------------
 
 
-@given(
-    st.floats(0, 0.3), st.floats(1e-6, 0.03), st.floats(0, 10), LENGTHS, st.sampled_from(SIZES)
-)
+@given(st.floats(0, 0.3), st.floats(1e-6, 0.03), st.floats(0, 10), LENGTHS, st.sampled_from(SIZES))
 @settings(deadline=None, max_examples=200)
 def test_the_budget_is_never_exceeded(
     pass_s: float, position_s: float, budget_s: float, lengths: Lengths, max_positions: int

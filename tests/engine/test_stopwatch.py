@@ -35,6 +35,26 @@ def test_slow_work_runs_once() -> None:
     assert (clock.now, watch.left) == (1.0, 2.0)
 
 
+def test_new_work_runs_once_before_it_counts_if_there_is_time_for_both() -> None:
+    clock, runs = FakeClock(), iter([2.0, 1.0])
+
+    def work() -> list:
+        clock.now += next(runs)
+        return []
+
+    watch = Stopwatch(5.0, clock)
+    assert watch.measure(work, 2.6, is_new=True) is None
+    assert clock.now == 0.0
+    assert watch.measure(work, 2.5, is_new=True) == Measurement(1.0, 0)
+    assert clock.now == 3.0
+
+
+def test_new_work_whose_first_run_leaves_no_time_does_not_count() -> None:
+    clock = FakeClock()
+    assert Stopwatch(5.0, clock).measure(clock.work(4.0), 2.0, is_new=True) is None
+    assert clock.now == 4.0
+
+
 def test_a_part_ends_before_the_whole() -> None:
     clock = FakeClock()
     watch = Stopwatch(4.0, clock)
@@ -57,14 +77,17 @@ def test_weights_mode_random_numbers_and_peak_are_as_if_nothing_had_run() -> Non
     model = model_with_lora()
     model.eval()
     before, random = weights(model), np.array(mx.random.state[0])  # type: ignore[index]
-    error = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt) as caught, undisturbed(model):
-        model.train()
-        model.update(tree_map(lambda p: p + 1, model.trainable_parameters()))
-        mx.eval(mx.random.normal((10**7,)))
-        raise error
-    assert caught.value is error
+
+    def disturb() -> None:
+        with undisturbed(model):
+            model.train()
+            model.update(tree_map(lambda p: p + 1, model.trainable_parameters()))
+            mx.eval(mx.random.normal((10**6,)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        disturb()
     assert not model.training
     assert all((value == before[name]).all() for name, value in weights(model).items())
     np.testing.assert_array_equal(np.array(mx.random.state[0]), random)  # type: ignore[index]
-    assert mx.get_peak_memory() < 4e7
+    assert mx.get_peak_memory() <= mx.get_active_memory()
