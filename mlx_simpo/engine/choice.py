@@ -212,9 +212,7 @@ def check_gradient(model: Any, engine: Engine) -> None:
         model.train(was_training)
 
 
-def _random_pairs(
-    vocabulary: int, lengths: Sequence[tuple[int, int, int]]
-) -> list[EncodedPair]:
+def _random_pairs(vocabulary: int, lengths: Sequence[tuple[int, int, int]]) -> list[EncodedPair]:
     """Return pairs of random tokens: (prompt, chosen, rejected) tokens of each."""
     random = np.random.default_rng(0)
     pairs = []

@@ -9,7 +9,6 @@ from helpers.architectures import architecture, architecture_with_lora
 from helpers.gradients import run
 from helpers.tiny import tiny_model
 from helpers.tiny import token_pair as pair
-
 from mlx_lm.models import rwkv7
 from mlx_lm.models.cache import QuantizedKVCache
 

@@ -325,7 +325,9 @@ def test_padding_that_reaches_a_state_would_be_noticed(
         with_padding = original(model, mx.pad(tokens, ((0, 0), (0, 2))))
         for cache, without in zip(with_padding, original(model, tokens), strict=True):
             inner = zip(
-                getattr(cache, "caches", [cache]), getattr(without, "caches", [without]), strict=True
+                getattr(cache, "caches", [cache]),
+                getattr(without, "caches", [without]),
+                strict=True,
             )
             for one, other in inner:
                 if isinstance(one, prefix_cache.PrefixKVCache):
