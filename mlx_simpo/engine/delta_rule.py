@@ -68,12 +68,12 @@ def chunked_delta_rule(
     # What fills the last chunk up leaves the state as it is: k = 0, and a decay of 1.
     gates = _chunks(g, key_heads, v.shape[2] // key_heads, size, padding=1)
     products = (_with_vector_gates if g.ndim == 4 else _with_scalar_gates)(queries, keys, gates)
-    solution = inverse(products.keys_keys * rates[..., None]) * rates[..., None, :]
+    solution: mx.array = inverse(products.keys_keys * rates[..., None])  # type: ignore[assignment]
     steps = (
         values,
         keys * products.from_start,
         keys * products.to_end,
-        solution,
+        solution * rates[..., None, :],
         products.from_start[..., -1:, :],
     )
     before: list[mx.array] = []
@@ -89,9 +89,7 @@ def chunked_delta_rule(
     return out[:, :tokens].astype(q.dtype), current.reshape(state.shape)
 
 
-def _chunks(
-    array: mx.array, key_heads: int, group: int, size: int, padding: float = 0
-) -> mx.array:
+def _chunks(array: mx.array, key_heads: int, group: int, size: int, padding: float = 0) -> mx.array:
     """Return [B, T, key_heads · group, …] as float32 [B, chunks, key_heads, group, size, …]."""
     array = array.astype(mx.float32)
     missing = -array.shape[1] % size
