@@ -70,11 +70,12 @@ ROOMS = {
     "planning": [["largest", "peak"], ["memory"], ["memory_errors"]],
     # What pairs of tokens go through.
     "engine": [
-        ["reference", "figures", "trunk", "vocabulary", "agreement"],
+        ["reference", "figures", "trunk", "vocabulary", "agreement", "delta_rule"],
         ["attention", "plan", "head", "prefix_cache"],
         ["operations", "collate_stacked", "collate_shared", "token_logps"],
         ["gradient_checkpointing", "shared_prefix", "attention_shapes"],
         ["fused_attention"],
+        ["fused_delta_rule"],
         ["operation_choice"],
         ["choice"],
     ],
