@@ -67,7 +67,7 @@ ROOMS = {
         ["cache", "overview"],
     ],
     # From a micro-batch to a message.
-    "planning": [["largest", "peak"], ["memory"], ["memory_errors"]],
+    "planning": [["largest", "peak", "memory_limits"], ["memory"], ["memory_errors"]],
     # What pairs of tokens go through.
     "engine": [
         ["reference", "figures", "trunk", "vocabulary", "agreement"],
