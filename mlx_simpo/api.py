@@ -121,6 +121,11 @@ def evaluate(
 def _evaluate(
     config: SimPOConfig, adapter: str | Path | None, display: Display, valid: Any
 ) -> dict[str, Evaluation]:
+    """Compute what `evaluate` returns.
+
+    Raises:
+        SimPOError: see `evaluate`.
+    """
     # First, so that a kernel that cannot run here is reported before anything is read.
     choose_implementation(config.logps.impl)
     if adapter is not None:

@@ -4,8 +4,8 @@ What MLX 0.32.4 makes of them, by its source (mlx/backend/*/allocator.cpp, mlx/t
 
 - Memory limit: no allocation fails for it. As long as more is in use, MLX submits no further work
   before earlier work has ended, so that fewer results are in memory ahead of time, and on Metal and
-  CUDA it gives freed buffers back first. Its own is 1.5 times what Metal recommends (at most 95 % of
-  the machine's memory), and 80 % of it on a CPU.
+  CUDA it gives freed buffers back first. Its own is 1.5 times what Metal recommends, at most 95 %
+  of the machine's memory; 95 % of it on CUDA, and 80 % on a CPU.
 - Cache limit: freed buffers that are kept for later arrays, the least recently used given back
   first. Its own is the memory limit on a GPU, so that the cache of a training, whose shapes vary,
   takes whatever the machine has; 32 MiB on a CPU.

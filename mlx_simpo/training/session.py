@@ -159,7 +159,7 @@ def prepare(
         SimPOError: data, a model or settings that cannot be read or used.
     """
     display = display or Display()
-    # First, so that a kernel or a limit that cannot be had here is reported before anything is read.
+    # First, so that what cannot run or be set here is reported before anything is read.
     choose_implementation(config.logps.impl)
     set_memory_limits(config.memory)
     # All records are checked before a model of gigabytes is downloaded.
