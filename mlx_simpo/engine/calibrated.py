@@ -24,7 +24,7 @@ from ..kernels.choice import choose_implementation
 from ..paths import cache_folder
 from ..version import __version__
 from .calibration import Calibration, calibrate
-from .choice import Engine, configured_engine, shared_prefix_engine
+from .choice import Engine, check_gradient, configured_engine, shared_prefix_engine
 from .figures import Figures
 from .pass_timing import Lengths, typical_lengths
 
@@ -47,9 +47,11 @@ def run_engine(
         model: with LoRA attached. figures: that the run has recorded, instead.
 
     Raises:
-        SimPOError: ``logps.impl`` or ``engine.attention`` cannot run here.
+        SimPOError: ``logps.impl`` or ``engine.attention`` cannot run here, or the model has no
+            gradient here.
     """
     engine = configured_engine(config, model, figures)
+    check_gradient(model, engine)
     is_fixed = figures is not None or config.engine.calibration == "off" or not is_gpu()
     if engine.figures is None or is_fixed:
         return engine
