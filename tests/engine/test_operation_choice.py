@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.architectures import ARCHITECTURES, architecture_with_lora
-from helpers.devices import on_cpu
+from helpers.devices import on_cpu, on_stand_in_gpu
 from helpers.fused import (
     LEAST_QUERIES,
     MARK,
@@ -31,8 +31,10 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_simpo import SimPOConfig, SimPOError, TrainConfig, train_steps
 from mlx_simpo.data.encode import EncodedPair
+from mlx_simpo.engine import operation_choice
+from mlx_simpo.engine.attention import attention
 from mlx_simpo.engine.attention_shapes import AttentionShape
-from mlx_simpo.engine.choice import Engine, shared_prefix_engine
+from mlx_simpo.engine.choice import Engine, choose_engine, shared_prefix_engine
 from mlx_simpo.engine.figures import CPU, GPU
 from mlx_simpo.engine.fused_attention import primitive_count
 from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
@@ -155,16 +157,26 @@ def test_models_without_an_attention_that_can_be_exchanged() -> None:
     + [(name, gradient_checkpointing) for name in ("llama", "mistral")],
 )
 def test_a_gpu_takes_the_fused_gradient_and_it_is_the_same(
-    name: str, checkpointing: Callable
+    name: str, checkpointing: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every layer and pass, where it is fused; sliding windows and few tokens take the blocks."""
+    in_blocks: list[tuple] = []
+
+    def recording(queries: mx.array, *rest: Any) -> mx.array:
+        in_blocks.append((queries.shape[2], rest[3]))
+        return attention(queries, *rest)
+
+    monkeypatch.setattr(operation_choice, "attention", recording)
     model = architecture_with_lora(name)
     windows = {"mistral": 1, "gemma3_text": 2}.get(name, 0)
     expected = run(model, engine_of(model, "blocks"), PAIRS)
     with fused_attention_stand_in() as stand_in, checkpointing(model):
         engine = engine_of(model)
+        in_blocks.clear()
         calls = fused_calls(model, engine)
         assert all(not isinstance(mask, mx.array) for _, _, mask in stand_in.backward)
+        assert any(length < LEAST_QUERIES for length, _ in in_blocks)
+        assert all(n < LEAST_QUERIES or isinstance(mask, mx.array) for n, mask in in_blocks)
         actual = run(model, engine, PAIRS)
     most = expected_calls(model, engine, checkpointing=checkpointing is gradient_checkpointing)
     # Where a layer's window is longer than a pass, its mask is causal, and it is fused as well.
@@ -219,6 +231,15 @@ def test_a_wrong_gradient_in_one_dtype_is_said_for_models_of_that_dtype() -> Non
         assert " of the largest entry in the gradient of keys with " in engine.note
         assert "(bfloat16, where 0.04 is rounding)" in engine.note
         assert fused_calls(model, engine) == 0
+
+
+def test_the_engine_of_a_run_on_a_gpu() -> None:
+    """Chosen as a run does, with the kernel for log-probabilities, and tried on the model."""
+    model = architecture_with_lora()
+    with on_stand_in_gpu(), fused_attention_stand_in(gpu=False):
+        engine = choose_engine("shared_prefix", model, figures=FUSED)
+        assert f"; {AGREES}{IN_EVALUATION}; log-probabilities: the Metal kernel" in engine.note
+        assert fused_calls(model, engine) == expected_calls(model, engine)
 
 
 def train(model: Any, engine: Engine, *, checkpointing: bool) -> dict[str, np.ndarray]:
