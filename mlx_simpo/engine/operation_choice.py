@@ -16,6 +16,7 @@ from .fused_attention import (
     has_fused_gradient,
     mlx_attention,
 )
+from .fused_delta_rule import choose_delta_rule
 from .operations import Attention, AttentionCall, Operations
 
 AttentionSetting = Literal["auto", "mlx", "blocks"]
@@ -54,7 +55,7 @@ def choose_operations(model: Any, setting: AttentionSetting, figures: Figures) -
         TypeError: the model's caches cannot be forked; see `prefix_cache.reason_not_shareable`.
     """
     chosen = choose_attention(observe_attention(model), setting, figures)
-    delta_rule, delta_note = None, None  # of choose_delta_rule(model)
+    delta_rule, delta_note = choose_delta_rule(model)
     return OperationChoice(
         Operations(chosen.training, delta_rule),
         Operations(chosen.evaluation, delta_rule),
