@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.architectures import ARCHITECTURES, architecture_with_lora
+from helpers.architectures import architecture_with_lora
 from helpers.devices import on_cpu, on_stand_in_gpu
 from helpers.fused import (
     LEAST_QUERIES,
@@ -46,6 +46,8 @@ from mlx_simpo.engine.operation_choice import (
 from mlx_simpo.engine.operations import AttentionCall
 
 PAIRS = [pair(40, 20, 7), pair(35, 3, 60)]
+# Whose layers all have attention that can be exchanged, in some with windows.
+SAME_LAYERS = ["llama", "mistral", "qwen3", "gemma", "gemma3_text", "phi3", "mixtral", "granite"]
 # Another pass costs next to nothing, so that some passes are of few tokens.
 FUSED = replace(GPU, pass_cost=1, attention="mlx", source="measured in a test")
 AGREES = "attention: MLX's fused operation, whose gradient agrees with that of the blocks"
@@ -153,7 +155,7 @@ def test_models_without_an_attention_that_can_be_exchanged() -> None:
 
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
-    [(name, nullcontext) for name in ARCHITECTURES if name != "gemma2"]
+    [(name, nullcontext) for name in SAME_LAYERS]
     + [(name, gradient_checkpointing) for name in ("llama", "mistral")],
 )
 def test_a_gpu_takes_the_fused_gradient_and_it_is_the_same(
@@ -184,9 +186,27 @@ def test_a_gpu_takes_the_fused_gradient_and_it_is_the_same(
     assert greatest_difference(actual, expected) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1", "gemma4_text", "longcat_flash", "mamba"])
+def test_layers_of_several_kinds(name: str) -> None:
+    """Attention beside recurrent layers, heads of two sizes, additive masks, no attention."""
+    model = architecture_with_lora(name)
+    expected = run(model, engine_of(model, "blocks"), PAIRS)
+    with fused_attention_stand_in():
+        engine = engine_of(model)
+        calls = fused_calls(model, engine)
+        actual = run(model, engine, PAIRS)
+    has_plain = name not in ("longcat_flash", "mamba")
+    assert bool(calls) == has_plain == (AGREES in engine.note)
+    assert greatest_difference(actual, expected) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("name", "note"),
     [
+        (
+            "longcat_flash",
+            "attention: MLX's operations, for sinks or masks that add to the scores",
+        ),
         ("llama", AGREES + IN_EVALUATION),
         ("mistral", f"{AGREES}, blocks for sliding windows{IN_EVALUATION}"),
         ("gemma2", "attention: the model's own code"),
