@@ -40,8 +40,9 @@ class TimeMixing(rwkv7.Rwkv7TimeMixing):
         if state is None:
             state = mx.zeros((*r.shape[:1], *r.shape[2:], r.shape[-1]), r.dtype)
         step: Any = rwkv7._wkv7_step_ops
-        outputs = []
+        outputs: list[Any] = []
         for t in range(r.shape[1]):
             output, state = step(*(x[:, t] for x in (r, w, k, v, a, b)), state)
             outputs.append(output)
+        assert state is not None
         return mx.stack(outputs, axis=1).astype(r.dtype), state
