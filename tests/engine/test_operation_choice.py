@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.architectures import ARCHITECTURES, architecture_with_lora
+from helpers.architectures import ATTENTION, architecture_with_lora
 from helpers.devices import on_cpu
 from helpers.fused import (
     LEAST_QUERIES,
@@ -151,7 +151,7 @@ def test_models_without_an_attention_that_can_be_exchanged() -> None:
 
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
-    [(name, nullcontext) for name in ARCHITECTURES if name != "gemma2"]
+    [(name, nullcontext) for name in ATTENTION if name != "gemma2"]
     + [(name, gradient_checkpointing) for name in ("llama", "mistral")],
 )
 def test_a_gpu_takes_the_fused_gradient_and_it_is_the_same(
