@@ -34,14 +34,14 @@ FLOORS = [
     ["objectives", "paths", "device", "randomness"],
     ["files", "blas"],
     ["kernels"],
-    ["config", "doctor"],
+    ["config"],
     ["runs", "data", "model"],
     ["engine"],
     ["evaluation"],
     ["reporting", "planning"],
     ["sampling"],
     ["training", "hub", "convert"],
-    ["api", "generation"],
+    ["api", "generation", "doctor"],
     ["__init__"],
     ["cli"],
     ["__main__"],
@@ -75,6 +75,14 @@ ROOMS = {
         ["operations", "collate_stacked", "collate_shared", "token_logps"],
         ["gradient_checkpointing", "shared_prefix", "operation_choice"],
         ["choice"],
+    ],
+    # From the machine to the report.
+    "doctor": [
+        ["machine", "kernel", "texts", "attempts", "text"],
+        ["examples"],
+        ["equality"],
+        ["steps"],
+        ["examine"],
     ],
 }
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
