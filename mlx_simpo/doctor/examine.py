@@ -82,6 +82,7 @@ def _of_example(
     if shares:
         display.note(f"{example.name}: comparing with the reference engine")
         yield Part({"equality": [*equality(example, implementation, figures)]}, of_model=True)
+    display.note(f"{example.name}: timing training steps")
     ways = variants(example, implementation, figures, shares=shares)
     yield Part({"steps": [*timed_steps(example, ways, display.note)]}, of_model=True)
 

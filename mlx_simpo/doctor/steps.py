@@ -20,8 +20,10 @@ from .equality import ATTENTIONS
 from .examples import Example
 
 ROUNDS = 2  # in which the variants take turns; a Mac without a fan grows slow as it grows warm
-COUNTED = 2  # steps of a turn that count
-LONG_STEP = 1.0  # seconds; of steps that take longer, one per turn counts
+COUNTED = 2  # steps of a turn that count, after one that does not
+# Seconds of a step from which on a turn counts only one, and from which on it has only one: what
+# the first step does besides (compiling, allocating) does not matter then.
+LONG, VERY_LONG = 1.0, 10.0
 
 
 class Variant(NamedTuple):
@@ -33,15 +35,31 @@ class Variant(NamedTuple):
     compiled: bool
 
 
+class Step(NamedTuple):
+    """What a step has taken: seconds, and bytes of memory at its peak, those of the weights too."""
+
+    seconds: float
+    peak: int
+
+
 class Measurement(NamedTuple):
-    """A variant ready to run, and what its counted steps have taken."""
+    """A variant ready to run, and its counted steps."""
 
     variant: Variant
     options: TrainConfig
     gradient_function: GradientFunction
     batch: StepBatch
-    seconds: list[float]
-    peaks: list[int]
+    steps: list[Step]
+
+    @property
+    def seconds(self) -> float:
+        """The median of the counted steps."""
+        return statistics.median(step.seconds for step in self.steps)
+
+    @property
+    def peak_gb(self) -> float:
+        """The highest peak of memory, in 10⁹ bytes."""
+        return max(step.peak for step in self.steps) / 1e9
 
 
 def variants(
@@ -101,7 +119,7 @@ def timed_steps(
                 prepared, problem = attempt(lambda variant=variant: prepare(example, variant))
                 if prepared is None:
                     problems[name] = problem or ""
-                    note(f"{example.name}: {name}: {problem}")
+                    note(f"{name}: {problem}")
                     continue
                 measurements[name] = prepared
             measurement = measurements[name]
@@ -109,12 +127,11 @@ def timed_steps(
             mx.clear_cache()  # of shapes that the next variant does not have
             if problem is not None:
                 problems[name] = problem
-                note(f"{example.name}: {name}: {problem}")
+                note(f"{name}: {problem}")
                 continue
-            seconds, peak = statistics.median(measurement.seconds), max(measurement.peaks)
             note(
-                f"{example.name}: {name}: {seconds:.3g} s, {peak / 1e9:.3g} GB "
-                f"(turn {number + 1} of {ROUNDS})"
+                f"{name}: {measurement.seconds:.3g} s, {measurement.peak_gb:.3g} GB (turn "
+                f"{number + 1} of {ROUNDS})"
             )
     for variant in ways:
         problem = problems.get(variant.name)
@@ -140,22 +157,23 @@ def prepare(example: Example, variant: Variant) -> Measurement:
         create_gradient_function(example.model, config, engine),
         collate_step(example.pairs, engine, options),
         [],
-        [],
     )
 
 
 def take_turn(example: Example, measurement: Measurement, state: TrainingState) -> None:
-    """Run a step that is not counted, and then those that are."""
+    """Run a step that is not counted, and then those that are; of long steps fewer."""
     first = run_step(example, measurement, state)
-    for _ in range(COUNTED if first < LONG_STEP else 1):
-        mx.reset_peak_memory()
-        measurement.seconds.append(run_step(example, measurement, state))
-        measurement.peaks.append(mx.get_peak_memory())
+    if first.seconds >= VERY_LONG:
+        measurement.steps.append(first)
+        return
+    for _ in range(COUNTED if first.seconds < LONG else 1):
+        measurement.steps.append(run_step(example, measurement, state))
 
 
-def run_step(example: Example, measurement: Measurement, state: TrainingState) -> float:
-    """Run one optimizer step as a training does, and return its seconds."""
+def run_step(example: Example, measurement: Measurement, state: TrainingState) -> Step:
+    """Run one optimizer step as a training does."""
     model = example.model
+    mx.reset_peak_memory()
     started = time.perf_counter()
     model.train()
     try:
@@ -164,17 +182,16 @@ def run_step(example: Example, measurement: Measurement, state: TrainingState) -
             mx.eval(submit_update(model, state, measurement.options, function, batch))
     finally:
         model.eval()
-    return time.perf_counter() - started
+    return Step(time.perf_counter() - started, mx.get_peak_memory())
 
 
 def summary(example: Example, measurement: Measurement) -> dict[str, Any]:
     """Return what a variant's counted steps have shown; see `timed_steps`."""
-    seconds = statistics.median(measurement.seconds)
     return {
         "variant": measurement.variant.name,
-        "seconds": seconds,
-        "tokens_per_second": example.tokens / seconds,
-        "peak_gb": max(measurement.peaks) / 1e9,
+        "seconds": measurement.seconds,
+        "tokens_per_second": example.tokens / measurement.seconds,
+        "peak_gb": measurement.peak_gb,
         "positions": measurement.batch.positions,
         "micro_batches": len(measurement.batch.micro_batches),
     }

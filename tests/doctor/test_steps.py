@@ -7,7 +7,7 @@ import pytest
 from helpers.doctor import tiny_example
 
 from mlx_simpo.doctor import steps as module
-from mlx_simpo.doctor.steps import timed_steps, variants
+from mlx_simpo.doctor.steps import Measurement, Step, timed_steps, variants
 from mlx_simpo.engine.choice import REFERENCE, Engine
 from mlx_simpo.engine.figures import default_figures
 from mlx_simpo.kernels.choice import BUILT_IN
@@ -46,9 +46,31 @@ def test_every_variant_is_a_row(notes: list[str]) -> None:
 
 def test_variants_take_turns_there_and_back(notes: list[str]) -> None:
     measured(notes)
-    told = [note.removeprefix("tiny: ").partition(": ")[0] for note in notes]
+    told = [note.partition(": ")[0] for note in notes]
     assert told == NAMES + NAMES[::-1]
     assert notes[0].endswith("GB (turn 1 of 2)")
+
+
+# With those that are not counted, in two turns.
+@pytest.mark.parametrize(("limit", "steps"), [(None, 6), ("LONG", 4), ("VERY_LONG", 2)])
+def test_long_steps_are_fewer(
+    limit: str | None, steps: int, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LONG", 0.0 if limit else 1e6)
+    monkeypatch.setattr(module, "VERY_LONG", 0.0 if limit == "VERY_LONG" else 1e6)
+    ran: list[int] = []
+
+    def run_step(example: Any, measurement: Measurement, state: Any) -> Step:
+        ran.append(1)
+        return Step(0.5, 10**6 * len(ran))
+
+    monkeypatch.setattr(module, "run_step", run_step)
+    example = tiny_example()
+    way = variants(example, BUILT_IN, default_figures(), shares=False)[:1]
+    (row,) = timed_steps(example, way, notes.append)
+    assert len(ran) == steps
+    assert row["peak_gb"] == pytest.approx(steps / 1000)
+    assert row["seconds"] == 0.5
 
 
 def test_a_variant_that_fails_is_a_row_and_the_others_go_on(
