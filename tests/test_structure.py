@@ -67,13 +67,16 @@ ROOMS = {
         ["cache", "overview"],
     ],
     # From a micro-batch to a message.
-    "planning": [["largest", "peak"], ["memory"], ["memory_errors"]],
+    "planning": [["largest", "peak", "memory_limits"], ["memory"], ["memory_errors"]],
     # What pairs of tokens go through.
     "engine": [
-        ["reference", "figures", "trunk", "vocabulary", "agreement"],
+        ["reference", "figures", "trunk", "vocabulary", "agreement", "delta_rule"],
         ["attention", "plan", "head", "prefix_cache"],
         ["operations", "collate_stacked", "collate_shared", "token_logps"],
-        ["gradient_checkpointing", "shared_prefix", "operation_choice"],
+        ["gradient_checkpointing", "attention_shapes"],
+        ["shared_prefix", "fused_attention"],
+        ["fused_delta_rule"],
+        ["operation_choice"],
         ["choice"],
     ],
     # From the machine to the report.
