@@ -82,6 +82,7 @@ ROOMS = {
     # From the machine to the report.
     "doctor": [
         ["machine", "kernel", "texts", "attempts", "text"],
+        ["operations"],
         ["examples"],
         ["equality"],
         ["steps"],

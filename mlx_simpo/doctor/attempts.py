@@ -1,5 +1,6 @@
 """What may fail on one machine and must not end the report."""
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -27,3 +28,8 @@ def attempt(run: Callable[[], _T]) -> tuple[_T | None, str | None]:
     except FAILURES as error:
         reason = one_line(error, 300) or type(error).__name__
         return None, reason if isinstance(error, SimPOError) else f"{type(error).__name__}: {reason}"
+
+
+def finite(number: float) -> float | None:
+    """Return a number, or None if it is not finite, for which JSON has nothing."""
+    return float(number) if math.isfinite(number) else None

@@ -1,6 +1,5 @@
 """Whether the shared-prefix engine computes on this device what the reference computes."""
 
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -17,15 +16,18 @@ from ..engine.gradient_checkpointing import gradient_checkpointing
 from ..kernels.choice import Implementation
 from ..model.loading import dtype_of
 from ..training.step import GradientFunction, collate_step, step_gradients
-from .attempts import attempt
+from .attempts import attempt, finite
 from .examples import Example
 
 ATTENTIONS = ("blocks", "mlx")
 # Allowed differences by dtype: of average log-probabilities, in nats per token, and of the entries
-# of a LoRA gradient, relative to its largest one.
+# of a LoRA gradient, relative to its largest one. On a CPU, 30 layers in float32 differ by 1.4e-6
+# and 1.5e-5, 16 layers by 5e-4 and 4e-2 in bfloat16, and by 4e-5 and 6e-3 in float16.
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 0.25), "float16": (0.02, 0.1)}
-# Newer GPUs round the inputs of float32 matrix products to 10 bits.
-GPU_FLOAT32 = (1e-2, 5e-2)
+# GPUs multiply float32 in TF32, which has the 10 bits of float16 (MLX_ENABLE_TF32).
+GPU_FLOAT32 = TOLERANCES["float16"]
+# A weight whose gradient is next to nothing is compared with this share of the largest one of all.
+FLOOR = 0.01
 
 
 class Results(NamedTuple):
@@ -126,19 +128,17 @@ def results(example: Example, engine: Engine, checkpointing: bool) -> Results:
 
 def differences(actual: Results, expected: Results) -> tuple[float | None, float | None]:
     """Return the largest differences of log-probabilities, in nats per token, and of gradients,
-    relative to the largest entry of each weight's; None for one that is not a finite number."""
+    relative to the largest entry of each weight's (or to FLOOR of the largest of all); None for one
+    that is not a finite number."""
     logps = [
         np.abs(actual.trained - expected.trained).max(),
         np.abs(actual.evaluated - expected.evaluated).max(),
     ]
+    largest = {name: np.abs(value).max() for name, value in expected.gradients.items()}
+    floor = FLOOR * max(largest.values())
     gradients = [
-        np.abs(actual.gradients[name] - value).max() / max(np.abs(value).max(), 1e-30)
+        np.abs(actual.gradients[name] - value).max() / max(largest[name], floor)
         for name, value in expected.gradients.items()
     ]
     # max() of Python passes NaN over, that of NumPy does not.
     return finite(np.max(logps)), finite(np.max(gradients))
-
-
-def finite(number: float) -> float | None:
-    """Return a number, or None if it is not finite, for which JSON has nothing."""
-    return float(number) if math.isfinite(number) else None

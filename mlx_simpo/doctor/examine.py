@@ -13,6 +13,7 @@ from .equality import equality
 from .examples import Example, loaded_example, random_examples
 from .kernel import checks, timings
 from .machine import machine
+from .operations import checks_of_model, common_checks
 from .steps import timed_steps, variants
 
 
@@ -60,6 +61,8 @@ def examine(
     if full or model is None:
         yield Part({"checks": checks(implementation)})
         yield Part({"timings": timings(implementation)})
+    if full:
+        yield Part({"operations": [*common_checks()]})
     examples = random_examples() if model is None else iter([loaded_example(model, display)])
     for example in examples:
         yield from _of_example(example, implementation, full, display)
@@ -80,6 +83,7 @@ def _of_example(
         return
     yield Part({"pairs": example.describe_pairs()}, of_model=True)
     if shares:
+        yield Part({"operations": [*checks_of_model(example.model)]}, of_model=True)
         display.note(f"{example.name}: comparing with the reference engine")
         yield Part({"equality": [*equality(example, implementation, figures)]}, of_model=True)
     display.note(f"{example.name}: timing training steps")
@@ -103,9 +107,10 @@ def failures(report: dict[str, Any]) -> list[str]:
     failed = []
     if "problem" in report or not all(check["passed"] for check in report.get("checks", ())):
         failed.append("log-probabilities")
-    for model in report.get("models", ()):
-        for operation in model.get("operations", ()):
-            failed += [] if operation["passed"] else [f"{operation['name']} ({operation['dtype']})"]
+    models = report.get("models", ())
+    operations = [o for part in (report, *models) for o in part.get("operations", ())]
+    failed += [f"MLX's {o['name']}" for o in operations if not o["passed"]]
+    for model in models:
         if not all(c["passed"] for c in (model["engine"], *model.get("equality", ()))):
             failed.append(f"the results of {model['name']}")
     return list(dict.fromkeys(failed))

@@ -16,6 +16,7 @@ from ..model.lora import attach_lora
 from ..reporting.display import Display
 from ..training.datasets import create_encoder
 from ..training.session import load_base_model
+from .operations import DELTA_SIZE, delta_heads
 from .texts import PAIRS
 
 # Heads of 64, as in most models below 2 billion parameters; as wide as a test of seconds allows.
@@ -30,18 +31,6 @@ _LLAMA = {
     "rms_norm_eps": 1e-5,
     "vocab_size": 8192,
     "tie_word_embeddings": True,
-}
-# Three layers with the gated delta rule, and one with attention.
-_QWEN = {
-    "model_type": "qwen3_5",
-    "text_config": {
-        **{key: _LLAMA[key] for key in _LLAMA if key != "model_type"},
-        "model_type": "qwen3_5_text",
-        "linear_num_key_heads": 1,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-    },
 }
 # (prompt, chosen, rejected), in tokens.
 _LENGTHS = ((24, 60, 40), (48, 30, 90), (130, 100, 60), (160, 24, 32))
@@ -100,8 +89,22 @@ def random_examples() -> Iterator[Example]:
     model: Any = llama.Model(llama.ModelArgs.from_dict(_LLAMA))
     yield _example("random llama", "llama", model, _random_pairs(_LENGTHS))
     mx.random.seed(0)
-    model = qwen3_5.Model(qwen3_5.ModelArgs.from_dict(_QWEN))
+    model = qwen3_5.Model(qwen3_5.ModelArgs.from_dict(_hybrid()))
     yield _example("random qwen3_5", "qwen3_5", model, _random_pairs(_SHORT_LENGTHS))
+
+
+def _hybrid() -> dict[str, Any]:
+    """Return the settings of a model of three layers with the delta rule and one with attention."""
+    key_heads, heads = delta_heads()
+    text = {
+        **_LLAMA,
+        "model_type": "qwen3_5_text",
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": DELTA_SIZE,
+        "linear_value_head_dim": DELTA_SIZE,
+    }
+    return {"model_type": "qwen3_5", "text_config": text}
 
 
 def loaded_example(name: str, display: Display) -> Example:

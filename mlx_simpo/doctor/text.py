@@ -18,7 +18,11 @@ def as_text(values: Mapping[str, Any]) -> str:
 def _wrapped(text: str) -> list[str]:
     """Return a sentence as lines, of which all but the first are indented."""
     return textwrap.wrap(
-        text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        text,
+        WIDTH,
+        subsequent_indent=" " * (len(text) - len(text.lstrip()) + 2),
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
@@ -72,6 +76,23 @@ def _engine(engine: dict[str, Any]) -> list[str]:
     return _wrapped(f"engine: {engine['note']}")
 
 
+def _operations(checks: list[dict[str, Any]]) -> list[str]:
+    lines = _wrapped("MLX's operations beside ours, in relation to the largest entry:")
+    for check in checks:
+        fused = "fused" if check["fused_gradient"] else "not fused"
+        lines += _wrapped(f"  {check['name']} (gradient {fused}):")
+        if check["problem"]:
+            lines += _wrapped(f"    FAILED: {check['problem']}")
+            continue
+        errors = [_number(check[name]) for name in ("value_error", "gradient_error")]
+        result = "ok" if check["passed"] else f"FAILED in {check['where']}"
+        lines += _wrapped(
+            f"    {result}: value off by {errors[0]}, gradient by {errors[1]}, allowed "
+            f"{check['tolerance']:.1e}"
+        )
+    return lines
+
+
 def _equality(checks: list[dict[str, Any]]) -> list[str]:
     first = checks[0]
     lines = [
@@ -121,6 +142,7 @@ _LINES: dict[str, Callable[[Any], list[str]]] = {
     "timings": _timings,
     "engine": _engine,
     "pairs": _pairs,
+    "operations": _operations,
     "equality": _equality,
     "steps": _steps,
 }
