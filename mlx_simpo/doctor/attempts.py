@@ -27,7 +27,9 @@ def attempt(run: Callable[[], _T]) -> tuple[_T | None, str | None]:
         return run(), None
     except FAILURES as error:
         reason = one_line(error, 300) or type(error).__name__
-        return None, reason if isinstance(error, SimPOError) else f"{type(error).__name__}: {reason}"
+        return None, reason if isinstance(
+            error, SimPOError
+        ) else f"{type(error).__name__}: {reason}"
 
 
 def finite(number: float) -> float | None:

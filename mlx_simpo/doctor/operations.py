@@ -21,7 +21,6 @@ from ..engine.fused_delta_rule import (
 )
 from .attempts import finite
 
-
 # Head sizes of common models, and (key heads, value heads) of Qwen 3.5's and Qwen3-Next's delta
 # rule, whose heads have size 128; what a CPU checks is less, as it would take minutes.
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -51,8 +50,9 @@ def checks_of_model(model: Any) -> Iterator[dict[str, Any]]:
     They are compared whether or not they are used here.
 
     Yields:
-        The fields of `agreement.Agreement`, an error that is not a number as None; "passed"; and
-        "fused_gradient", whether MLX has a fused gradient for this shape on this device.
+        The fields of `agreement.Agreement`, an error that is not a number as None, and so is the
+        gradient's in evaluation; "passed"; and "fused_gradient", whether MLX has a fused gradient
+        for this shape on this device.
     """
     shapes = [shape.without_mask for shape in observe_attention(model) if shape.is_plain]
     for shape in dict.fromkeys(shapes):
@@ -75,15 +75,14 @@ def delta_heads() -> tuple[int, int]:
 
 
 def _attention(shape: AttentionShape) -> Iterator[dict[str, Any]]:
-    fused = has_fused_gradient(shape)
-    name = f"attention while training, {shape.description}"
-    yield _as_dict(name, check_fused_attention(shape), fused)
-    name = f"attention in evaluation, {shape.description}"
-    yield _as_dict(name, check_forward_attention(shape), fused)
+    fused, name = has_fused_gradient(shape), shape.description
+    yield _as_dict(f"attention (training), {name}", check_fused_attention(shape), fused)
+    evaluation = _as_dict(f"attention (evaluation), {name}", check_forward_attention(shape), fused)
+    yield evaluation | {"gradient_error": None}
 
 
 def _delta_rule(shape: DeltaShape) -> dict[str, Any]:
-    name = f"delta rule while training, {shape.description}"
+    name = f"delta rule, {shape.description}"
     return _as_dict(name, check_fused_delta_rule(shape), has_fused_delta_gradient(shape))
 
 

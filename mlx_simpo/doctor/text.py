@@ -26,6 +26,13 @@ def _wrapped(text: str) -> list[str]:
     )
 
 
+def _row(numbers: str, text: str) -> list[str]:
+    """Return a line of a table; text that is too long goes on below, behind the numbers."""
+    indent = " " * (len(numbers) + 2)
+    lines = textwrap.wrap(text, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
+    return [f"{numbers}  {lines[0]}", *(f"{indent}{line}" for line in lines[1:])]
+
+
 def _machine(machine: dict[str, str]) -> list[str]:
     return [line for name, value in machine.items() for line in _wrapped(f"{name}: {value}")]
 
@@ -72,25 +79,42 @@ def _pairs(pairs: dict[str, Any]) -> list[str]:
     )
 
 
+def _calibration(calibration: dict[str, Any]) -> list[str]:
+    if "problem" in calibration:
+        return _wrapped(f"calibration: FAILED: {calibration['problem']}")
+    lines = _wrapped(f"calibration: {calibration['note']}")
+    if not calibration["table"]:
+        return lines
+    lines += _wrapped("predicted for training on pairs of sequences with so many tokens:")
+    lines.append("    tokens  seconds per pair  pairs per hour")
+    for row in calibration["table"]:
+        longer = "longer than what was measured" if row["is_extrapolated"] else ""
+        numbers = f"{row['tokens']:>10}{row['seconds_per_pair']:>18.3g}"
+        lines += [f"{numbers}{row['pairs_per_hour']:>16,.0f}  {longer}".rstrip()]
+    return lines
+
+
 def _engine(engine: dict[str, Any]) -> list[str]:
     return _wrapped(f"engine: {engine['note']}")
 
 
 def _operations(checks: list[dict[str, Any]]) -> list[str]:
-    lines = _wrapped("MLX's operations beside ours, in relation to the largest entry:")
+    lines = _wrapped(
+        "MLX's own operations beside ours, the largest differences in relation to the largest "
+        "entry; and whether MLX has a fused gradient:"
+    )
+    lines.append("    value  gradient  fused")
     for check in checks:
-        fused = "fused" if check["fused_gradient"] else "not fused"
-        lines += _wrapped(f"  {check['name']} (gradient {fused}):")
-        if check["problem"]:
-            lines += _wrapped(f"    FAILED: {check['problem']}")
-            continue
         errors = [_number(check[name]) for name in ("value_error", "gradient_error")]
-        result = "ok" if check["passed"] else f"FAILED in {check['where']}"
-        lines += _wrapped(
-            f"    {result}: value off by {errors[0]}, gradient by {errors[1]}, allowed "
-            f"{check['tolerance']:.1e}"
+        is_fused = "yes" if check["fused_gradient"] else "no"
+        failure = "" if check["passed"] else f": {check['problem'] or check['where']}"
+        lines += _row(
+            f"{errors[0]:>9}{errors[1]:>10}{is_fused:>7}",
+            f"{'ok' if check['passed'] else 'FAILED'}, {check['name']}{failure}",
         )
-    return lines
+    limits = dict.fromkeys((check["dtype"], check["tolerance"]) for check in checks)
+    allowed = ", ".join(f"{limit:.1e} in {dtype}" for dtype, limit in limits)
+    return [*lines, *_wrapped(f"  allowed: {allowed}")]
 
 
 def _equality(checks: list[dict[str, Any]]) -> list[str]:
@@ -105,8 +129,10 @@ def _equality(checks: list[dict[str, Any]]) -> list[str]:
         if check["problem"]:
             lines += _wrapped(f"  FAILED: {way}: {check['problem']}")
             continue
-        numbers = f"{_number(check['error']):>12}  {_number(check['gradient_error']):>13}"
-        lines.append(f"{numbers}  {'ok' if check['passed'] else 'FAILED'}, {way}")
+        lines += _row(
+            f"{_number(check['error']):>12}{_number(check['gradient_error']):>15}",
+            f"{'ok' if check['passed'] else 'FAILED'}, {way}",
+        )
     return [
         *lines,
         f"{first['tolerance']:>12.1e}  {first['gradient_tolerance']:>13.1e}  allowed in "
@@ -115,7 +141,7 @@ def _equality(checks: list[dict[str, Any]]) -> list[str]:
 
 
 def _number(number: float | None) -> str:
-    return "NaN" if number is None else f"{number:.1e}"
+    return "-" if number is None else f"{number:.1e}"
 
 
 def _steps(steps: list[dict[str, Any]]) -> list[str]:
@@ -127,9 +153,9 @@ def _steps(steps: list[dict[str, Any]]) -> list[str]:
         if "problem" in step:
             lines += _wrapped(f"  {step['variant']}: FAILED: {step['problem']}")
             continue
-        lines.append(
-            f"{step['seconds']:>10.3g}{step['tokens_per_second']:>10,.0f}{step['peak_gb']:>9.2f}  "
-            f"{step['variant']}"
+        lines += _row(
+            f"{step['seconds']:>10.3g}{step['tokens_per_second']:>10,.0f}{step['peak_gb']:>9.2f}",
+            step["variant"],
         )
     return lines
 
@@ -140,6 +166,7 @@ _LINES: dict[str, Callable[[Any], list[str]]] = {
     "reason": lambda reason: _wrapped(f"log-probabilities: {reason}"),
     "checks": _checks,
     "timings": _timings,
+    "calibration": _calibration,
     "engine": _engine,
     "pairs": _pairs,
     "operations": _operations,

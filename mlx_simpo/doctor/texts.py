@@ -3,14 +3,15 @@
 from ..data.records import Pair
 
 _LETTER = """\
-Dear Ms Okafor, the ferry to the island was cancelled on Tuesday morning because of fog, and again on
-Tuesday afternoon because the crew had reached the end of its hours. We were told at the pier that a
-bus would take us round the bay to the northern landing, where a smaller boat still ran. The bus came
-at four, was full after the first thirty of us, and did not come back. Those who stayed behind slept in
-the hall of the fishing school, whose caretaker brought blankets and made soup out of what he had. On
-Wednesday the large ferry ran again, an hour late, and took everybody at no extra charge. We ask for
-the price of the unused hotel night on the island, 84 euros for each of the seven in our group, and we
-would like you to thank the caretaker, who refused to take anything from us. Receipts are attached."""
+Dear Ms Okafor, the ferry to the island was cancelled on Tuesday morning because of fog, and again
+on Tuesday afternoon because the crew had reached the end of its hours. We were told at the pier
+that a bus would take us round the bay to the northern landing, where a smaller boat still ran. The
+bus came at four, was full after the first thirty of us, and did not come back. Those who stayed
+behind slept in the hall of the fishing school, whose caretaker brought blankets and made soup out
+of what he had. On Wednesday the large ferry ran again, an hour late, and took everybody at no
+extra charge. We ask for the price of the unused hotel night on the island, 84 euros for each of
+the seven in our group, and we would like you to thank the caretaker, who refused to take anything
+from us. Receipts are attached."""
 
 _TEXTS = (
     (
