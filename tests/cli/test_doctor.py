@@ -75,8 +75,8 @@ def test_json_has_everything(device: str, capsys: Capture) -> None:
     result = command(capsys, "doctor", "--full", "--json")
     assert result.status == 0, result.err
     report = result.json
-    of_gpu = ["GPU architecture", "memory for MLX"] if device == "gpu" else []
-    assert {*MACHINE, *VERSIONS, *of_gpu} <= report["machine"].keys()
+    only_gpu = ["GPU architecture", "memory for MLX"] if device == "gpu" else []
+    assert {*MACHINE, *VERSIONS, *only_gpu} <= report["machine"].keys()
     assert [*report] == [
         *("machine", "implementation", "reason", "checks", "timings", "operations", "models")
     ]
