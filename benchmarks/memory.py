@@ -71,6 +71,7 @@ def main() -> None:
                 for _ in range(RUNS if length <= LONGEST_WITHOUT else 1)
             ]
             result = max(runs, key=lambda run: run.get("peak_gb", math.inf))
+            result["peaks_gb"] = sorted(run["peak_gb"] for run in runs if "peak_gb" in run)
             print(name, length, checkpoint, result, flush=True)
             results[checkpoint].setdefault(name, {})[length] = result
     record = {
