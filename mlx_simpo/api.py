@@ -27,7 +27,7 @@ from .training.inputs import open_inspected, open_valid
 from .training.keep_awake import keep_awake
 from .training.memory_check import check_memory
 from .training.result import TrainResult
-from .training.resuming import newest_checkpoint
+from .training.resuming import newest_checkpoint, recorded_figures
 from .training.run import Run
 from .training.session import evaluate_with_progress, load_base_model, prepare
 from .training.stopping import stop_on_signals
@@ -69,7 +69,10 @@ def train(
             )
         checkpoint = newest_checkpoint(folder, display) if folder.resuming else None
         resuming = checkpoint is not None
-        session = prepare(config, display, train=train, valid=valid, resuming=resuming)
+        figures = None if checkpoint is None else recorded_figures(checkpoint, config)
+        session = prepare(
+            config, display, train=train, valid=valid, resuming=resuming, figures=figures
+        )
         options, steps = config.train, session.total_steps
         evaluated = sum(map(len, session.valid_sets.values()))
         display.note(

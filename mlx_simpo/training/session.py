@@ -12,7 +12,9 @@ from ..config.simpo_config import SimPOConfig
 from ..data.encode import EncodedPair, Encoder
 from ..data.mixing import SourceCounts
 from ..data.pairs import Quarantined
-from ..engine.choice import Engine, configured_engine
+from ..engine.calibrated import run_engine
+from ..engine.choice import Engine
+from ..engine.figures import Figures
 from ..engine.vocabulary import check_prompt_ids, check_token_ids
 from ..errors import SimPOError
 from ..evaluation import Evaluation, evaluate_pairs
@@ -143,6 +145,7 @@ def prepare(
     train: Any = None,
     valid: Any = None,
     resuming: bool = False,
+    figures: Figures | None = None,
 ) -> Session:
     """Prepare a run up to its first step; every error of the input is raised here.
 
@@ -154,6 +157,7 @@ def prepare(
             instead of data.train and data.valid (docs/data.md says which kinds); valid may be
             several sets by name, {"chat": rows, "safety": rows}, the first of which is the main
             one. resuming: the weights come from a checkpoint, and ``lora.init_from`` is not read.
+            figures: of the engine, if the run has recorded them; see `calibrated.run_engine`.
 
     Raises:
         SimPOError: data, a model or settings that cannot be read or used.
@@ -178,6 +182,7 @@ def prepare(
     for prompt in named(config.train.sample_prompts):
         check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
     adapter = _attach_adapter(config, loaded, template, display, resuming)
+    engine = run_engine(config, model, pairs.train, figures)
     return Session(
         config=config,
         model=model,
@@ -189,7 +194,7 @@ def prepare(
         valid_main=config.data.valid_main or next(iter(pairs.valid), ""),
         sources=pairs.sources,
         quarantined=quarantined,
-        engine=configured_engine(config, model),
+        engine=engine,
         display=display,
         record=training_record(loaded, config, template),
         loaded=loaded,

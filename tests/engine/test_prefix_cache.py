@@ -1,94 +1,87 @@
-"""A prefix's keys and values behind mlx-lm's cache interface, and the patch of mlx-lm's attention:
-that it is there while a graph is built, and gone afterwards."""
+"""What layers keep of a prefix behind mlx-lm's cache interface: keys and values, states, both."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from threading import Barrier, Thread
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.architectures import ARCHITECTURES, RECURRENT, architecture_with_lora
-from helpers.gradients import run
+from helpers.architectures import ARCHITECTURES, architecture
 from helpers.tiny import tiny_model
-from helpers.tiny import token_pair as pair
-from mlx_lm.models import base
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models import ssm
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache
 
-from mlx_simpo import ObjectiveConfig, SimPOConfig, TrainConfig, evaluate_pairs, train_steps
-from mlx_simpo.engine import prefix_cache
-from mlx_simpo.engine.attention import attention
-from mlx_simpo.engine.choice import choose_engine, shared_prefix_engine
-from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
 from mlx_simpo.engine.prefix_cache import (
+    PrefixCacheList,
     PrefixKVCache,
-    attention_modules,
-    patched_attention,
+    PrefixStates,
+    cache_arrays,
+    empty_caches,
+    is_prefix_cache,
     reason_not_shareable,
     run_continuations,
     run_prefix,
+    set_arrays,
+    with_arrays,
 )
+from mlx_simpo.engine.trunk import trunk_of
 
-PAIRS = [pair(40, 20, 7), pair(35, 3, 60)]
 TOKENS = mx.array([[5, 9, 2, 7, 1, 8], [3, 3, 6, 4, 2, 2]])
+# Keys and values; convolution and recurrence; both in one layer.
+KINDS = ["llama", "mamba", "qwen3_5", "falcon_h1"]
 
 
-def is_patched() -> bool:
-    """Whether any module of mlx-lm's has another attention than mlx-lm's."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("mlx_lm.models.")]
-    functions = [vars(m).get("scaled_dot_product_attention") for m in modules]
-    assert base.scaled_dot_product_attention in functions or prefix_cache._attention in functions
-    return any(f not in (None, base.scaled_dot_product_attention) for f in functions)
+def arrays_of(caches: list) -> dict[str, np.ndarray]:
+    flat: Any = tree_flatten([cache_arrays(cache) for cache in caches])
+    return {name: np.array(array) for name, array in flat}
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_patched_before_or_after() -> Iterator[None]:
-    assert not is_patched()
-    yield
-    assert not is_patched()
-    assert not any(prefix_cache._holders.values())
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """The calls of our attention."""
-    calls: list[tuple] = []
-
-    def recording(*args: Any) -> mx.array:
-        calls.append(args)
-        return attention(*args)
-
-    monkeypatch.setattr(prefix_cache, "attention", recording)
-    return calls
-
-
-# --- the cache -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prefix_length", [0, 1, 4])
-def test_continuations_see_their_own_prefix(prefix_length: int) -> None:
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("prefix_length", [0, 1, 2, 4, 5])
+def test_continuations_see_their_own_prefix(prefix_length: int, name: str) -> None:
     """Hidden states as of the whole sequences at once, with the prefixes in another order."""
-    model = tiny_model()
+    model = architecture(name)
     prefix = run_prefix(model, TOKENS[:, :prefix_length])
     index = mx.array([1, 0, 1])
     continuations = TOKENS[index][:, prefix_length:]
     actual = run_continuations(model, continuations, prefix, index)
-    expected = model.model(TOKENS)[index][:, prefix_length:]
+    expected = trunk_of(model)(TOKENS, cache=None)[index][:, prefix_length:]
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-def test_continuations_leave_the_prefix_as_it_is() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("name", KINDS)
+def test_continuations_leave_the_prefix_as_it_is(name: str) -> None:
+    model = architecture(name)
     prefix = run_prefix(model, TOKENS[:, :4])
-    before = [[np.array(a) for a in cache.arrays()] for cache in prefix]
+    before = arrays_of(prefix)
     mx.eval(run_continuations(model, TOKENS[:, 4:], prefix, mx.array([0, 1])))
-    for cache, arrays in zip(prefix, before, strict=True):
-        assert cache.offset == 4
-        for array, expected in zip(cache.arrays(), arrays, strict=True):
-            np.testing.assert_array_equal(array, expected)
+    after = arrays_of(prefix)
+    assert before.keys() == after.keys()
+    for array, expected in zip(after.values(), before.values(), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "falcon_h1", "granitemoehybrid"])
+def test_no_recurrent_layer_runs_a_single_token_from_a_state(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Mac mlx-lm computes that step by a kernel without a gradient."""
+    model, one_token = architecture(name), (TOKENS[:, 5:], mx.array([0, 1]))
+    prefix = run_prefix(model, TOKENS[:, :5])
+    expected = run_continuations(model, one_token[0], prefix, one_token[1])
+
+    def kernel(*args: Any) -> None:
+        raise AssertionError("the kernel")
+
+    monkeypatch.setattr(ssm, "ssm_update_kernel", kernel)
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "default_device", lambda: mx.gpu)
+        patch.setattr(mx.metal, "is_available", lambda: True)
+        actual = run_continuations(model, one_token[0], prefix, one_token[1])
+        with pytest.raises(AssertionError, match="the kernel"):
+            trunk_of(model)(TOKENS[:, 5:], cache=prefix)
+    np.testing.assert_array_equal(actual, expected)
+    assert actual.shape == (2, 1, 32)
 
 
 @pytest.mark.parametrize("window", [None, 3, 6, 7])
@@ -114,24 +107,69 @@ def test_masks_are_mlx_lms(old: int, new: int, window: int | None) -> None:
     np.testing.assert_array_equal(array, as_booleans(expected))
 
 
-def test_a_cache_names_its_arrays() -> None:
-    cache = PrefixKVCache()
-    assert cache.arrays() == ()
-    keys, values = cache.update_and_fetch(mx.zeros((1, 2, 3, 4)), mx.ones((1, 2, 3, 5)))
-    assert cache.offset == 3
-    assert cache.arrays()[0] is keys
-    assert cache.arrays()[1] is values
+def test_arrays_of_a_cache_are_those_that_it_holds() -> None:
+    both = PrefixCacheList(PrefixStates([None, None]), PrefixKVCache())
+    assert cache_arrays(both) == [{}, {}]
+    states, keys_and_values = both.caches
+    states[1] = mx.zeros((1, 2))
+    keys, values = keys_and_values.update_and_fetch(mx.zeros((1, 2, 3, 4)), mx.ones((1, 2, 3, 5)))
+    assert keys_and_values.offset == 3
+    held = cache_arrays(both)
+    assert held == [{"1": states[1]}, {"keys": keys, "values": values}]
+    assert held[0]["1"] is states[1]
+    assert held[1]["keys"] is keys
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_cache_with_other_arrays_is_another_cache(filled: bool) -> None:
+    both = PrefixCacheList(PrefixStates([None, None]), PrefixKVCache())
+    if filled:
+        both[0][1] = mx.zeros((1, 2))
+        both[1].update_and_fetch(mx.zeros((1, 2, 3, 4)), mx.zeros((1, 2, 3, 5)))
+    before = cache_arrays(both)
+    ones = tree_map(mx.ones_like, before)
+    other = with_arrays(both, ones)
+    assert is_prefix_cache(other)
+    assert type(other) is PrefixCacheList
+    other[0][0] = mx.ones((1, 4))
+    other[1].update_and_fetch(mx.ones((1, 2, 1, 4)), mx.ones((1, 2, 1, 5)))
+    assert cache_arrays(both) == before
+    assert both[1].offset == (3 if filled else 0)
+    set_arrays(both, ones)
+    assert cache_arrays(both) == ones
+
+
+def test_there_is_a_cache_of_ours_for_each_of_mlx_lms() -> None:
+    kinds = {
+        name: [type(cache) for cache in empty_caches(architecture(name))]
+        for name in ("llama", "qwen3_5", "falcon_h1", "nemotron_h", "llama4", "longcat_flash")
+    }
+    assert kinds == {
+        "llama": [PrefixKVCache] * 2,
+        "qwen3_5": [PrefixStates, PrefixKVCache, PrefixStates],
+        "falcon_h1": [PrefixCacheList] * 2,
+        "nemotron_h": [PrefixStates, PrefixKVCache, PrefixStates],  # two layers keep nothing
+        "llama4": [PrefixKVCache] * 4,
+        "longcat_flash": [PrefixCacheList] * 2,
+    }
+    inner = [type(cache) for cache in empty_caches(architecture("falcon_h1"))[0].caches]
+    assert inner == [PrefixStates, PrefixKVCache]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_prefix_can_be_shared_where_layers_cache_keys_and_values(name: str) -> None:
-    assert reason_not_shareable(tiny_model(name, **ARCHITECTURES[name])) is None
+def test_a_prefix_can_be_shared_in_every_architecture(name: str) -> None:
+    assert reason_not_shareable(architecture(name)) is None
 
 
-@pytest.mark.parametrize("name", RECURRENT)
-def test_a_recurrent_state_cannot_be_shared(name: str) -> None:
-    reason = reason_not_shareable(tiny_model(name, **RECURRENT[name]))
-    assert reason == "its layers keep a state that cannot be forked (ArraysCache)"
+@pytest.mark.parametrize(
+    "cache", [QuantizedKVCache(), CacheList(ArraysCache(1), QuantizedKVCache())]
+)
+def test_another_kind_of_state_cannot_be_shared(cache: Any) -> None:
+    model = tiny_model()
+    object.__setattr__(model, "make_cache", lambda: [KVCache(), cache])
+    assert reason_not_shareable(model) == (
+        "its layers keep a state that this engine does not know how to fork (QuantizedKVCache)"
+    )
 
 
 def test_a_model_without_a_trunk_of_its_own_cannot_share() -> None:
@@ -139,152 +177,3 @@ def test_a_model_without_a_trunk_of_its_own_cannot_share() -> None:
     del model["model"]
     object.__setattr__(model, "make_cache", lambda: [KVCache()])
     assert reason_not_shareable(model) == "mlx-lm does not separate its trunk from its head"
-
-
-# --- the patch of mlx-lm's attention ---------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_whose_attention_is_ours(name: str, calls: list[tuple]) -> None:
-    """Every architecture's but Gemma 2's, which has a softcap in code of its own; and with no other
-    cache, even while the patch is there."""
-    model = architecture_with_lora(name)
-    run(model, shared_prefix_engine(model), PAIRS[:1])
-    assert bool(calls) == bool(attention_modules(model)) == (name != "gemma2")
-    calls.clear()
-    tokens = mx.arange(9)[None]
-    with patched_attention(attention_modules(model)):
-        mx.eval(model(tokens, cache=make_prompt_cache(model)), model(tokens))
-    assert calls == []
-
-
-@pytest.mark.parametrize("mask", ["additive", "by head", "sinks"])
-def test_what_ours_cannot_do_is_mlx_lms(mask: str, calls: list[tuple]) -> None:
-    """An additive mask (it may have a gradient), a mask per head, attention sinks."""
-    queries, keys, values = (mx.random.normal((1, 2, 4, 8)) for _ in range(3))
-    masks: dict[str, Any] = {
-        "additive": mx.random.normal((4, 4)),
-        "by head": mx.random.normal((1, 2, 4, 4)) > -1,
-        "sinks": None,
-    }
-    sinks = mx.array([0.5, -0.5]) if mask == "sinks" else None
-    arguments = (0.3, masks[mask], sinks)
-    actual = prefix_cache._attention(queries, keys, values, PrefixKVCache(), *arguments)
-    expected = base.scaled_dot_product_attention(queries, keys, values, None, *arguments)
-    np.testing.assert_allclose(actual, expected, atol=1e-6)
-    assert calls == []
-
-
-@pytest.mark.parametrize("checkpointing", [nullcontext, gradient_checkpointing])
-def test_attention_is_ours_forward_and_when_it_is_recomputed(
-    checkpointing: Callable, calls: list[tuple]
-) -> None:
-    """The recomputation comes with the gradient, after the engine's own context has ended."""
-    model = architecture_with_lora()
-    engine, forward_calls = shared_prefix_engine(model), []
-    layers, passes = len(model.layers), 1 + len(engine.collate(PAIRS).arrays[1])
-
-    def logps(*args: Any, **kwargs: Any) -> mx.array:
-        logps = engine.logps(*args, **kwargs)
-        assert not is_patched()
-        forward_calls.append(len(calls))
-        return logps
-
-    with checkpointing(model):
-        run(model, engine._replace(logps=logps), PAIRS)
-    assert forward_calls == [layers * passes]
-    runs = 1 if checkpointing is nullcontext else 2
-    assert len(calls) == runs * layers * passes
-
-
-def train_one_step(model: nn.Module, *, checkpointing: bool) -> None:
-    train = TrainConfig(batch_size=2, steps=1, gradient_checkpointing=checkpointing)
-    config = SimPOConfig(model="tiny", train=train)
-    for _ in train_steps(model, PAIRS, config, shared_prefix_engine(model)):
-        assert not is_patched()
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_no_patch_is_left_after_a_step(checkpointing: bool, calls: list[tuple]) -> None:
-    model = architecture_with_lora()
-    train_one_step(model, checkpointing=checkpointing)
-    assert calls
-    assert not is_patched()
-
-
-def test_no_patch_is_left_after_the_choice_and_an_evaluation(calls: list[tuple]) -> None:
-    model = architecture_with_lora()
-    engine = choose_engine("shared_prefix", model)
-    assert not is_patched()
-    evaluate_pairs(model, PAIRS, ObjectiveConfig(), engine=engine)
-    assert calls
-    assert not is_patched()
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("in_recomputation", [False, True])
-def test_no_patch_is_left_after_an_exception(
-    in_recomputation: bool, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, calls = architecture_with_lora(), 0
-    passes = 1 + len(shared_prefix_engine(model).collate(PAIRS).arrays[1])
-    forward = len(model.layers) * passes
-
-    def failing(*args: Any) -> mx.array:
-        nonlocal calls
-        calls += 1
-        if calls > (forward if in_recomputation else 1):
-            assert is_patched()
-            raise error
-        return attention(*args)
-
-    monkeypatch.setattr(prefix_cache, "attention", failing)
-    with pytest.raises(error):
-        train_one_step(model, checkpointing=in_recomputation)
-    assert calls == (forward if in_recomputation else 1) + 1
-    assert not is_patched()
-
-
-def test_contexts_may_be_nested_and_overlap() -> None:
-    modules = attention_modules(tiny_model())
-    assert [module.__name__ for module in modules] == ["mlx_lm.models.llama"]
-    first, second = patched_attention(modules), patched_attention(modules)
-    with first:
-        # Asked for again within a context, the modules are the same.
-        assert attention_modules(tiny_model()) == modules
-        with patched_attention(modules):
-            assert is_patched()
-        assert is_patched()
-        second.__enter__()
-    assert is_patched()  # the second, which began within the first, has not ended
-    second.__exit__(None, None, None)
-    assert not is_patched()
-
-
-def test_threads_do_not_take_the_patch_from_each_other() -> None:
-    modules, barrier = attention_modules(tiny_model()), Barrier(4)
-    seen: list[bool] = []
-
-    def enter_and_leave() -> None:
-        barrier.wait()
-        for _ in range(300):
-            with patched_attention(modules):
-                seen.append(
-                    vars(modules[0])["scaled_dot_product_attention"] is prefix_cache._attention
-                )
-
-    threads = [Thread(target=enter_and_leave) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(seen) == 1200
-    assert all(seen)
-
-
-def test_an_abandoned_context_takes_its_patch_away() -> None:
-    context = patched_attention(attention_modules(tiny_model()))
-    context.__enter__()
-    assert is_patched()
-    del context
-    assert not is_patched()
