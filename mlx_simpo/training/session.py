@@ -149,8 +149,7 @@ def prepare(
 ) -> Session:
     """Prepare a run up to its first step; every error of the input is raised here.
 
-    MLX's memory limits are those of the settings from here on; `api.train` puts the earlier ones
-    back when it ends.
+    MLX's memory limits are those of the settings from here on.
 
     Args:
         display: where notes and progress go; default: stderr. train, valid: rows from memory
@@ -182,7 +181,6 @@ def prepare(
     for prompt in named(config.train.sample_prompts):
         check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
     adapter = _attach_adapter(config, loaded, template, display, resuming)
-    engine = run_engine(config, model, pairs.train, figures)
     return Session(
         config=config,
         model=model,
@@ -194,7 +192,7 @@ def prepare(
         valid_main=config.data.valid_main or next(iter(pairs.valid), ""),
         sources=pairs.sources,
         quarantined=quarantined,
-        engine=engine,
+        engine=run_engine(config, model, pairs.train, figures),
         display=display,
         record=training_record(loaded, config, template),
         loaded=loaded,
