@@ -73,7 +73,9 @@ ROOMS = {
         ["reference", "figures", "trunk", "vocabulary", "agreement"],
         ["attention", "plan", "head", "prefix_cache"],
         ["operations", "collate_stacked", "collate_shared", "token_logps"],
-        ["gradient_checkpointing", "shared_prefix", "operation_choice"],
+        ["gradient_checkpointing", "shared_prefix", "attention_shapes"],
+        ["fused_attention"],
+        ["operation_choice"],
         ["choice"],
     ],
 }

@@ -5,10 +5,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..config.simpo_config import SimPOConfig
 from ..data.encode import EncodedPair, TokenizedSequence
+from ..device import is_gpu
+from ..errors import SimPOError, one_line
 from ..kernels.choice import BUILT_IN, Implementation, Name, choose_implementation
 from ..model.loading import dtype_of
 from .collate_shared import collate_shared
@@ -22,8 +25,6 @@ from .prefix_cache import reason_not_shareable
 from .reference import average_logps
 from .shared_prefix import shared_prefix_logps
 from .vocabulary import vocabulary_size
-
-TRIAL_PROMPT_TOKENS = 40
 
 
 class MicroBatch(NamedTuple):
@@ -166,23 +167,62 @@ def configured_engine(config: SimPOConfig, model: Any, figures: Figures | None =
 
 
 def disagreement_with_reference(model: Any, engine: Engine) -> str | None:
-    """Return how ``engine`` differs from the reference on two short sequences; None if it does not.
+    """Return how ``engine`` differs from the reference on two short pairs; None if it does not.
 
-    An architecture that nobody has tried can only be checked by what it computes.
+    An architecture that nobody has tried can only be checked by what it computes. The pairs share a
+    prefix of 13 tokens, which two passes follow, of the two long and the two short sequences: each
+    pass has padding and another order than the prefixes, and what one of them left in a prefix's
+    state would reach the other.
     """
-    tokens = np.arange(1, TRIAL_PROMPT_TOKENS + 10, dtype=np.int32) % vocabulary_size(model)
-    chosen, rejected = tokens[: TRIAL_PROMPT_TOKENS + 3], tokens
-    pair = EncodedPair(
-        TokenizedSequence(chosen, TRIAL_PROMPT_TOKENS),
-        TokenizedSequence(rejected, TRIAL_PROMPT_TOKENS),
-    )
-    expected, actual = (
-        np.array(e.logps(model, e.collate([pair]).arrays, training=False))
-        for e in (REFERENCE, engine)
-    )
-    difference = float(np.abs(actual - expected).max())
+    pairs = _random_pairs(vocabulary_size(model), [(14, 6, 17), (16, 16, 7)])
+    actual = engine.logps(model, collate_shared(pairs, pass_cost=8).arrays, training=False)
+    expected = REFERENCE.logps(model, REFERENCE.collate(pairs).arrays, training=False)
+    difference = float(np.abs(np.array(actual) - np.array(expected)).max())
     # In half precision the two round differently; a wrong mask or position is off by far more.
     tolerance = 1e-3 if dtype_of(model) == "float32" else 0.1
     if difference <= tolerance:
         return None
     return f"its log-probabilities differ by {difference:.3g} in a trial"
+
+
+def check_gradient(model: Any, engine: Engine) -> None:
+    """Check that all which ``model`` computes while it trains has a gradient on MLX's default
+    device. Only the graph of a gradient is built, which MLX refuses then; nothing is computed.
+
+    Raises:
+        SimPOError: mlx-lm runs a kernel of its own there, which has none.
+    """
+    arrays = engine.collate(_random_pairs(vocabulary_size(model), [(2, 1, 2)])).arrays
+    was_training = model.training
+    model.train()
+    try:
+        nn.value_and_grad(model, lambda m: engine.logps(m, arrays, training=True).sum())(model)
+    except ValueError as error:
+        if "vjp" not in str(error):
+            raise
+        device, remedy = "the CPU", "train another model"
+        if is_gpu():
+            device = "a GPU"
+            remedy += ", or this one on the CPU: from Python, after mx.set_default_device(mx.cpu)"
+        raise SimPOError(
+            f"the model cannot be trained here: mlx-lm computes a part of it on {device} with an "
+            f"operation that has no gradient ({one_line(error)}); {remedy}"
+        ) from None
+    finally:
+        model.train(was_training)
+
+
+def _random_pairs(vocabulary: int, lengths: Sequence[tuple[int, int, int]]) -> list[EncodedPair]:
+    """Return pairs of random tokens: (prompt, chosen, rejected) tokens of each."""
+    random = np.random.default_rng(0)
+    pairs = []
+    for prompt, *responses in lengths:
+        before = random.integers(0, vocabulary, prompt)
+        chosen, rejected = (
+            np.concatenate([before, random.integers(0, vocabulary, n)]).astype(np.int32)
+            for n in responses
+        )
+        pairs.append(
+            EncodedPair(TokenizedSequence(chosen, prompt), TokenizedSequence(rejected, prompt))
+        )
+    return pairs

@@ -82,7 +82,10 @@ def _recomputing(layer_class: type, keys: _DropoutKeys, modules: Sequence[Module
             # The second run comes with the backward pass, when the engine's own context has ended.
             with nullcontext() if own_cache is None else patched(modules, operations):
                 out = layer_class.__call__(self, *args, **kwargs)
-            return out, {} if own_cache is None else cache_arrays(own_cache)
+            arrays = {} if own_cache is None else cache_arrays(own_cache)
+            # Of an array that is returned twice, as Gemma 4's keys are (they serve other layers
+            # too), mx.checkpoint loses one gradient: new arrays of the same values.
+            return out, tree_map(lambda array: mx.depends([array], [array])[0], arrays)
 
         parameters = self.trainable_parameters()
         # An input of the checkpointed function, hence the same in both of its runs.

@@ -84,11 +84,15 @@ def resolve_head(model: nn.Module) -> Head:
 
 
 def _described_head(model: nn.Module) -> Head:
-    """Return the head that the model's settings describe (Cohere multiplies, Granite divides)."""
+    """Return the head that the model's settings describe.
+
+    Cohere multiplies, Granite divides, Gemma and Recurrent Gemma have names of their own.
+    """
     settings: Any = getattr(text_model(model), "args", None)
     scale = getattr(settings, "logit_scale", None) or 1.0
     scale /= getattr(settings, "logits_scaling", None) or 1.0
-    softcap = getattr(settings, "final_logit_softcapping", None) or 0.0
+    names = ("final_logit_softcapping", "logits_soft_cap")
+    softcap = next(filter(None, (getattr(settings, name, None) for name in names)), 0.0)
     return Head(scale, softcap, is_projection=True)
 
 
@@ -105,7 +109,10 @@ def model_logits(model: nn.Module, hidden: mx.array) -> mx.array:
     """
     path = trunk_path(model)
     assert path is not None
-    return _ModelWithHidden(model, path, hidden)(None)
+    rows = hidden.reshape(1, -1, hidden.shape[-1])
+    # Nothing is computed from the tokens, but some models ask for their shape.
+    logits = _ModelWithHidden(model, path, rows)(mx.zeros(rows.shape[:2], mx.int32))
+    return logits.reshape(*hidden.shape[:-1], -1)
 
 
 def weights_outside_layers(model: nn.Module) -> dict[str, mx.array]:
@@ -138,6 +145,9 @@ class _ModelWithHidden:
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         return type(self._model).__call__(self, *args, **kwargs)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._model
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._model, name)

@@ -22,9 +22,11 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from ..device import is_gpu
 from .prefix_cache import PrefixKVCache
 
-# (queries, keys, values, scale, mask: "causal", None or booleans [T, S]) → [n, H, T, E]; see
-# `attention.attention`.
-Attention = Callable[[mx.array, mx.array, mx.array, float, mx.array | str | None], mx.array]
+# mlx-lm's scaled_dot_product_attention without the cache: (queries [n, H, T, D], keys [n, K, S, D],
+# values [n, K, S, E], scale, mask: "causal", None or an array, sinks [H] or None) → [n, H, T, E].
+Attention = Callable[
+    [mx.array, mx.array, mx.array, float, mx.array | str | None, mx.array | None], mx.array
+]
 # (q, k [B, T, Hk, Dk], v [B, T, Hv, Dv], g [B, T, Hv] or [B, T, Hv, Dk], beta [B, T, Hv],
 # state [B, Hv, Dv, Dk]) → (outputs [B, T, Hv, Dv], state after the last token).
 DeltaRule = Callable[
@@ -41,16 +43,30 @@ class Operations(NamedTuple):
 
 MLX_LM = Operations(None, None)
 
-_current: ContextVar[Operations] = ContextVar("operations", default=MLX_LM)
+
+class _Patch:
+    """One `patched`, from its beginning to its end."""
+
+    def __init__(self, operations: Operations) -> None:
+        self.operations, self.is_active = operations, True
+
+
+# The contexts of this thread (or task), outermost first. An abandoned context may be ended by the
+# garbage collector in another thread, where this variable has another value, so one that has ended
+# may still be listed: it is not active any more. (ContextVar.reset would raise there; and where
+# contexts overlap, it would bring back operations whose context has ended.)
+_patches: ContextVar[tuple[_Patch, ...]] = ContextVar("patches", default=())
 # The contexts that hold the patch of a module; without any, it is as mlx-lm wrote it.
-_holders: dict[ModuleType, set[object]] = defaultdict(set)
+_holders: dict[ModuleType, set[_Patch]] = defaultdict(set)
 # Re-entrant: garbage collection may end an abandoned context while this thread holds the lock.
 _lock = RLock()
 
 
 def current_operations() -> Operations:
-    """Return the operations of the innermost `patched` of this thread; MLX_LM without any."""
-    return _current.get()
+    """Return the operations of the last `patched` that this thread has entered and not left;
+    MLX_LM without any."""
+    active = (patch.operations for patch in reversed(_patches.get()) if patch.is_active)
+    return next(active, MLX_LM)
 
 
 def patchable_modules(model: nn.Module) -> tuple[ModuleType, ...]:
@@ -79,21 +95,22 @@ def patched(modules: Sequence[ModuleType], operations: Operations) -> Iterator[N
     Args:
         modules: of `patchable_modules`.
     """
-    holder = object()
-    token = _current.set(operations)
+    patch = _Patch(operations)
     try:
+        _patches.set((*_patches.get(), patch))
         with _lock:
             for module in modules:
-                _holders[module].add(holder)
+                _holders[module].add(patch)
                 for name, (_, ours) in _PATCHES.items():
                     if _is_patchable(module, name):
                         vars(module)[name] = ours
         yield
     finally:
-        _current.reset(token)
+        patch.is_active = False
+        _patches.set(tuple(other for other in _patches.get() if other.is_active))
         with _lock:
             for module in modules:
-                _holders[module].discard(holder)
+                _holders[module].discard(patch)
                 if not _holders[module]:
                     for name, (original, _) in _PATCHES.items():
                         if _is_patchable(module, name):
@@ -113,13 +130,10 @@ def _attention(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Compute the context's attention on a `PrefixKVCache`, and mlx-lm's own with any other cache,
-    with sinks, and with a mask that is more than booleans [T, S] (an additive one may have a
-    gradient)."""
+    """Compute the context's attention on a `PrefixKVCache`, mlx-lm's own with any other cache."""
     ours = current_operations().attention
-    is_plain = mask is None or isinstance(mask, str) or (mask.dtype == mx.bool_ and mask.ndim == 2)
-    if ours is not None and isinstance(cache, PrefixKVCache) and sinks is None and is_plain:
-        return ours(queries, keys, values, scale, mask)
+    if ours is not None and isinstance(cache, PrefixKVCache):
+        return ours(queries, keys, values, scale, mask, sinks)
     return scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)  # type: ignore
 
 

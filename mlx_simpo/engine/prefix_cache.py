@@ -11,7 +11,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 
 from .trunk import run_trunk, trunk_path
 
@@ -21,7 +28,10 @@ class PrefixKVCache:
     attention uses: offset, update_and_fetch and make_mask.
 
     keys, values: [n, heads, positions, D], of the prefix; after update_and_fetch, of all positions.
+    start_position: the first position that is there, for models with chunked attention (Llama 4).
     """
+
+    start_position = 0
 
     def __init__(self, keys: mx.array | None = None, values: mx.array | None = None) -> None:
         self.keys, self.values = keys, values
@@ -39,6 +49,9 @@ class PrefixKVCache:
             self.keys = mx.concatenate([self.keys, keys], axis=2)
             self.values = mx.concatenate([self.values, values], axis=2)
         return self.keys, self.values
+
+    def maybe_trim_front(self) -> None:
+        """Do nothing: positions that attention no longer sees are masked."""
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -94,7 +107,7 @@ def with_arrays(cache: PrefixCache, arrays: Any) -> PrefixCache:
 def set_arrays(cache: PrefixCache, arrays: Any) -> None:
     """Let ``cache`` hold ``arrays``, as `cache_arrays` returns them."""
     if isinstance(cache, PrefixKVCache):
-        cache.keys, cache.values = arrays["keys"], arrays["values"]
+        cache.keys, cache.values = arrays.get("keys"), arrays.get("values")
     elif isinstance(cache, PrefixStates):
         cache.cache = [arrays.get(str(i)) for i in range(len(cache.cache))]
     else:
@@ -106,19 +119,20 @@ def empty_caches(model: nn.Module) -> list[PrefixCache]:
     """Return a cache of our kind for each that mlx-lm makes for the model.
 
     Raises:
-        TypeError: mlx-lm makes one that holds something else; see `reason_not_shareable`.
+        TypeError: mlx-lm makes one that holds something else, by its name; see
+            `reason_not_shareable`.
     """
     return [_empty(cache) for cache in make_prompt_cache(model)]
 
 
 def _empty(cache: Any) -> PrefixCache:
-    if type(cache) in (KVCache, RotatingKVCache):
+    if type(cache) in (KVCache, RotatingKVCache, ChunkedKVCache):
         return PrefixKVCache()
     if type(cache) is ArraysCache:
         return PrefixStates([None] * len(cache.cache))
     if type(cache) is CacheList:
         return PrefixCacheList(*map(_empty, cache.caches))
-    raise TypeError(f"a {type(cache).__name__} cannot be forked")
+    raise TypeError(type(cache).__name__)
 
 
 def run_prefix(model: nn.Module, tokens: mx.array) -> list[PrefixCache]:
@@ -151,5 +165,5 @@ def reason_not_shareable(model: nn.Module) -> str | None:
     try:
         empty_caches(model)
     except TypeError as error:
-        return f"its layers keep a state of which nobody knows how to fork it ({error})"
+        return f"its layers keep a state that this engine does not know how to fork ({error})"
     return None

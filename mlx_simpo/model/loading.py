@@ -18,6 +18,7 @@ from ..files import read_header, read_json, weight_files
 from ..paths import local_path
 from .adapters import flat_arrays
 from .repair import config_repairs
+from .trainable import make_trainable
 
 # What mlx_lm and transformers raise for an unexpected config.json, tokenizer or weights.
 LOAD_ERRORS = (
@@ -131,6 +132,7 @@ def load_model(
         )
     if not hasattr(model, "layers"):
         raise SimPOError(f"{name} is a {config.get('model_type')} model without a list of layers")
+    make_trainable(model)
     if dtype != "auto":
         model.set_dtype(DTYPES[dtype])
     # huggingface_hub stores a model in …/snapshots/<commit>.

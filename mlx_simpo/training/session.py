@@ -13,7 +13,7 @@ from ..config.simpo_config import SimPOConfig
 from ..data.encode import EncodedPair, Encoder
 from ..data.mixing import SourceCounts
 from ..data.pairs import Quarantined
-from ..engine.choice import Engine, configured_engine
+from ..engine.choice import Engine, check_gradient, configured_engine
 from ..engine.vocabulary import check_prompt_ids, check_token_ids
 from ..errors import SimPOError
 from ..evaluation import Evaluation, evaluate_pairs
@@ -174,6 +174,8 @@ def prepare(
     for prompt in named(config.train.sample_prompts):
         check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
     adapter = _attach_adapter(config, loaded, template, display, resuming)
+    engine = configured_engine(config, model)
+    check_gradient(model, engine)
     maybe_set_recommended_wired_limit()  # or macOS may page weights out between steps
     return Session(
         config=config,
@@ -186,7 +188,7 @@ def prepare(
         valid_main=config.data.valid_main or next(iter(pairs.valid), ""),
         sources=pairs.sources,
         quarantined=quarantined,
-        engine=configured_engine(config, model),
+        engine=engine,
         display=display,
         record=training_record(loaded, config, template),
         loaded=loaded,

@@ -12,16 +12,11 @@ from hypothesis import strategies as st
 
 from mlx_simpo.engine import attention as module
 from mlx_simpo.engine.attention import attention, split_into_tiles
+from mlx_simpo.engine.figures import CPU, GPU
 
 SCALE = 0.3
 # new positions, positions before them, query heads, key heads
 SHAPES = [(1, 0, 1, 1), (5, 0, 4, 4), (7, 9, 6, 2), (64, 3, 4, 1), (130, 70, 2, 2)]
-
-
-def set_tile_scores(monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
-    """On any device."""
-    for constant in ("TILE_SCORES_CPU", "TILE_SCORES_GPU"):
-        monkeypatch.setattr(module, constant, scores)
 
 
 def random_inputs(shape: tuple[int, int, int, int], n: int = 2) -> list[mx.array]:
@@ -59,9 +54,13 @@ def mlx_attention(
 
 
 def our_attention(
-    mask: mx.array | str | None, queries: mx.array, keys: mx.array, values: mx.array
+    mask: mx.array | str | None,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    tile_scores: int = CPU.tile_scores,
 ) -> mx.array:
-    return attention(queries, keys, values, SCALE, mask)
+    return attention(queries, keys, values, SCALE, mask, tile_scores)
 
 
 def gradients(run: Callable[..., mx.array], inputs: list[mx.array]) -> list[np.ndarray]:
@@ -75,7 +74,7 @@ def gradients(run: Callable[..., mx.array], inputs: list[mx.array]) -> list[np.n
 
 
 @pytest.mark.parametrize("saved_scores", [0, module.MAX_SAVED_SCORES])
-@pytest.mark.parametrize("tile_scores", [1, module.TILE_SCORES_CPU])
+@pytest.mark.parametrize("tile_scores", [1, CPU.tile_scores])
 @pytest.mark.parametrize("kind", [None, "causal", "window"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradient(
@@ -85,7 +84,6 @@ def test_value_and_gradient(
     saved_scores: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    set_tile_scores(monkeypatch, tile_scores)
     monkeypatch.setattr(module, "MAX_SAVED_SCORES", saved_scores)
     monkeypatch.setattr(module, "MIN_TILE_ROWS", 16)
     new, old = shape[:2]
@@ -95,20 +93,18 @@ def test_value_and_gradient(
 
     queries, keys, values = (np.array(a, np.float64) for a in inputs[:3])
     expected = attention_in_float64(queries, keys, values, visible)
-    np.testing.assert_allclose(our_attention(mask, *inputs[:3]), expected, atol=2e-6)
+    run = partial(our_attention, mask, tile_scores=tile_scores)
+    np.testing.assert_allclose(run(*inputs[:3]), expected, atol=2e-6)
 
-    ours, theirs = (gradients(partial(f, mask), inputs) for f in (our_attention, mlx_attention))
+    ours, theirs = (gradients(f, inputs) for f in (run, partial(mlx_attention, mask)))
     for actual, wide in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(actual, wide, atol=2e-5 * np.abs(wide).max() + 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_half_precision_is_as_near_to_float32_as_mlx_is(
-    dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_tile_scores(monkeypatch, 1)
-    inputs = random_inputs((150, 20, 4, 2))
-    exact = gradients(partial(our_attention, "causal"), inputs)
+def test_half_precision_is_as_near_to_float32_as_mlx_is(dtype: mx.Dtype) -> None:
+    inputs, ours = random_inputs((150, 20, 4, 2)), partial(our_attention, tile_scores=1)
+    exact = gradients(partial(ours, "causal"), inputs)
 
     def errors(run: Callable[..., mx.array]) -> np.ndarray:
         def rounded(*arrays: mx.array) -> mx.array:
@@ -117,18 +113,22 @@ def test_half_precision_is_as_near_to_float32_as_mlx_is(
         pairs = zip(gradients(rounded, inputs), exact, strict=True)
         return np.array([np.std(actual - expected) for actual, expected in pairs])
 
-    assert (errors(our_attention) < 1.1 * errors(mlx_attention)).all()
+    assert (errors(ours) < 1.1 * errors(mlx_attention)).all()
 
 
-@given(st.integers(1, 3000), st.integers(0, 3000), st.integers(1, 64))
+@given(
+    st.integers(1, 3000),
+    st.integers(0, 3000),
+    st.integers(1, 64),
+    st.sampled_from([CPU.tile_scores, GPU.tile_scores]),
+)
 def test_tiles_cover_every_row_once_and_see_no_more_than_they_need(
-    new: int, old: int, heads: int
+    new: int, old: int, heads: int, tile_scores: int
 ) -> None:
-    tiles = split_into_tiles((1, heads, new, 8), old + new, causal=True)
+    tiles = split_into_tiles((1, heads, new, 8), old + new, tile_scores, causal=True)
     edges = [0, *(tile.stop for tile in tiles)]
     assert [(tile.start, tile.stop) for tile in tiles] == list(pairwise(edges))
     assert edges[-1] == new
-    tile_scores = module.TILE_SCORES_GPU if module.is_gpu() else module.TILE_SCORES_CPU
     for tile in tiles:
         assert tile.num_keys == old + tile.stop
         assert (
@@ -141,7 +141,6 @@ def test_tiles_cover_every_row_once_and_see_no_more_than_they_need(
 def test_memory_grows_with_the_length_and_not_with_its_square(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    set_tile_scores(monkeypatch, module.TILE_SCORES_CPU)  # a GPU's tiles hold all of these scores
     monkeypatch.setattr(module, "MAX_SAVED_SCORES", 0)
 
     def peak(length: int) -> int:

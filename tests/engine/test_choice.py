@@ -5,14 +5,21 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.architectures import RECURRENT, architecture_with_lora
+from helpers.architectures import architecture, architecture_with_lora
 from helpers.gradients import run
 from helpers.tiny import tiny_model
 from helpers.tiny import token_pair as pair
+from mlx_lm.models import rwkv7
+from mlx_lm.models.cache import QuantizedKVCache
 
 from mlx_simpo import SimPOError
-from mlx_simpo.engine import choice, prefix_cache
-from mlx_simpo.engine.choice import REFERENCE, choose_engine, shared_prefix_engine
+from mlx_simpo.engine import choice, prefix_cache, shared_prefix
+from mlx_simpo.engine.choice import (
+    REFERENCE,
+    check_gradient,
+    choose_engine,
+    shared_prefix_engine,
+)
 
 PAIRS = [pair(40, 20, 7), pair(35, 3, 60)]
 NOT_SHARED = "reference (one stacked forward pass): the prefix cannot be shared, "
@@ -25,10 +32,10 @@ def test_the_reference_is_chosen_by_name() -> None:
 def test_the_note_says_what_runs() -> None:
     engine = choose_engine("shared_prefix", tiny_model(), "mlx")
     assert engine.name == "shared_prefix"
-    assert engine.note == (
-        "shared_prefix (each prompt runs once, only scored tokens reach the head); "
-        "log-probabilities: MLX's own operations, as logps.impl=mlx asks"
+    assert engine.note.startswith(
+        "shared_prefix (each prompt runs once, only scored tokens reach the head); attention: "
     )
+    assert engine.note.endswith("log-probabilities: MLX's own operations, as logps.impl=mlx asks")
     assert not engine.compiled
     assert REFERENCE.compiled
 
@@ -41,16 +48,94 @@ def test_an_implementation_that_cannot_run_is_an_error_and_not_the_reference(
         choose_engine("shared_prefix", tiny_model(), "kernel")
 
 
-@pytest.mark.parametrize("name", RECURRENT)
-def test_a_state_that_cannot_be_forked_takes_the_reference_and_says_so(name: str) -> None:
-    model = architecture_with_lora(name)
+def test_a_state_that_cannot_be_forked_takes_the_reference_and_says_so() -> None:
+    model = architecture_with_lora()
+    quantized = [QuantizedKVCache() for _ in model.layers]
+    object.__setattr__(model, "make_cache", lambda: quantized)
     engine = choose_engine("shared_prefix", model)
     assert engine.name == "reference"
-    reason = "its layers keep a state that cannot be forked (ArraysCache)"
-    assert engine.note == NOT_SHARED + reason
+    assert engine.note == NOT_SHARED + (
+        "its layers keep a state that this engine does not know how to fork (QuantizedKVCache)"
+    )
     values = run(model, engine, PAIRS[:1])
     assert all(np.isfinite(value).all() for value in values.values())
-    assert any(value.any() for key, value in values.items() if key != "logps")
+
+
+@pytest.mark.parametrize("vocabulary", [4, 7, 40])
+def test_a_small_vocabulary_shares_too(vocabulary: int) -> None:
+    model = tiny_model(vocab_size=vocabulary)
+    engine = choose_engine("shared_prefix", model)
+    assert engine.name == "shared_prefix", engine.note
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "plamo2", "recurrent_gemma"])
+def test_rounding_of_half_precision_is_no_disagreement(name: str, dtype: mx.Dtype) -> None:
+    """Recurrences round differently where they begin from a state."""
+    model = architecture(name)
+    model.set_dtype(dtype)
+    engine = choose_engine("shared_prefix", model)
+    assert engine.name == "shared_prefix", engine.note
+
+
+# --- what the trial notices ------------------------------------------------------------------
+
+
+def no_fork(cache: Any, arrays: Any) -> Any:
+    """The prefix's cache itself: what one pass leaves in it reaches the next."""
+    prefix_cache.set_arrays(cache, arrays)
+    return cache
+
+
+def write_in_place(cache: Any, index: int, value: mx.array) -> None:
+    """A layer's write into the arrays of its states, which a fork holds too unless it copies."""
+    if cache.cache[index] is None or cache.cache[index].shape != value.shape:
+        cache.cache[index] = value
+    else:
+        cache.cache[index][:] = value
+
+
+def padded(model: Any, tokens: mx.array) -> list:
+    """The states after a prefix with a token of padding behind it."""
+    return prefix_cache.run_prefix(model, mx.pad(tokens, ((0, 0), (0, 1))))
+
+
+@pytest.mark.parametrize(
+    ("defect", "name"),
+    [
+        (defect, name)
+        for defect in ("leak", "alias", "padding", "order")
+        for name in ("mamba", "qwen3_5", "falcon_h1")
+    ]
+    + [("leak", "llama"), ("padding", "llama"), ("order", "llama")],
+)
+def test_the_trial_notices(defect: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = architecture(name)
+    if defect == "leak":
+        monkeypatch.setattr(prefix_cache, "with_arrays", no_fork)
+    elif defect == "alias":
+        monkeypatch.setattr(prefix_cache.PrefixStates, "__setitem__", write_in_place)
+        assert choose_engine("shared_prefix", model).name == "shared_prefix"
+        original = prefix_cache.with_arrays
+        # Views of the prefix's arrays in place of copies.
+        aliases: dict[int, Any] = {}
+        monkeypatch.setattr(
+            prefix_cache,
+            "with_arrays",
+            lambda cache, arrays: aliases.setdefault(id(cache), original(cache, arrays)),
+        )
+    elif defect == "padding":
+        monkeypatch.setattr(shared_prefix, "run_prefix", padded)
+    else:  # every continuation follows the first prefix
+        continuations = shared_prefix.run_continuations
+        monkeypatch.setattr(
+            shared_prefix,
+            "run_continuations",
+            lambda model, tokens, prefix, index: continuations(model, tokens, prefix, 0 * index),
+        )
+    engine = choose_engine("shared_prefix", model)
+    assert engine.name == "reference"
+    assert "the prefix cannot be shared, its log-probabilities differ by" in engine.note
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -104,3 +189,53 @@ def test_a_micro_batch_counts_what_runs() -> None:
     assert (stacked.positions, stacked.head_positions) == (2 * 31, 2 * 31)  # padded to 32
     shared = shared_prefix_engine(tiny_model()).collate(pairs)
     assert (shared.positions, shared.head_positions) == (19 + 5 + 5, 5 + 5)
+
+
+# --- a gradient on this device ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("engine", ["reference", "shared_prefix"])
+def test_a_model_that_can_be_trained_passes(engine: str, training: bool) -> None:
+    model = architecture_with_lora("qwen3_5").train(training)
+    check_gradient(model, choose_engine(engine, model))
+    assert model.training == training
+
+
+@pytest.mark.parametrize("engine", ["reference", "shared_prefix"])
+@pytest.mark.parametrize("device", [mx.cpu, mx.gpu])
+def test_an_operation_without_a_gradient_is_reported(
+    engine: str, device: mx.DeviceType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kernel of mlx-lm's on a Mac: an operation that MLX has no gradient of."""
+    model = architecture_with_lora("rwkv7")
+    chosen = choose_engine(engine, model)
+    step = rwkv7._wkv7_step_ops
+
+    def without_gradient(*args: Any) -> Any:
+        output, state = step(*args)
+        return output, mx.linalg.qr(state, stream=mx.cpu)[0]
+
+    monkeypatch.setattr(rwkv7, "_wkv7_step_ops", without_gradient)
+    monkeypatch.setattr(choice, "is_gpu", lambda: device == mx.gpu)
+    with pytest.raises(SimPOError) as error:
+        check_gradient(model, chosen)
+    where = "a GPU" if device == mx.gpu else "the CPU"
+    remedy = "; train another model"
+    if device == mx.gpu:
+        remedy += ", or this one on the CPU: from Python, after mx.set_default_device(mx.cpu)"
+    assert str(error.value) == (
+        f"the model cannot be trained here: mlx-lm computes a part of it on {where} with an "
+        f"operation that has no gradient ([Primitive::vjp] Not implemented for QRF.){remedy}"
+    )
+
+
+def test_other_errors_are_not_taken_for_a_missing_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = architecture_with_lora()
+    engine = shared_prefix_engine(model)
+
+    def failing(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("shapes")
+
+    with pytest.raises(ValueError, match="shapes"):
+        check_gradient(model, engine._replace(logps=failing))

@@ -4,6 +4,7 @@ architecture that it is offered for, through training and evaluation; and plante
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers import float64
-from helpers.architectures import ARCHITECTURES, architecture_with_lora, with_lora
+from helpers.architectures import (
+    ARCHITECTURES,
+    RECURRENT,
+    architecture_with_lora,
+    with_lora,
+)
 from helpers.chat_templates import template_tokenizer
 from helpers.gradients import greatest_difference, run
 from helpers.tiny import assistant, tiny_model, user
 from helpers.tiny import token_pair as pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_simpo import (
@@ -33,8 +39,9 @@ from mlx_simpo import (
 )
 from mlx_simpo.data.encode import EncodedPair, Encoder, encode_pairs
 from mlx_simpo.data.records import Pair
-from mlx_simpo.engine import attention, prefix_cache, token_logps
+from mlx_simpo.engine import attention, prefix_cache, shared_prefix, token_logps
 from mlx_simpo.engine.choice import REFERENCE, Engine, choose_engine, shared_prefix_engine
+from mlx_simpo.engine.figures import CPU
 from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
 from mlx_simpo.engine.head import is_head_frozen
 from mlx_simpo.model.loading import load_model
@@ -50,17 +57,38 @@ def run_shared(model: nn.Module, pairs: list[EncodedPair] = PAIRS) -> dict[str, 
     return run(model, shared_prefix_engine(model), pairs)
 
 
+def assert_equal_to_the_reference(
+    model: nn.Module, engine: Engine, pairs: list[EncodedPair], contexts: Any = BOTH_WAYS
+) -> None:
+    expected = run(model, REFERENCE, pairs)
+    for checkpointing in contexts:
+        with checkpointing(model):
+            actual = run(model, engine, pairs)
+        np.testing.assert_allclose(actual["logps"], expected["logps"], atol=1e-5)
+        assert greatest_difference(actual, expected) < 1e-4
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equals_the_reference(name: str) -> None:
     model = architecture_with_lora(name)
     engine = choose_engine("shared_prefix", model)
-    assert engine.name == "shared_prefix"
-    expected = run(model, REFERENCE, PAIRS)
-    for checkpointing in BOTH_WAYS:
-        with checkpointing(model):
-            actual = run(model, engine, PAIRS)
-        np.testing.assert_allclose(actual["logps"], expected["logps"], atol=1e-5)
-        assert greatest_difference(actual, expected) < 1e-4
+    assert engine.name == "shared_prefix", engine.note
+    assert_equal_to_the_reference(model, engine, PAIRS)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_states_that_are_younger_than_a_convolution(name: str) -> None:
+    """Prefixes of 0 to 3 tokens, shorter than the convolutions' kernels; responses of one token,
+    in a pass with longer ones and alone."""
+    model = architecture_with_lora(name)
+    engine = shared_prefix_engine(model)
+    for prompt in (1, 2, 3, 4):
+        pairs = [pair(prompt, 1, 6), pair(prompt + 2, 4, 1)]
+        assert engine.collate(pairs).arrays[0].shape == (2, prompt - 1)
+        assert_equal_to_the_reference(model, engine, pairs, BOTH_WAYS[prompt % 2 :][:1])
+    one_token = [pair(5, 1, 1)]
+    assert [group[0].shape for group in engine.collate(one_token).arrays[1]] == [(2, 1)]
+    assert_equal_to_the_reference(model, engine, one_token)
 
 
 @pytest.mark.parametrize("prompt", [22, 23, 24, 25, 26, 47, 48, 49])
@@ -196,15 +224,10 @@ def test_the_size_of_attentions_tiles_changes_nothing(
     name: str, saved_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = architecture_with_lora(name)
-    pairs = [pair(20, 9, 15), pair(25, 11, 3)]
-    expected = run(model, REFERENCE, pairs)
-    for constant in ("TILE_SCORES_CPU", "TILE_SCORES_GPU"):
-        monkeypatch.setattr(attention, constant, 1)
     monkeypatch.setattr(attention, "MIN_TILE_ROWS", 4)
     monkeypatch.setattr(attention, "MAX_SAVED_SCORES", saved_scores)
-    for checkpointing in BOTH_WAYS:
-        with checkpointing(model):
-            assert greatest_difference(run_shared(model, pairs), expected) < 1e-4
+    engine = shared_prefix_engine(model, figures=replace(CPU, tile_scores=1))
+    assert_equal_to_the_reference(model, engine, [pair(20, 9, 15), pair(25, 11, 3)])
 
 
 def test_the_size_of_a_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,46 +256,111 @@ def test_a_trained_head_taken_for_a_frozen_one_would_be_noticed(
     assert greatest_difference(actual, expected) < 1e-4
 
 
-def test_a_prefix_without_gradients_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class DetachedCache(prefix_cache.PrefixKVCache):
-        def arrays(self) -> tuple:
-            return tuple(mx.stop_gradient(a) for a in super().arrays())
-
-    model = architecture_with_lora()
-    expected = run(model, REFERENCE, PAIRS)
-    monkeypatch.setattr(prefix_cache, "PrefixKVCache", DetachedCache)
-    assert greatest_difference(run_shared(model), expected) > 1e-2
+# A layer of each kind: keys and values; convolution and recurrence; both in one layer.
+KINDS = ["llama", "mamba", "lfm2", "qwen3_5", "falcon_h1"]
+# Two passes of one row each, which follow the same prefix.
+LEAKY = [pair(20, 9, 40)]
 
 
-def test_a_cache_that_a_checkpointed_layer_changes_would_be_noticed(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", KINDS)
+def test_a_prefix_without_gradients_would_be_noticed(
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = architecture_with_lora()
+    model = architecture_with_lora(name)
     expected = run(model, REFERENCE, PAIRS)
-    name = "mlx_simpo.engine.gradient_checkpointing.PrefixKVCache"
-    monkeypatch.setattr(name, type("NoCache", (), {}))
+    original = prefix_cache.cache_arrays
+    monkeypatch.setattr(
+        prefix_cache, "cache_arrays", lambda cache: tree_map(mx.stop_gradient, original(cache))
+    )
+    actual = run_shared(model)
+    np.testing.assert_allclose(actual["logps"], expected["logps"], atol=1e-5)
+    assert greatest_difference(actual, expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_cache_that_a_checkpointed_layer_changes_would_be_noticed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = architecture_with_lora(name)
+    expected = run(model, REFERENCE, PAIRS)
+    name = "mlx_simpo.engine.gradient_checkpointing.is_prefix_cache"
+    monkeypatch.setattr(name, lambda value: False)
     with gradient_checkpointing(model):
         assert greatest_difference(run_shared(model), expected) > 1e-2
 
 
-def test_a_chosen_token_in_the_rejected_response_would_be_noticed(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", KINDS)
+def test_a_state_that_leaks_from_chosen_to_rejected_would_be_noticed(
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = architecture_with_lora()
-    expected = run(model, REFERENCE, PAIRS)
-    original = prefix_cache.PrefixKVCache.update_and_fetch
-    seen: list[tuple[mx.array, mx.array]] = []
+    """The prefix's caches themselves instead of forks: the second pass follows the first."""
+    model = architecture_with_lora(name)
+    expected = run(model, REFERENCE, LEAKY)
+    assert greatest_difference(run_shared(model, LEAKY), expected) < 1e-4
 
-    def leaking(self: Any, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        is_continuation = self.offset > 0
-        keys, values = original(self, keys, values)
-        if is_continuation and seen and seen[0][0].shape == keys.shape:
-            keys, values = (0.5 * a + 0.5 * b for a, b in zip((keys, values), seen[0], strict=True))
-        seen.extend([(keys, values)] if is_continuation else [])
-        return keys, values
+    def no_fork(cache: Any, arrays: Any) -> Any:
+        prefix_cache.set_arrays(cache, arrays)
+        return cache
 
-    monkeypatch.setattr(prefix_cache.PrefixKVCache, "update_and_fetch", leaking)
-    assert greatest_difference(run_shared(model), expected) > 1e-2
+    monkeypatch.setattr(prefix_cache, "with_arrays", no_fork)
+    actual = run_shared(model, LEAKY)
+    chosen, rejected = actual["logps"] - expected["logps"]
+    # The longer response runs first.
+    assert abs(rejected) < 1e-5
+    assert abs(chosen) > 1e-3
+    assert greatest_difference(actual, expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_padding_that_reaches_a_state_would_be_noticed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a state that is used again: a prefix's, with two tokens of padding behind it, which
+    attention does not see."""
+    model = architecture_with_lora(name)
+    expected = run(model, REFERENCE, LEAKY)
+    original = shared_prefix.run_prefix
+
+    def padded(model: nn.Module, tokens: mx.array) -> list:
+        with_padding = original(model, mx.pad(tokens, ((0, 0), (0, 2))))
+        for cache, without in zip(with_padding, original(model, tokens), strict=True):
+            inner = zip(
+                getattr(cache, "caches", [cache]),
+                getattr(without, "caches", [without]),
+                strict=True,
+            )
+            for one, other in inner:
+                if isinstance(one, prefix_cache.PrefixKVCache):
+                    prefix_cache.set_arrays(one, prefix_cache.cache_arrays(other))
+        return with_padding
+
+    monkeypatch.setattr(shared_prefix, "run_prefix", padded)
+    actual = run_shared(model, LEAKY)
+    assert np.abs(actual["logps"] - expected["logps"]).max() > 1e-3
+    assert greatest_difference(actual, expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["mamba", "qwen3_5", "falcon_h1"])
+def test_a_fork_that_aliases_would_be_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer may write into the arrays of its states: no other pass sees it. It would see it if a
+    fork held the same arrays."""
+    model = architecture_with_lora(name)
+    expected = run(model, REFERENCE, LEAKY)
+
+    def write_in_place(cache: Any, index: int, value: mx.array) -> None:
+        if cache.cache[index] is None:
+            cache.cache[index] = value
+        else:
+            cache.cache[index][:] = value
+
+    monkeypatch.setattr(prefix_cache.PrefixStates, "__setitem__", write_in_place)
+    for checkpointing in BOTH_WAYS:
+        with checkpointing(model):
+            assert greatest_difference(run_shared(model, LEAKY), expected) < 1e-4
+
+    monkeypatch.setattr(prefix_cache, "tree_map", lambda fork, arrays: arrays)
+    actual = run_shared(model, LEAKY)
+    assert np.abs(actual["logps"] - expected["logps"]).max() > 1e-3
 
 
 # --- through training and evaluation ---------------------------------------------------------
@@ -307,5 +395,5 @@ def test_evaluation_is_the_same() -> None:
         evaluate_pairs(model, PAIRS, ObjectiveConfig(), 2, engine=engine)
         for engine in (shared_prefix_engine(model), REFERENCE)
     )
-    assert actual.metrics == pytest.approx(expected.metrics, rel=1e-5)
+    assert actual.metrics == pytest.approx(expected.metrics, rel=1e-5, abs=1e-6)
     np.testing.assert_allclose(actual.margins, expected.margins, atol=1e-5)
