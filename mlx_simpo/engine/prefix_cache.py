@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from .attention import CausalMask
 from .trunk import run_trunk, trunk_path
 
 
@@ -59,7 +60,7 @@ class PrefixKVCache:
         """Return the causal mask of n new positions behind ``offset`` old ones."""
         if return_array or (window_size is not None and self.offset + n > window_size):
             return create_causal_mask(n, self.offset, window_size=window_size)
-        return None if n == 1 else "causal"
+        return None if n == 1 else CausalMask()
 
 
 class PrefixStates(ArraysCache):
