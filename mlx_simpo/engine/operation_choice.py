@@ -16,6 +16,7 @@ from .fused_attention import (
     has_fused_gradient,
     mlx_attention,
 )
+from .lora_linear import lora_linear
 from .operations import Attention, Operations
 
 AttentionSetting = Literal["auto", "mlx", "blocks"]
@@ -56,8 +57,8 @@ def choose_operations(model: Any, setting: AttentionSetting, figures: Figures) -
     chosen = choose_attention(observe_attention(model), setting, figures)
     delta_rule, delta_note = None, None  # of choose_delta_rule(model)
     return OperationChoice(
-        Operations(chosen.training, delta_rule),
-        Operations(chosen.evaluation, delta_rule),
+        Operations(chosen.training, delta_rule, lora_linear),
+        Operations(chosen.evaluation, delta_rule, lora_linear),
         "; ".join(note for note in (f"attention: {chosen.note}", delta_note) if note),
     )
 
