@@ -1,7 +1,11 @@
 """What a comparison of two implementations of an operation on this device has shown."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
 
 
 class Agreement(NamedTuple):
@@ -43,3 +47,51 @@ class Agreement(NamedTuple):
             f"is off by {max(errors):.2g} of the largest entry in {where} ({self.dtype}, where "
             f"{self.tolerance:.2g} is rounding)"
         )
+
+
+class Difference(NamedTuple):
+    """How far one array is off, relative to the largest entry of the reference's; NaN if one of the
+    two has a NaN.
+
+    where: which array, for which inputs, for the user. of_gradient: whether it is a gradient.
+    """
+
+    error: float
+    where: str
+    of_gradient: bool
+
+
+def summarize(
+    name: str, dtype: mx.Dtype, tolerance: float, differences: Iterable[Difference]
+) -> Agreement:
+    """Return what ``differences`` show, which may raise MLX's errors while they are computed."""
+    worst = {kind: Difference(0.0, "", kind) for kind in (False, True)}
+    problem = None
+    try:
+        for difference in differences:
+            worst[difference.of_gradient] = max(
+                worst[difference.of_gradient], difference, key=_badness
+            )
+    except (RuntimeError, ValueError) as error:
+        problem = " ".join(str(error).split())
+    return Agreement(
+        name=name,
+        dtype=str(dtype).removeprefix("mlx.core."),
+        value_error=worst[False].error,
+        gradient_error=worst[True].error,
+        tolerance=tolerance,
+        problem=problem,
+        where=max(worst.values(), key=_badness).where,
+    )
+
+
+def relative_difference(actual: mx.array, expected: mx.array) -> float:
+    """Return the largest difference over the largest entry; NaN if one of the two has a NaN."""
+    one, two = (np.array(array.astype(mx.float32)) for array in (actual, expected))
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        return float(np.abs(one - two).max() / np.abs(two).max())
+
+
+def _badness(difference: Difference) -> tuple[bool, float]:
+    """Return what differences are ordered by: NaN is worse than any number."""
+    return math.isnan(difference.error), difference.error

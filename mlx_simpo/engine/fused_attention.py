@@ -9,7 +9,7 @@ are trusted.
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, lru_cache
 from itertools import product
 from typing import Literal, NamedTuple
@@ -21,6 +21,7 @@ from mlx_lm.models.base import create_causal_mask
 from .agreement import Agreement
 from .attention import attention
 from .attention_shapes import AttentionShape, dtype_name
+from .operations import Attention, AttentionCall
 
 # The primitive of the fused gradient in MLX's graphs (mlx 0.32.4, mlx/fast_primitives.h).
 FUSED_GRADIENT = "ScaledDotProductAttentionVJP"
@@ -60,18 +61,15 @@ def _size(difference: _Difference) -> tuple[bool, float]:
     return math.isnan(difference.error), difference.error
 
 
-def mlx_attention(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """Compute attention with MLX's own operation; see `operations.Attention`."""
+def mlx_attention(call: AttentionCall) -> mx.array:
+    """Compute attention [n, H, T, E] with MLX's own operation."""
     return mx.fast.scaled_dot_product_attention(
-        queries, keys, values, scale=scale, mask=mask, sinks=sinks
+        *call[:3], scale=call.scale, mask=call.mask, sinks=call.sinks
     )
+
+
+def _our_attention(call: AttentionCall) -> mx.array:
+    return attention(*call[:5])
 
 
 def has_fused_gradient(
@@ -114,10 +112,12 @@ def _graph_is_fused(
         )
     ]
     cotangent = mx.zeros((1, shape.heads, queries, shape.value_size), shape.dtype)
+
+    def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return mlx_attention(AttentionCall(q, k, v, shape.scale, mask))
+
     try:
-        _, gradients = mx.vjp(
-            lambda q, k, v: mlx_attention(q, k, v, shape.scale, mask), arrays, [cotangent]
-        )
+        _, gradients = mx.vjp(forward, arrays, [cotangent])
     except (RuntimeError, ValueError):
         return False  # what MLX does not take at all it has no gradient of
     return primitive_count(FUSED_GRADIENT, *gradients) > 0
@@ -154,26 +154,24 @@ def forget_checks() -> None:
 
 @cache
 def _check(shape: AttentionShape, device: str, *, gradient: bool) -> Agreement:
-    value, slope, problem = _Difference(0.0, ""), _Difference(0.0, ""), None
+    worst = {"value": _Difference(0.0, ""), "gradient": _Difference(0.0, "")}
+    problem = None
     try:
         for lengths, mask in _cases(gradient=gradient):
             for what, difference in _compare(shape, lengths, mask, gradient=gradient).items():
                 where = f"{what} with {lengths[0]} queries, {lengths[1]} keys and {_MASKS[mask]}"
-                candidate = _Difference(difference, where)
-                if what == _VALUE:
-                    value = max(value, candidate, key=_size)
-                else:
-                    slope = max(slope, candidate, key=_size)
+                kind = "value" if what == _VALUE else "gradient"
+                worst[kind] = max(worst[kind], _Difference(difference, where), key=_size)
     except (RuntimeError, ValueError) as error:
         problem = " ".join(str(error).split())
     return Agreement(
         name=f"MLX's attention with head size {shape.head_size}",
         dtype=dtype_name(shape.dtype),
-        value_error=value.error,
-        gradient_error=slope.error,
+        value_error=worst["value"].error,
+        gradient_error=worst["gradient"].error,
         tolerance=TOLERANCES[shape.dtype],
         problem=problem,
-        where=max(value, slope, key=_size).where,
+        where=max(worst.values(), key=_size).where,
     )
 
 
@@ -192,8 +190,10 @@ def _compare(
     mask = create_causal_mask(new, total - new, window_size=WINDOW) if kind == "window" else kind
     *inputs, cotangent = _inputs(shape, lengths)
     exact = [array.astype(mx.float32) for array in (*inputs, cotangent)]
-    actual = _outputs(mlx_attention, shape.scale, mask, [*inputs, cotangent], gradient=gradient)
-    expected = _outputs(attention, shape.scale, mask, exact, gradient=gradient)
+    actual, expected = (
+        _outputs(run, arrays, shape.scale, mask, gradient=gradient)
+        for run, arrays in ((mlx_attention, [*inputs, cotangent]), (_our_attention, exact))
+    )
     return {what: _relative_difference(actual[what], expected[what]) for what in expected}
 
 
@@ -217,25 +217,25 @@ def _inputs(shape: AttentionShape, lengths: tuple[int, int]) -> list[mx.array]:
 
 
 def _outputs(
-    run: Callable[..., mx.array],
+    run: Attention,
+    inputs: list[mx.array],
     scale: float,
     mask: mx.array | str | None,
-    inputs: list[mx.array],
     *,
     gradient: bool,
 ) -> dict[str, mx.array]:
     """Return the value of one attention, and its gradients if asked for, by name."""
     *primals, cotangent = inputs
 
-    def forward(*primals: mx.array) -> mx.array:
-        return run(*primals, scale, mask).swapaxes(1, 2)
+    def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return run(AttentionCall(q, k, v, scale, mask)).swapaxes(1, 2)
 
     if not gradient:
         return {_VALUE: forward(*primals)}
     (value,), gradients = mx.vjp(forward, primals, [cotangent])
     names = ("queries", "keys", "values")
-    slopes = {f"the gradient of {name}": g for name, g in zip(names, gradients, strict=True)}
-    return {_VALUE: value, **slopes}
+    by_name = {f"the gradient of {name}": g for name, g in zip(names, gradients, strict=True)}
+    return {_VALUE: value, **by_name}
 
 
 def _relative_difference(actual: mx.array, expected: mx.array) -> float:

@@ -16,8 +16,9 @@ from .fused_attention import (
     has_fused_gradient,
     mlx_attention,
 )
+from .fused_delta_rule import choose_delta_rule
 from .lora_linear import lora_linear
-from .operations import Attention, Operations
+from .operations import Attention, AttentionCall, Operations
 
 AttentionSetting = Literal["auto", "mlx", "blocks"]
 _Item = TypeVar("_Item")
@@ -55,7 +56,7 @@ def choose_operations(model: Any, setting: AttentionSetting, figures: Figures) -
         TypeError: the model's caches cannot be forked; see `prefix_cache.reason_not_shareable`.
     """
     chosen = choose_attention(observe_attention(model), setting, figures)
-    delta_rule, delta_note = None, None  # of choose_delta_rule(model)
+    delta_rule, delta_note = choose_delta_rule(model)
     return OperationChoice(
         Operations(chosen.training, delta_rule, lora_linear),
         Operations(chosen.evaluation, delta_rule, lora_linear),
@@ -95,17 +96,10 @@ def attention_in_blocks(tile_scores: int) -> Attention:
     """Return our attention, which leaves to MLX what it does not compute: sinks, and masks that add
     to scores (they may have a gradient) or differ by head."""
 
-    def compute(
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        if sinks is not None or mask_kind(mask) == "other":
-            return mlx_attention(queries, keys, values, scale, mask, sinks)
-        return attention(queries, keys, values, scale, mask, tile_scores)
+    def compute(call: AttentionCall) -> mx.array:
+        if call.sinks is not None or mask_kind(call.mask) == "other":
+            return mlx_attention(call)
+        return attention(*call[:5], tile_scores)
 
     return compute
 
@@ -117,21 +111,13 @@ def fused_attention(otherwise: Attention) -> Attention:
     fused kernels do not take would be differentiated step by step, with all scores in memory.
     """
 
-    def compute(
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        arguments = (queries, keys, values, scale, mask, sinks)
-        shape = attention_shape(*arguments)
-        lengths = (queries.shape[2], keys.shape[2])
+    def compute(call: AttentionCall) -> mx.array:
+        shape, mask = attention_shape(call), call.mask
+        lengths = (call.queries.shape[2], call.keys.shape[2])
         is_fused = not isinstance(mask, mx.array) and has_fused_gradient(shape, lengths, mask)
         if is_fused and check_fused_attention(shape).passed:
-            return mlx_attention(*arguments)
-        return otherwise(*arguments)
+            return mlx_attention(call)
+        return otherwise(call)
 
     return compute
 

@@ -144,6 +144,41 @@ def run_prefix(model: nn.Module, tokens: mx.array) -> list[PrefixCache]:
     return caches
 
 
+def run_first(
+    model: nn.Module, tokens: mx.array, prefix_length: int
+) -> tuple[mx.array, list[PrefixCache]]:
+    """Run prefixes and a continuation of each in one pass, in a model that `can_extend_prefix`.
+
+    Returns:
+        The hidden states [B, T, D] of tokens [B, T], and each layer's cache after their first
+        ``prefix_length``.
+    """
+    caches = empty_caches(model)
+    hidden = run_trunk(model, tokens, caches)
+    # What follows the prefix does not change its keys and values.
+    prefix = [
+        with_arrays(cache, tree_map(lambda a: a[:, :, :prefix_length], cache_arrays(cache)))
+        for cache in caches
+    ]
+    return hidden, prefix
+
+
+def can_extend_prefix(model: nn.Module) -> bool:
+    """Return whether a prefix may run in one pass with what follows it: if the state after it is
+    within the state after the whole, as its keys and values are.
+
+    Raises:
+        TypeError: see `empty_caches`.
+    """
+    return all(map(_is_extendable, empty_caches(model)))
+
+
+def _is_extendable(cache: PrefixCache) -> bool:
+    if isinstance(cache, PrefixCacheList):
+        return all(map(_is_extendable, cache.caches))
+    return isinstance(cache, PrefixKVCache)
+
+
 def run_continuations(
     model: nn.Module, tokens: mx.array, prefix: Sequence[PrefixCache], prefix_index: mx.array
 ) -> mx.array:

@@ -116,14 +116,14 @@ def test_the_trial_notices(defect: str, name: str, monkeypatch: pytest.MonkeyPat
     elif defect == "alias":
         monkeypatch.setattr(prefix_cache.PrefixStates, "__setitem__", write_in_place)
         assert choose_engine("shared_prefix", model).name == "shared_prefix"
-        original = prefix_cache.with_arrays
-        # Views of the prefix's arrays in place of copies.
-        aliases: dict[int, Any] = {}
-        monkeypatch.setattr(
-            prefix_cache,
-            "with_arrays",
-            lambda cache, arrays: aliases.setdefault(id(cache), original(cache, arrays)),
-        )
+        original, forks = prefix_cache.with_arrays, {}
+
+        def one_fork(cache: Any, arrays: Any) -> Any:
+            """A new cache for each pass, which holds the arrays of the first."""
+            forked = prefix_cache.cache_arrays(original(cache, arrays))
+            return original(cache, forks.setdefault(id(cache), forked))
+
+        monkeypatch.setattr(prefix_cache, "with_arrays", one_fork)
     elif defect == "padding":
         monkeypatch.setattr(shared_prefix, "run_prefix", padded)
     else:  # every continuation follows the first prefix

@@ -1,17 +1,28 @@
 """Gradient checkpointing gives the same gradients as the plain backward pass, with dropout too."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.tiny import tiny_model
+from helpers.architectures import architecture_with_lora
+from helpers.gradients import greatest_difference
+from helpers.gradients import run as engine_run
+from helpers.tiny import tiny_model, token_pair
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_simpo import LoRAConfig
 from mlx_simpo.engine import gradient_checkpointing as checkpointing
+from mlx_simpo.engine.choice import shared_prefix_engine
 from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
+from mlx_simpo.engine.prefix_cache import (
+    PrefixCacheList,
+    PrefixKVCache,
+    PrefixStates,
+    cache_arrays,
+)
 from mlx_simpo.model.lora import attach_lora
 
 TOKENS = mx.random.randint(0, 500, (2, 24), key=mx.random.key(3))
@@ -119,3 +130,89 @@ def test_evaluation_is_the_same_inside() -> None:
     with gradient_checkpointing(model):
         model.eval()
         np.testing.assert_allclose(np.array(model(TOKENS)), expected, atol=1e-6)
+
+
+# --- layers of other shapes ------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """A layer with a cache among its arguments by position or by name, beside None, numbers and
+    texts, which returns its keys to others too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = mx.random.normal((4, 4), key=mx.random.key(0))
+
+    def __call__(self, x: mx.array, first: Any, cache: Any, kind: str = "", number: int = 0) -> Any:
+        states = [cache[0]] if isinstance(cache, PrefixCacheList) else [cache]
+        keys = (x @ self.weight)[:, None]
+        if isinstance(cache, PrefixCacheList):
+            keys, _ = cache[1].update_and_fetch(keys, 2 * keys)
+        for state in filter(None, states):
+            x = x if state[0] is None else x + mx.tanh(state[0])
+            state[0] = mx.tanh(x[:, -1:] @ self.weight)
+        first = x if first is None else first
+        assert kind == "text"
+        assert number == 3
+        return mx.tanh(x @ self.weight) + keys.sum(axis=(1, 2), keepdims=True)[:, 0], first, keys
+
+
+def states() -> PrefixStates:
+    return PrefixStates([None, None])
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize(
+    "kind", [lambda: None, states, lambda: PrefixCacheList(states(), PrefixKVCache())]
+)
+def test_layers_with_caches_tuples_and_other_arguments(kind: Callable, by_name: bool) -> None:
+    """Two layers twice, the second time on what the first left in their caches."""
+    model: Any = nn.Module()
+    model.layers = [Layer(), Layer()]
+    inputs = mx.random.normal((2, 3, 4), key=mx.random.key(1))
+
+    def value() -> mx.array:
+        caches, total = [kind(), kind()], mx.array(0.0)
+        for x in (inputs, 0.5 * inputs):
+            first = None
+            for layer, cache in zip(model.layers, caches, strict=True):
+                arguments = {"cache": cache, "number": 3} if by_name else {"number": 3}
+                positions = () if by_name else (cache, "text")
+                arguments |= {"kind": "text"} if by_name else {}
+                x, first, keys = layer(x, first, *positions, **arguments)
+                total += (x * first).sum() + (keys**2).sum()
+        for cache in filter(None, caches):
+            for _, array in tree_flatten(cache_arrays(cache)):
+                total += (array**2).sum()
+        return total
+
+    def run() -> tuple[float, dict[str, np.ndarray]]:
+        loss, gradient = nn.value_and_grad(model, value)()
+        return loss.item(), {name: np.array(g) for name, g in tree_flatten(gradient)}
+
+    expected_loss, expected = run()
+    with gradient_checkpointing(model):
+        loss, actual = run()
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_equal(actual, expected)
+    assert all(np.abs(g).max() > 1e-3 for g in actual.values())
+
+
+def test_an_array_that_is_returned_twice_keeps_both_gradients() -> None:
+    """Gemma 4's keys: in the cache, and for the layers that share them."""
+    model = architecture_with_lora("gemma4_text")
+    engine, pairs = shared_prefix_engine(model), [token_pair(20, 5, 9)]
+    expected = engine_run(model, engine, pairs)
+    with gradient_checkpointing(model):
+        assert greatest_difference(engine_run(model, engine, pairs), expected) < 1e-4
+
+
+def test_a_lost_gradient_of_an_array_that_is_returned_twice_would_be_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = architecture_with_lora("gemma4_text")
+    engine, pairs = shared_prefix_engine(model), [token_pair(20, 5, 9)]
+    expected = engine_run(model, engine, pairs)
+    monkeypatch.setattr(mx, "depends", lambda arrays, on: arrays)
+    with gradient_checkpointing(model):
+        assert greatest_difference(engine_run(model, engine, pairs), expected) > 1e-2

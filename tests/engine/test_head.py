@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.architectures import ARCHITECTURES, with_lora
+from helpers.architectures import ARCHITECTURES, architecture, with_lora
 from helpers.tiny import tiny_model
 
 from mlx_simpo.engine.head import (
@@ -21,6 +21,7 @@ from mlx_simpo.engine.head import (
 from mlx_simpo.engine.token_logps import token_logps
 
 GEMMA2, COHERE = ARCHITECTURES["gemma2"], ARCHITECTURES["cohere"]
+RECURRENT_GEMMA = ARCHITECTURES["recurrent_gemma"]
 GEMMA2 = {**GEMMA2, "final_logit_softcapping": 5.0}
 
 
@@ -37,6 +38,10 @@ def without_softcap(logits: mx.array) -> mx.array:
         ("gemma2", GEMMA2, Head(1.0, 5.0, is_projection=True)),
         ("cohere", COHERE, Head(0.25, 0.0, is_projection=True)),
         ("granite", ARCHITECTURES["granite"], Head(0.25, 0.0, is_projection=True)),
+        ("recurrent_gemma", RECURRENT_GEMMA, Head(1.0, 5.0, is_projection=True)),
+        ("mamba", ARCHITECTURES["mamba"], Head(1.0, 0.0, is_projection=True)),
+        ("qwen3_5", ARCHITECTURES["qwen3_5"], Head(1.0, 0.0, is_projection=True)),
+        ("exaone", ARCHITECTURES["exaone"], Head(1.0, 0.0, is_projection=True)),
     ],
 )
 def test_the_usual_settings_are_read(name: str, settings: dict[str, Any], expected: Head) -> None:
@@ -83,6 +88,16 @@ def test_what_no_setting_describes_is_noticed(
         expected = mx.take_along_axis(logps, targets[:, None], axis=-1)[:, 0]
         actual = token_logps(model, head, hidden, targets, training=False)
         np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nanochat", "falcon_h1"])
+def test_a_head_of_other_settings_is_the_models_own_code(name: str) -> None:
+    """nanochat's softcap is in no setting, Falcon-H1's multipliers have names of their own."""
+    model = architecture(name)
+    assert resolve_head(model) == MODELS_OWN_CODE
+    hidden = mx.random.normal((7, 32), key=mx.random.key(0))
+    expected = model_logits(model, hidden)
+    np.testing.assert_array_equal(MODELS_OWN_CODE.logits(model, hidden), expected)
 
 
 def test_two_models_of_a_kind_are_told_apart() -> None:

@@ -1,43 +1,87 @@
-"""A prefix's keys and values behind mlx-lm's cache interface."""
+"""What layers keep of a prefix behind mlx-lm's cache interface: keys and values, states, both."""
+
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.architectures import ARCHITECTURES, RECURRENT
+from helpers.architectures import ARCHITECTURES, architecture
 from helpers.tiny import tiny_model
-from mlx_lm.models.cache import KVCache
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models import ssm
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache
 
 from mlx_simpo.engine.prefix_cache import (
+    PrefixCacheList,
     PrefixKVCache,
+    PrefixStates,
+    cache_arrays,
+    empty_caches,
+    is_prefix_cache,
     reason_not_shareable,
     run_continuations,
     run_prefix,
+    set_arrays,
+    with_arrays,
 )
+from mlx_simpo.engine.trunk import trunk_of
 
 TOKENS = mx.array([[5, 9, 2, 7, 1, 8], [3, 3, 6, 4, 2, 2]])
+# Keys and values; convolution and recurrence; both in one layer.
+KINDS = ["llama", "mamba", "qwen3_5", "falcon_h1"]
 
 
-@pytest.mark.parametrize("prefix_length", [0, 1, 4])
-def test_continuations_see_their_own_prefix(prefix_length: int) -> None:
+def arrays_of(caches: list) -> dict[str, np.ndarray]:
+    flat: Any = tree_flatten([cache_arrays(cache) for cache in caches])
+    return {name: np.array(array) for name, array in flat}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("prefix_length", [0, 1, 2, 4, 5])
+def test_continuations_see_their_own_prefix(prefix_length: int, name: str) -> None:
     """Hidden states as of the whole sequences at once, with the prefixes in another order."""
-    model = tiny_model()
+    model = architecture(name)
     prefix = run_prefix(model, TOKENS[:, :prefix_length])
     index = mx.array([1, 0, 1])
     continuations = TOKENS[index][:, prefix_length:]
     actual = run_continuations(model, continuations, prefix, index)
-    expected = model.model(TOKENS)[index][:, prefix_length:]
+    expected = trunk_of(model)(TOKENS, cache=None)[index][:, prefix_length:]
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-def test_continuations_leave_the_prefix_as_it_is() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("name", KINDS)
+def test_continuations_leave_the_prefix_as_it_is(name: str) -> None:
+    model = architecture(name)
     prefix = run_prefix(model, TOKENS[:, :4])
-    before = [[np.array(a) for a in cache.arrays()] for cache in prefix]
+    before = arrays_of(prefix)
     mx.eval(run_continuations(model, TOKENS[:, 4:], prefix, mx.array([0, 1])))
-    for cache, arrays in zip(prefix, before, strict=True):
-        assert cache.offset == 4
-        for array, expected in zip(cache.arrays(), arrays, strict=True):
-            np.testing.assert_array_equal(array, expected)
+    after = arrays_of(prefix)
+    assert before.keys() == after.keys()
+    for array, expected in zip(after.values(), before.values(), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "falcon_h1", "granitemoehybrid"])
+def test_no_recurrent_layer_runs_a_single_token_from_a_state(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Mac mlx-lm computes that step by a kernel without a gradient."""
+    model, one_token = architecture(name), (TOKENS[:, 5:], mx.array([0, 1]))
+    prefix = run_prefix(model, TOKENS[:, :5])
+    expected = run_continuations(model, one_token[0], prefix, one_token[1])
+
+    def kernel(*args: Any) -> None:
+        raise AssertionError("the kernel")
+
+    monkeypatch.setattr(ssm, "ssm_update_kernel", kernel)
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "default_device", lambda: mx.gpu)
+        patch.setattr(mx.metal, "is_available", lambda: True)
+        actual = run_continuations(model, one_token[0], prefix, one_token[1])
+        with pytest.raises(AssertionError, match="the kernel"):
+            trunk_of(model)(TOKENS[:, 5:], cache=prefix)
+    np.testing.assert_array_equal(actual, expected)
+    assert actual.shape == (2, 1, 32)
 
 
 @pytest.mark.parametrize("window", [None, 3, 6, 7])
@@ -63,24 +107,69 @@ def test_masks_are_mlx_lms(old: int, new: int, window: int | None) -> None:
     np.testing.assert_array_equal(array, as_booleans(expected))
 
 
-def test_a_cache_names_its_arrays() -> None:
-    cache = PrefixKVCache()
-    assert cache.arrays() == ()
-    keys, values = cache.update_and_fetch(mx.zeros((1, 2, 3, 4)), mx.ones((1, 2, 3, 5)))
-    assert cache.offset == 3
-    assert cache.arrays()[0] is keys
-    assert cache.arrays()[1] is values
+def test_arrays_of_a_cache_are_those_that_it_holds() -> None:
+    both = PrefixCacheList(PrefixStates([None, None]), PrefixKVCache())
+    assert cache_arrays(both) == [{}, {}]
+    states, keys_and_values = both.caches
+    states[1] = mx.zeros((1, 2))
+    keys, values = keys_and_values.update_and_fetch(mx.zeros((1, 2, 3, 4)), mx.ones((1, 2, 3, 5)))
+    assert keys_and_values.offset == 3
+    held = cache_arrays(both)
+    assert held == [{"1": states[1]}, {"keys": keys, "values": values}]
+    assert held[0]["1"] is states[1]
+    assert held[1]["keys"] is keys
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_cache_with_other_arrays_is_another_cache(filled: bool) -> None:
+    both = PrefixCacheList(PrefixStates([None, None]), PrefixKVCache())
+    if filled:
+        both[0][1] = mx.zeros((1, 2))
+        both[1].update_and_fetch(mx.zeros((1, 2, 3, 4)), mx.zeros((1, 2, 3, 5)))
+    before = cache_arrays(both)
+    ones = tree_map(mx.ones_like, before)
+    other = with_arrays(both, ones)
+    assert is_prefix_cache(other)
+    assert type(other) is PrefixCacheList
+    other[0][0] = mx.ones((1, 4))
+    other[1].update_and_fetch(mx.ones((1, 2, 1, 4)), mx.ones((1, 2, 1, 5)))
+    assert cache_arrays(both) == before
+    assert both[1].offset == (3 if filled else 0)
+    set_arrays(both, ones)
+    assert cache_arrays(both) == ones
+
+
+def test_there_is_a_cache_of_ours_for_each_of_mlx_lms() -> None:
+    kinds = {
+        name: [type(cache) for cache in empty_caches(architecture(name))]
+        for name in ("llama", "qwen3_5", "falcon_h1", "nemotron_h", "llama4", "longcat_flash")
+    }
+    assert kinds == {
+        "llama": [PrefixKVCache] * 2,
+        "qwen3_5": [PrefixStates, PrefixKVCache, PrefixStates],
+        "falcon_h1": [PrefixCacheList] * 2,
+        "nemotron_h": [PrefixStates, PrefixKVCache, PrefixStates],  # two layers keep nothing
+        "llama4": [PrefixKVCache] * 4,
+        "longcat_flash": [PrefixCacheList] * 2,
+    }
+    inner = [type(cache) for cache in empty_caches(architecture("falcon_h1"))[0].caches]
+    assert inner == [PrefixStates, PrefixKVCache]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_prefix_can_be_shared_where_layers_cache_keys_and_values(name: str) -> None:
-    assert reason_not_shareable(tiny_model(name, **ARCHITECTURES[name])) is None
+def test_a_prefix_can_be_shared_in_every_architecture(name: str) -> None:
+    assert reason_not_shareable(architecture(name)) is None
 
 
-@pytest.mark.parametrize("name", RECURRENT)
-def test_a_recurrent_state_cannot_be_shared(name: str) -> None:
-    reason = reason_not_shareable(tiny_model(name, **RECURRENT[name]))
-    assert reason == "its layers keep a state that cannot be forked (ArraysCache)"
+@pytest.mark.parametrize(
+    "cache", [QuantizedKVCache(), CacheList(ArraysCache(1), QuantizedKVCache())]
+)
+def test_another_kind_of_state_cannot_be_shared(cache: Any) -> None:
+    model = tiny_model()
+    object.__setattr__(model, "make_cache", lambda: [KVCache(), cache])
+    assert reason_not_shareable(model) == (
+        "its layers keep a state that this engine does not know how to fork (QuantizedKVCache)"
+    )
 
 
 def test_a_model_without_a_trunk_of_its_own_cannot_share() -> None:

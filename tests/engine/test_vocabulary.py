@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.architectures import ARCHITECTURES, RECURRENT
+from helpers.architectures import ARCHITECTURES, architecture
 from helpers.tiny import tiny_model
 from mlx_lm.tuner.lora import LoRAEmbedding
 
@@ -35,10 +35,9 @@ def pair_of(*tokens: int, source: str = "f.jsonl:1") -> EncodedPair:
 # --- the vocabulary --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *RECURRENT])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_vocabulary_is_that_of_the_embedding(name: str) -> None:
-    model = tiny_model(name, **(ARCHITECTURES | RECURRENT)[name], vocab_size=300)
-    assert vocabulary_size(model) == 300
+    assert vocabulary_size(architecture(name, vocab_size=300)) == 300
 
 
 def test_positions_are_not_tokens() -> None:

@@ -274,10 +274,16 @@ RECURRENT: dict[str, dict[str, Any]] = {
 ARCHITECTURES = ATTENTION | OTHERWISE_BUILT | RECURRENT
 
 
-def architecture(name: str = "llama") -> Any:
+def architecture(name: str = "llama", **changes: Any) -> Any:
     """A tiny model of this architecture in which every weight counts: what is 0 or 1 when a model
-    is made (gates, biases, decay rates, norms) has noise on it."""
-    model = tiny_model(name, **ARCHITECTURES[name])
+    is made (gates, biases, decay rates, norms) has noise on it.
+
+    changes: to its settings; where the text model is wrapped, to that model's too.
+    """
+    settings = {**ARCHITECTURES[name], **changes}
+    if "text_config" in settings:
+        settings["text_config"] = {**settings["text_config"], **changes}
+    model = tiny_model(name, **settings)
     make_trainable(model)
     mx.random.seed(1)
     model.update(
