@@ -49,12 +49,12 @@ class SharedPrefixBatch:
         """What `shared_prefix.shared_prefix_logps` computes with, in the order of its arguments."""
         return (
             self.prefix_tokens,
-            self.prefix_length,
             self.groups,
             self.hidden_indices,
             self.targets,
             self.logp_indices,
             self.response_lengths,
+            self.prefix_length,
         )
 
     @property

@@ -18,12 +18,12 @@ def shared_prefix_logps(
     model: Any,
     head: Head,
     prefix_tokens: mx.array,
-    prefix_length: int,
     groups: Sequence[tuple[mx.array, mx.array]],
     hidden_indices: mx.array,
     targets: mx.array,
     logp_indices: mx.array,
     response_lengths: mx.array,
+    prefix_length: int,
     *,
     training: bool,
     implementation: Implementation = BUILT_IN,
@@ -34,7 +34,7 @@ def shared_prefix_logps(
     Args:
         model: an mlx-lm model; within `operations.patched`, training takes less memory.
         head: of `head.resolve_head`.
-        prefix_tokens, …, response_lengths: the fields of `collate_shared.SharedPrefixBatch`.
+        prefix_tokens, …, prefix_length: the fields of `collate_shared.SharedPrefixBatch`.
         training: whether gradients will be asked for; see `token_logps`.
         chunk_logits: logits computed at once, at most; fewer where the trunk needs less memory.
 
