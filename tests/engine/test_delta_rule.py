@@ -200,8 +200,7 @@ def test_memory_grows_with_the_length_and_is_far_less_than_the_loops() -> None:
         mx.eval(results(rule, *case))
         return mx.get_peak_memory() - before
 
-    # Not 4 times as much: 3 leaves room for the order in which MLX evaluates.
-    assert peak(chunked_delta_rule, 2048) < 3 * peak(chunked_delta_rule, 1024)
+    assert peak(chunked_delta_rule, 4096) < 4.4 * peak(chunked_delta_rule, 1024)
     assert 5 * peak(chunked_delta_rule, 256) < peak(gated_delta_ops, 256)
 
 
