@@ -19,7 +19,6 @@ from mlx_simpo.kernels.built_in import mlx_response_logps
 # isort: split
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -35,13 +34,24 @@ LARGEST = 2**29  # logits that the other ways may compute at once on this machin
 HEAD = Head(scale=1.0, softcap=0.0, is_projection=True)
 
 
+class Trunk(nn.Module):
+    """What a head is searched by: a trunk, which is never run."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(4, width)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.embed_tokens(tokens)
+
+
 class Headed(nn.Module):
     """A head and nothing else, in the shape of an mlx-lm model."""
 
     def __init__(self, lm_head: nn.Linear) -> None:
         super().__init__()
         self.lm_head = lm_head
-        self.model = SimpleNamespace(embed_tokens=nn.Embedding(4, WIDTH))
+        self.model = Trunk(WIDTH)
         self.layers: list = []
         self.freeze()
 

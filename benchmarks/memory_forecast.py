@@ -10,7 +10,7 @@ is the forecast's processor time in steps of that training. Settings are stored 
 # First, before anything imports MLX: on a Linux CPU it loads a fast BLAS in place of MLX's own.
 from mlx_simpo import load_config, prepare
 from mlx_simpo.data.encode import EncodedPair, TokenizedSequence
-from mlx_simpo.engine import plan
+from mlx_simpo.engine.figures import default_figures
 from mlx_simpo.reporting.display import Display
 from mlx_simpo.training.memory_check import forecast_training
 
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,14 @@ def child(model: str, data: str, name: str, what: str) -> dict[str, Any]:
     """The forecast of one setting, or its training, in this process."""
     settings = {"train.gradient_accumulation_steps": 1, **SETTINGS[name]}
     shape = settings.pop("shape", "natural")
-    if "positions" in settings:
-        plan.SATURATING_POSITIONS_CPU = settings.pop("positions")
+    figures = default_figures()
+    figures = replace(figures, max_positions=settings.pop("positions", figures.max_positions))
     with tempfile.TemporaryDirectory() as folder:
         fixed = [f"model={model}", f"data.train={data}", "data.valid_fraction=0"]
         fixed += [f"output={folder}/run"]
         overrides = [f"{key}={value}" for key, value in settings.items()]
-        session = prepare(load_config(None, [*fixed, *overrides]), Display(Console(quiet=True)))
+        config, display = load_config(None, [*fixed, *overrides]), Display(Console(quiet=True))
+        session = prepare(config, display, figures=figures)
         batches = SHAPES[shape](tokenized(model, data), BATCHES)
         pairs = itertools.chain.from_iterable(batches)
         session.train = [encoded(pair, i) for i, pair in enumerate(pairs)]
@@ -85,15 +87,15 @@ def child(model: str, data: str, name: str, what: str) -> dict[str, Any]:
             forecast = forecast_training(
                 session.model, session.train, session.config, session.engine
             )
-            figures = {"peak": forecast.peak, "positions": forecast.positions}
-            figures |= {"pairs": forecast.pairs, "weights": forecast.weights}
+            result = {"peak": forecast.peak, "positions": forecast.positions}
+            result |= {"pairs": forecast.pairs, "weights": forecast.weights}
         else:
             mx.eval(session.model.parameters())
             mx.reset_peak_memory()
             steps = len(list(session.steps()))
-            figures = {"peak": mx.get_peak_memory(), "steps": steps}
-        figures["seconds"] = time.perf_counter() - started
-        return {**figures, "processor_seconds": time.process_time() - cpu}
+            result = {"peak": mx.get_peak_memory(), "steps": steps}
+        result["seconds"] = time.perf_counter() - started
+        return {**result, "processor_seconds": time.process_time() - cpu}
 
 
 def encoded(pair: dict, index: int) -> EncodedPair:

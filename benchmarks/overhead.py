@@ -13,6 +13,7 @@ from mlx_simpo import load_config, prepare
 from mlx_simpo.data.mixing import epoch_order
 from mlx_simpo.engine.collate_shared import collate_shared
 from mlx_simpo.engine.collate_stacked import collate_stacked
+from mlx_simpo.engine.figures import default_figures
 from mlx_simpo.engine.plan import (
     input_length,
     plan_shared_prefix,
@@ -88,16 +89,17 @@ def epoch_counts(pairs: Any, batch_size: int, step_pairs: int, seed: int) -> dic
     """Positions of one epoch: of the stacked way and of ours."""
     ours = {"positions": 0, "padding": 0, "needed": 0, "micro_batches": 0, "passes": 0}
     stacked = {"positions": 0, "tokens": 0}
+    figures = default_figures()
     epoch = epoch_order(pairs, seed).epoch(0)
     for start in range(0, len(epoch), step_pairs):
         order = epoch[start : start + step_pairs]
         step = [pairs[i] for i in order]
-        for indices in plan_shared_prefix(step, batch_size):
-            batch = collate_shared([step[i] for i in indices])
+        for indices in plan_shared_prefix(step, batch_size, figures=figures):
+            batch = collate_shared([step[i] for i in indices], figures.pass_cost)
             ours["positions"] += batch.positions
             ours["padding"] += batch.padding
             ours["micro_batches"] += 1
-            ours["passes"] += len(batch.groups) + (batch.prefix_tokens.shape[1] > 0)
+            ours["passes"] += batch.passes
         for pair in step:
             once = shared_prefix_length(pair)
             ours["needed"] += once + sum(

@@ -18,6 +18,7 @@ from .model.adapters import check_adapter, check_fits, load_adapter
 from .model.record import RECORD_KEY, get_dict
 from .paths import local_path
 from .planning.memory_errors import explain
+from .planning.memory_limits import memory_limits
 from .reporting import advice
 from .reporting.display import Display, count_text
 from .runs.folder import open_run
@@ -26,7 +27,7 @@ from .training.inputs import open_inspected, open_valid
 from .training.keep_awake import keep_awake
 from .training.memory_check import check_memory
 from .training.result import TrainResult
-from .training.resuming import newest_checkpoint
+from .training.resuming import newest_checkpoint, recorded_figures
 from .training.run import Run
 from .training.session import evaluate_with_progress, load_base_model, prepare
 from .training.stopping import stop_on_signals
@@ -58,7 +59,8 @@ def train(
         KeyboardInterrupt, SystemExit: a signal before the first step was finished.
     """
     display = display or Display()
-    with open_run(config.output, "always" if resume else config.train.resume) as folder:
+    limits = memory_limits(config.memory)
+    with limits, open_run(config.output, "always" if resume else config.train.resume) as folder:
         if folder.resuming and train is None and not config.data.train_sources():
             raise SimPOError(
                 f"the run in {config.output} was begun with rows from memory, which have to be "
@@ -67,7 +69,10 @@ def train(
             )
         checkpoint = newest_checkpoint(folder, display) if folder.resuming else None
         resuming = checkpoint is not None
-        session = prepare(config, display, train=train, valid=valid, resuming=resuming)
+        figures = None if checkpoint is None else recorded_figures(checkpoint, config)
+        session = prepare(
+            config, display, train=train, valid=valid, resuming=resuming, figures=figures
+        )
         options, steps = config.train, session.total_steps
         evaluated = sum(map(len, session.valid_sets.values()))
         display.note(
@@ -112,7 +117,18 @@ def evaluate(
     Raises:
         SimPOError: data, a model or an adapter that cannot be read or used.
     """
-    display = display or Display()
+    with memory_limits(config.memory):
+        return _evaluate(config, adapter, display or Display(), valid)
+
+
+def _evaluate(
+    config: SimPOConfig, adapter: str | Path | None, display: Display, valid: Any
+) -> dict[str, Evaluation]:
+    """Compute what `evaluate` returns.
+
+    Raises:
+        SimPOError: see `evaluate`.
+    """
     # First, so that a kernel that cannot run here is reported before anything is read.
     choose_implementation(config.logps.impl)
     if adapter is not None:

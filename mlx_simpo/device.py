@@ -23,25 +23,50 @@ def total_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def memory_limit_bytes() -> int:
-    """Return how much memory MLX can use on its default device, in bytes.
+def recommended_memory_bytes() -> int | None:
+    """Return max_recommended_working_set_size of mx.device_info; None without Metal.
 
-    - Metal: max_recommended_working_set_size of mx.device_info. It is Metal's
-      recommendedMaxWorkingSetSize, an "approximation of how much memory, in bytes, this GPU device
-      can allocate without affecting its runtime performance" (Apple's documentation of MTLDevice),
-      and the most that mx.set_wired_limit may keep resident; ``sudo sysctl
-      iogpu.wired_limit_mb=N`` raises it. MLX goes on beyond it, up to 1.5 times as much
-      (mx.set_memory_limit), while macOS swaps.
-    - CUDA: total_memory of mx.device_info.
+    It is Metal's recommendedMaxWorkingSetSize, an "approximation of how much memory, in bytes, this
+    GPU device can allocate without affecting its runtime performance" (Apple's documentation of
+    MTLDevice), and the most that mx.set_wired_limit may keep resident; ``sudo sysctl
+    iogpu.wired_limit_mb=N`` raises it. MLX goes on beyond it, up to 1.5 times as much
+    (mx.set_memory_limit), while macOS swaps.
+    """
+    size = mx.device_info().get("max_recommended_working_set_size") if is_gpu() else None
+    return None if size is None else int(size)
+
+
+def device_memory_bytes() -> int:
+    """Return the memory of MLX's default device, in bytes.
+
+    - Metal, CUDA: memory_size or total_memory of mx.device_info.
     - CPU: the machine's memory, the limit of the process's cgroup (containers, batch systems), or
       the address space that ``ulimit -v`` leaves to arrays, whichever is least. Beyond it there is
       no error: the process ends.
     """
     info = mx.device_info()
-    for name in ("max_recommended_working_set_size", "total_memory"):
+    for name in ("memory_size", "total_memory"):
         if is_gpu() and name in info:
             return int(info[name])
     return min([total_memory_bytes(), *_cgroup_limits(), *_address_space_limits()])
+
+
+def memory_limit_bytes() -> int:
+    """Return how much memory MLX can use on its default device, in bytes: what Metal recommends, or
+    all of the device's."""
+    return recommended_memory_bytes() or device_memory_bytes()
+
+
+def memory_metrics() -> dict[str, float]:
+    """Return MLX's memory in GB (10⁹ bytes), rounded to MB, as a line of metrics.jsonl has it.
+
+    peak_memory_gb: the most that arrays have taken since the process began, or since the forecast
+    before a run. cache_memory_gb: freed buffers that MLX keeps now, which are not part of the peak.
+    """
+    return {
+        "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
+        "cache_memory_gb": round(mx.get_cache_memory() / 1e9, 3),
+    }
 
 
 def _cgroup_limits(root: Path = Path("/")) -> list[int]:

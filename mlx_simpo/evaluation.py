@@ -96,7 +96,6 @@ def evaluate_pairs(
     for indices in engine.plan(pairs, batch_size, max_tokens):
         part = [pairs[index] for index in indices]
         logps = np.array(engine.logps(model, engine.collate(part).arrays, training=False))
-        mx.clear_cache()  # the next batch has other shapes, for which no freed buffer fits
         chosen[indices], rejected[indices] = logps[: len(part)], logps[len(part) :]
         advance(len(part))
     model.train(was_training)

@@ -8,6 +8,7 @@ from .config.simpo_config import SimPOConfig
 from .model.adapters import check_adapter, check_fits, load_adapter
 from .model.record import RECORD_KEY, get_dict
 from .model.switch import AdapterSwitch
+from .planning.memory_limits import memory_limits, set_memory_limits
 from .reporting import advice
 from .reporting.display import Display
 from .sampling.prompts import Prompt, named
@@ -89,17 +90,18 @@ def generate(
     )
     prompts = cast(list[Prompt], [prompt] if is_one else list(prompt))
     results: list[dict[str, str]] = [{} for _ in prompts]
-    for part in stream_responses(
-        config,
-        prompts,
-        adapter,
-        settings,
-        system_prompt=system_prompt,
-        base=base,
-        display=display,
-    ):
-        if part.response is not None:
-            results[part.prompt][part.source] = part.response.text
+    with memory_limits(config.memory):
+        for part in stream_responses(
+            config,
+            prompts,
+            adapter,
+            settings,
+            system_prompt=system_prompt,
+            base=base,
+            display=display,
+        ):
+            if part.response is not None:
+                results[part.prompt][part.source] = part.response.text
     return results[0] if is_one else results
 
 
@@ -134,10 +136,14 @@ def load_responder(
 ) -> Responder:
     """Load a model, and an adapter if there is one, to generate responses.
 
+    MLX's memory limits are those of the settings from here on. (What is wired while a response is
+    generated is what Metal recommends in any case: mlx-lm sees to that itself.)
+
     Raises:
         SimPOError: a model or adapter that cannot be read or used.
     """
     display = display or Display()
+    set_memory_limits(config.memory)
     if adapter is not None:
         check_adapter(adapter)  # before a model is loaded
     loaded = load_base_model(config, display)

@@ -51,6 +51,7 @@ from mlx_simpo.training import session as session_module
 from mlx_simpo.training.trainer import train_steps
 
 STEPS = 4
+MEMORY = ("peak_memory_gb", "cache_memory_gb")  # in every line of metrics.jsonl
 WEIGHTS = "adapters.safetensors"
 
 
@@ -117,15 +118,21 @@ def test_metrics_has_one_line_per_step_and_evaluation(finished: Finished) -> Non
     expected = [(step, later) for step in range(STEPS + 1) for later in (False, True)][1:]
     assert kinds == expected
     for line in lines:
-        names = set(line) - {"step"}
+        assert 0 < line["peak_memory_gb"] < 1
+        assert line["cache_memory_gb"] >= 0
+        names = set(line) - {"step", *MEMORY}
         if "eval_loss" in line:
             assert all(name.startswith("eval_") for name in names)
         else:
             assert {"loss", "rewards/margins", "learning_rate", "grad_norm", "epoch"} <= names
     before = {f"eval_{k}": v for k, v in finished.before.as_dict().items()}
     after = {f"eval_{k}": v for k, v in finished.after.as_dict().items()}
-    assert lines[0] == {"step": 0, **json.loads(json.dumps(before))}
-    assert lines[-1] == {"step": STEPS, **json.loads(json.dumps(after))}
+    ends = [{k: v for k, v in lines[i].items() if k not in MEMORY} for i in (0, -1)]
+    assert ends[0] == {"step": 0, **json.loads(json.dumps(before))}
+    assert ends[1] == {"step": STEPS, **json.loads(json.dumps(after))}
+    peaks = [line["peak_memory_gb"] for line in lines]
+    assert peaks == sorted(peaks)
+    assert abs(peaks[-1] - finished.result.peak_memory_gb) < 1e-3
     assert lines[-2] == finished.result.last.as_dict()
 
 

@@ -67,17 +67,22 @@ ROOMS = {
         ["cache", "overview"],
     ],
     # From a micro-batch to a message.
-    "planning": [["largest", "peak"], ["memory"], ["memory_errors"]],
+    "planning": [["largest", "peak", "memory_limits"], ["memory"], ["memory_errors"]],
     # What pairs of tokens go through.
     "engine": [
-        ["reference", "figures", "trunk", "vocabulary", "agreement", "delta_rule"],
+        [
+            *("reference", "figures", "trunk", "vocabulary", "agreement", "delta_rule"),
+            "stopwatch",
+        ],
         ["attention", "plan", "head", "prefix_cache"],
-        ["operations", "collate_stacked", "collate_shared", "token_logps"],
-        ["gradient_checkpointing", "shared_prefix", "attention_shapes"],
-        ["fused_attention"],
+        ["operations", "collate_stacked", "collate_shared", "token_logps", "pass_timing"],
+        ["gradient_checkpointing", "attention_shapes", "head_timing"],
+        ["shared_prefix", "fused_attention"],
         ["fused_delta_rule"],
         ["operation_choice"],
-        ["choice"],
+        ["choice", "attention_timing"],
+        ["calibration"],
+        ["calibrated"],
     ],
 }
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -4,6 +4,7 @@ spec["engine"]: shared_prefix (default) or reference. spec["max_tokens_per_step"
 configuration; None is the default.
 """
 
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import mlx.core as mx
@@ -30,8 +31,6 @@ def prepare(spec: Spec) -> Step:
     gradients_of = GradientFunction(model, asdict(objective), engine, compiled=engine.compiled)
     optimizer = optim.AdamW(spec["learning_rate"], weight_decay=0.0, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    if spec["checkpoint"]:
-        gradient_checkpointing(model).__enter__()  # for the life of this process
 
     def step(batch: list[Pair]) -> dict:
         pairs = [encoded(pair) for pair in batch]
@@ -41,7 +40,8 @@ def prepare(spec: Spec) -> Step:
             max_tokens_per_step=spec.get("max_tokens_per_step"),
         )
         batches = collate_step(pairs, engine, options)
-        parts, gradients = step_gradients(gradients_of, batches)
+        with gradient_checkpointing(model) if spec["checkpoint"] else nullcontext():
+            parts, gradients = step_gradients(gradients_of, batches)
         optimizer.update(model, gradients)
         mx.eval(parts, model.trainable_parameters(), optimizer.state)
         loss = np.concatenate([np.array(part["loss"]) for part in parts]).mean()

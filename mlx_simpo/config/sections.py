@@ -132,25 +132,27 @@ class EngineConfig(Section):
 
 @dataclass(frozen=True)
 class MemoryConfig(Section):
-    """How much memory MLX may use."""
+    """How much memory MLX may use, and keep; see `planning.memory_limits`."""
 
     NAME: ClassVar[str] = "memory"
 
     limit_gb: float | None = setting(
         None,
-        "GB of 10^9 bytes that MLX tries to stay within; null: MLX's own limit",
+        "GB (10^9 bytes) beyond which MLX waits for running work before it begins more, and that "
+        "the forecast before a run compares with; null: MLX's own, and what MLX can use here",
         POSITIVE,
         on_resume="free",
     )
     cache_limit_gb: float | None = setting(
         None,
-        "GB of freed buffers that MLX keeps for reuse, 0 or more; null: 1",
+        "GB of freed memory that MLX keeps for later arrays, 0 or more; null: MLX's own limit, at "
+        "most 1",
         NON_NEGATIVE,
         on_resume="free",
     )
     wired_limit_gb: float | None = setting(
         None,
-        "GB that macOS may not page out; null: what Metal recommends",
+        "GB that macOS may not page out in a training, 0 or more; null: what Metal recommends",
         NON_NEGATIVE,
         on_resume="free",
     )

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 
 from ..randomness import seeded
-from .operations import Operations, patchable_modules, patched
+from .operations import AttentionCall, Operations, patchable_modules, patched
 from .prefix_cache import PrefixCache, PrefixCacheList, PrefixKVCache, empty_caches
 from .trunk import run_trunk
 
@@ -68,16 +68,9 @@ def observe_attention(model: Any) -> tuple[AttentionShape, ...]:
     """
     shapes: dict[AttentionShape, None] = {}
 
-    def observing(
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        shapes[attention_shape(queries, keys, values, scale, mask, sinks)] = None
-        return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
+    def observing(call: AttentionCall) -> mx.array:
+        shapes[attention_shape(call)] = None
+        return mx.zeros((*call.queries.shape[:3], call.values.shape[3]), call.queries.dtype)
 
     caches = [_marking(cache) for cache in empty_caches(model)]
     # Dropout draws random numbers, which must not be missing afterwards.
@@ -92,18 +85,13 @@ def _marking(cache: PrefixCache) -> PrefixCache:
     return _MarkingCache() if isinstance(cache, PrefixKVCache) else cache
 
 
-def attention_shape(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None,
-) -> AttentionShape:
-    """Return the shape of one call of attention; see `operations.Attention` for its arguments."""
+def attention_shape(call: AttentionCall) -> AttentionShape:
+    """Return the shape of one call of attention."""
+    queries, keys, values = call[:3]
     sizes = (queries.shape[1], keys.shape[1], queries.shape[3], values.shape[3])
     dtype = mx.result_type(queries, keys, values)
-    return AttentionShape(*sizes, dtype, float(scale), sinks is not None, mask_kind(mask))
+    sinks, kind = call.sinks is not None, mask_kind(call.mask)
+    return AttentionShape(*sizes, dtype, float(call.scale), sinks, kind)
 
 
 def mask_kind(mask: mx.array | str | None) -> MaskKind:

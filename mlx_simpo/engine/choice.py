@@ -52,6 +52,7 @@ class Engine(NamedTuple):
         chosen and then of the B rejected responses, in nats per token. training: whether gradients
         will be asked for.
     compiled: whether the step is compiled if ``train.compile`` is null.
+    figures: what ``plan``, ``collate`` and ``logps`` go by; None for the reference, which has none.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Engine(NamedTuple):
     collate: Callable[[Sequence[EncodedPair]], MicroBatch]
     logps: Callable[..., mx.array]
     compiled: bool
+    figures: Figures | None = None
 
 
 def _stacked_micro_batch(pairs: Sequence[EncodedPair]) -> MicroBatch:
@@ -105,17 +107,23 @@ def shared_prefix_engine(
     def logps(model: Any, arrays: tuple, training: bool) -> mx.array:
         with patched(modules, operations.training if training else operations.evaluation):
             return shared_prefix_logps(
-                model, head, *arrays, training=training, implementation=implementation
+                model,
+                head,
+                *arrays,
+                training=training,
+                implementation=implementation,
+                chunk_logits=figures.chunk_logits,
             )
 
     return Engine(
         "shared_prefix",
         "shared_prefix (each prompt runs once, only scored tokens reach the head); "
-        f"{operations.note}; log-probabilities: {implementation.note}",
+        f"{operations.note}; log-probabilities: {implementation.note}; {figures.note}",
         partial(plan_shared_prefix, figures=figures),
         partial(_shared_prefix_micro_batch, pass_cost=figures.pass_cost),
         logps,
         compiled=False,  # its shapes are the data's own, and each would be traced
+        figures=figures,
     )
 
 

@@ -2,8 +2,8 @@
 indices of the hidden states that predict a scored token.
 
 Nothing is padded unless that is cheaper: a forward pass of its own costs as much as
-`Figures.pass_cost` positions, so sequences share a pass where the padding, or the prompt tokens that
-run twice for it, cost less than that.
+`Figures.pass_cost` positions, so sequences share a pass where the padding, or the prompt tokens
+that run twice for it, cost less than that.
 """
 
 from collections.abc import Sequence
@@ -56,6 +56,11 @@ class SharedPrefixBatch:
     def positions(self) -> int:
         """Tokens that the trunk processes, padding included."""
         return self.prefix_tokens.size + sum(tokens.size for tokens, _ in self.groups)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the trunk."""
+        return len(self.groups) + (self.prefix_tokens.size > 0)
 
 
 def collate_shared(pairs: Sequence[EncodedPair], pass_cost: int) -> SharedPrefixBatch:

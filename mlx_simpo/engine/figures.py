@@ -1,7 +1,7 @@
 """What one device makes of one model: the numbers that only a measurement can give."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from ..device import is_gpu
 from ..errors import SimPOError
@@ -19,37 +19,60 @@ class Figures:
     pass_cost: positions (tokens through the trunk) that one more forward pass costs.
     max_positions: positions at which a micro-batch keeps the device busy; more only take memory.
     tile_scores: scores that `attention.attention` computes at once.
+    chunk_logits: logits that `token_logps.token_logps` computes at once, at most.
     attention: what computes attention while training: our blocks, or MLX's fused operation.
     source: where the figures come from, for the user.
+    evidence: what was measured beside them, for the user; "" if nothing was.
     """
 
     pass_cost: int
     max_positions: int
     tile_scores: int
+    chunk_logits: int
     attention: AttentionName
     source: str
+    evidence: str = ""
+
+    @property
+    def note(self) -> str:
+        """The figures and where they come from, in plain English."""
+        note = (
+            f"{self.source}: a pass costs {self.pass_cost:,} positions, a micro-batch has up to "
+            f"{self.max_positions:,}"
+        )
+        return f"{note}; {self.evidence}" if self.evidence else note
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures for JSON."""
-        return asdict(self)
+        """Return what decides results, for JSON: all but the texts for the user."""
+        return {name: getattr(self, name) for name in _RECORDED}
 
     @classmethod
-    def from_dict(cls, values: Any) -> "Figures":
-        """Return the figures of `as_dict`.
+    def from_dict(cls, values: Any, source: str, evidence: str = "") -> "Figures":
+        """Return the figures of `as_dict`, with texts for the user.
 
         Raises:
             SimPOError: values are not what `as_dict` returns.
         """
-        expected = {f.name: str if f.name in ("attention", "source") else int for f in fields(cls)}
-        if not isinstance(values, dict) or {k: type(v) for k, v in values.items()} != expected:
-            raise SimPOError(f"{values!r} are not figures of the engine: remove them")
-        return cls(**values)
+        is_valid = (
+            isinstance(values, dict)
+            and {name: type(value) for name, value in values.items()} == _RECORDED
+            and all(value > 0 for value in values.values() if isinstance(value, int))
+            and values["attention"] in get_args(AttentionName)
+        )
+        if not is_valid:
+            raise SimPOError(f"{values!r} are not figures of the engine")
+        return cls(**values, source=source, evidence=evidence)
 
+
+_TEXTS = ("source", "evidence")
+_RECORDED = {
+    f.name: str if f.name == "attention" else int for f in fields(Figures) if f.name not in _TEXTS
+}
 
 # Measured on a CPU (docs/engine.md). A tile is what its cache holds.
-CPU = Figures(16, 512, 2**19, "blocks", "built-in numbers for a CPU")
+CPU = Figures(16, 512, 2**19, 2**24, "blocks", "built-in numbers for a CPU")
 # Estimates: GPUs take some microseconds to start each operation. `calibration` measures them.
-GPU = Figures(32, 4096, 2**24, "blocks", "built-in estimates for a GPU")
+GPU = Figures(32, 4096, 2**24, 2**24, "blocks", "built-in estimates for a GPU")
 
 
 def default_figures() -> Figures:

@@ -19,6 +19,7 @@ from .operations import current_operations, patchable_modules, patched
 from .prefix_cache import cache_arrays, is_prefix_cache, set_arrays, with_arrays
 
 _CACHE = "the cache"  # replaces the cache among a layer's arguments
+_MARK = "recomputes_itself"  # attribute of the subclass that a layer is given
 
 
 class _DropoutKeys:
@@ -67,6 +68,12 @@ def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
             layer.update_modules(tree_unflatten(dropouts))
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """Return whether ``model`` is within `gradient_checkpointing`."""
+    layers: Any = model.layers
+    return any(hasattr(type(layer), _MARK) for layer in layers)
+
+
 def _recomputing(layer_class: type, keys: _DropoutKeys, modules: Sequence[ModuleType]) -> type:
     """Return a subclass of ``layer_class`` whose call goes through mx.checkpoint."""
 
@@ -100,4 +107,4 @@ def _recomputing(layer_class: type, keys: _DropoutKeys, modules: Sequence[Module
         self.update(parameters)
         return out
 
-    return type(layer_class.__name__, (layer_class,), {"__call__": call})
+    return type(layer_class.__name__, (layer_class,), {"__call__": call, _MARK: True})

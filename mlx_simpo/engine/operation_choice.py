@@ -17,7 +17,7 @@ from .fused_attention import (
     mlx_attention,
 )
 from .fused_delta_rule import choose_delta_rule
-from .operations import Attention, Operations
+from .operations import Attention, AttentionCall, Operations
 
 AttentionSetting = Literal["auto", "mlx", "blocks"]
 _Item = TypeVar("_Item")
@@ -95,17 +95,10 @@ def attention_in_blocks(tile_scores: int) -> Attention:
     """Return our attention, which leaves to MLX what it does not compute: sinks, and masks that add
     to scores (they may have a gradient) or differ by head."""
 
-    def compute(
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        if sinks is not None or mask_kind(mask) == "other":
-            return mlx_attention(queries, keys, values, scale, mask, sinks)
-        return attention(queries, keys, values, scale, mask, tile_scores)
+    def compute(call: AttentionCall) -> mx.array:
+        if call.sinks is not None or mask_kind(call.mask) == "other":
+            return mlx_attention(call)
+        return attention(*call[:5], tile_scores)
 
     return compute
 
@@ -117,21 +110,13 @@ def fused_attention(otherwise: Attention) -> Attention:
     fused kernels do not take would be differentiated step by step, with all scores in memory.
     """
 
-    def compute(
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        arguments = (queries, keys, values, scale, mask, sinks)
-        shape = attention_shape(*arguments)
-        lengths = (queries.shape[2], keys.shape[2])
+    def compute(call: AttentionCall) -> mx.array:
+        shape, mask = attention_shape(call), call.mask
+        lengths = (call.queries.shape[2], call.keys.shape[2])
         is_fused = not isinstance(mask, mx.array) and has_fused_gradient(shape, lengths, mask)
         if is_fused and check_fused_attention(shape).passed:
-            return mlx_attention(*arguments)
-        return otherwise(*arguments)
+            return mlx_attention(call)
+        return otherwise(call)
 
     return compute
 
@@ -161,7 +146,8 @@ def _reason_for_blocks(shape: AttentionShape, figures: Figures) -> str | None:
     if not has_fused_gradient(shape):
         return f"MLX has no fused gradient for {shape.description}"
     if figures.attention != "mlx":
-        return f"MLX's fused gradient is not what the figures choose: {figures.source}"
+        measured = "is no better here" if figures.evidence else "is there, but was not measured"
+        return f"MLX's fused gradient {measured}"
     agreement = check_fused_attention(shape)
     return None if agreement.passed else f"{agreement.name} {agreement.failure}"
 

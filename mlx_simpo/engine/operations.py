@@ -22,11 +22,25 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from ..device import is_gpu
 from .prefix_cache import PrefixKVCache
 
-# mlx-lm's scaled_dot_product_attention without the cache: (queries [n, H, T, D], keys [n, K, S, D],
-# values [n, K, S, E], scale, mask: "causal", None or an array, sinks [H] or None) → [n, H, T, E].
-Attention = Callable[
-    [mx.array, mx.array, mx.array, float, mx.array | str | None, mx.array | None], mx.array
-]
+
+class AttentionCall(NamedTuple):
+    """What a layer passes to attention; for models of mlx-lm's with a cache of ours.
+
+    queries: [n, H, T, D], of the last T of S positions. keys, values: [n, K, S, D] and
+    [n, K, S, E], where K divides H. scale: of the scores. mask: "causal", None, booleans (True
+    where a query sees a key) or numbers to be added to the scores, of a shape that broadcasts to
+    [n, H, T, S]. sinks: [H], a score of each head that no value belongs to.
+    """
+
+    queries: mx.array
+    keys: mx.array
+    values: mx.array
+    scale: float
+    mask: mx.array | str | None
+    sinks: mx.array | None = None
+
+
+Attention = Callable[[AttentionCall], mx.array]  # → [n, H, T, E]
 # (q, k [B, T, Hk, Dk], v [B, T, Hv, Dv], g [B, T, Hv] or [B, T, Hv, Dk], beta [B, T, Hv],
 # state [B, Hv, Dv, Dk]) → (outputs [B, T, Hv, Dv], state after the last token).
 DeltaRule = Callable[
@@ -133,7 +147,7 @@ def _attention(
     """Compute the context's attention on a `PrefixKVCache`, mlx-lm's own with any other cache."""
     ours = current_operations().attention
     if ours is not None and isinstance(cache, PrefixKVCache):
-        return ours(queries, keys, values, scale, mask, sinks)
+        return ours(AttentionCall(queries, keys, values, scale, mask, sinks))
     return scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)  # type: ignore
 
 

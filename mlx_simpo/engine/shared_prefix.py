@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..kernels.choice import BUILT_IN, Implementation
+from .gradient_checkpointing import is_checkpointed
 from .head import Head
 from .prefix_cache import run_continuations, run_prefix
-from .token_logps import token_logps
+from .token_logps import MAX_CHUNK_LOGITS, chunk_logits_beside_trunk, token_logps
 
 
 def shared_prefix_logps(
@@ -25,6 +26,7 @@ def shared_prefix_logps(
     *,
     training: bool,
     implementation: Implementation = BUILT_IN,
+    chunk_logits: int = MAX_CHUNK_LOGITS,
 ) -> mx.array:
     """Return the average log-probability of each response of a `collate_shared.SharedPrefixBatch`.
 
@@ -33,6 +35,7 @@ def shared_prefix_logps(
         head: of `head.resolve_head`.
         prefix_tokens, …, response_lengths: the fields of `collate_shared.SharedPrefixBatch`.
         training: whether gradients will be asked for; see `token_logps`.
+        chunk_logits: logits computed at once, at most; fewer where the trunk needs less memory.
 
     Returns:
         float32 [2B], in nats per token: the B chosen responses, then the B rejected ones.
@@ -40,8 +43,17 @@ def shared_prefix_logps(
     prefix = run_prefix(model, prefix_tokens)
     hidden = [run_continuations(model, tokens, prefix, index) for tokens, index in groups]
     flat = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])
+    saving_layers = len(model.layers) if training and not is_checkpointed(model) else 1
+    positions = prefix_tokens.size + flat.shape[0]
+    beside_trunk = chunk_logits_beside_trunk(positions, flat.shape[1], saving_layers)
     logps = token_logps(
-        model, head, flat[hidden_indices], targets, training=training, implementation=implementation
+        model,
+        head,
+        flat[hidden_indices],
+        targets,
+        training=training,
+        implementation=implementation,
+        chunk_logits=min(chunk_logits, beside_trunk),
     )
     loss_mask = mx.arange(logp_indices.shape[1]) < response_lengths[:, None]
     return mx.where(loss_mask, logps[logp_indices], 0.0).sum(axis=-1) / response_lengths

@@ -18,6 +18,13 @@ from .head import Head, is_head_frozen, weights_outside_layers
 # Logits of one chunk: 64 MiB in float32, of which six or seven are in memory at once on a CPU,
 # because MLX allocates ahead of the device (docs/kernel.md).
 MAX_CHUNK_LOGITS = 2**24
+# With fewer rows, the head's matrix products are too thin to be fast: 64 take 0 to 10 % more time
+# than 256 (benchmarks/head.py).
+MIN_CHUNK_ROWS = 64
+# The backward pass of one layer takes about twice what the head does with a chunk of this many
+# times positions × width logits (SmolLM2-135M, of which a layer holds 50 numbers per position and
+# unit of width at its peak, and the head 7 chunks).
+CHUNK_BESIDE_ONE_LAYER = 4
 
 # (x [C, …], targets [C]) → (log p(targets) [C], ∂ log p/∂x [C, …]).
 LogpsAndGradient = Callable[[mx.array, mx.array], tuple[mx.array, Any]]
@@ -33,8 +40,9 @@ def token_logps(
     *,
     training: bool,
     implementation: Implementation = BUILT_IN,
+    chunk_logits: int = MAX_CHUNK_LOGITS,
 ) -> mx.array:
-    """Return log p(targets) of hidden states, from at most MAX_CHUNK_LOGITS logits at a time.
+    """Return log p(targets) of hidden states, from a chunk of the logits at a time.
 
     Args:
         model: the model that made the hidden states, and the weights of its head.
@@ -44,6 +52,7 @@ def token_logps(
         training: whether gradients will be asked for. A frozen head then takes two matrix products
             per chunk, a head that trains four (it runs again in the backward pass); evaluation
             takes one.
+        chunk_logits: logits of a chunk, at most; MIN_CHUNK_ROWS rows are always one.
 
     Returns:
         float32 [N], in nats.
@@ -58,7 +67,7 @@ def token_logps(
     else:
         chunk_logps = trained_head_logps(model, head, response_logps)
     vocab_size = head.raw_logits(model, hidden[:1]).shape[-1]  # never evaluated
-    size = min(MOST_ROWS, max(64, MAX_CHUNK_LOGITS // vocab_size // 64 * 64))
+    size = chunk_rows(hidden.shape[0], vocab_size, chunk_logits)
     logps: list[mx.array] = []
     for start in range(0, hidden.shape[0], size):
         chunk = hidden[start : start + size]
@@ -68,6 +77,25 @@ def token_logps(
             chunk = mx.depends([chunk], [logps[-1]])[0]
         logps.append(chunk_logps(chunk, targets[start : start + size]))
     return mx.concatenate(logps)
+
+
+def chunk_rows(count: int, vocab_size: int, chunk_logits: int) -> int:
+    """Return how many of ``count`` rows to compute at a time, so that all chunks but the last are
+    of that size and the last one is not much smaller."""
+    most = min(MOST_ROWS, max(MIN_CHUNK_ROWS, chunk_logits // vocab_size))
+    return -(-count // -(-count // most))
+
+
+def chunk_logits_beside_trunk(num_positions: int, width: int, saving_layers: int) -> int:
+    """Return how many logits a chunk may have, if the head is not to decide the peak of memory.
+
+    Args:
+        num_positions: tokens that the trunk processes. width: of its hidden states.
+        saving_layers: layers whose activations are in memory until the backward pass; 0 or 1 with
+            gradient checkpointing and in evaluation. One of them saves about 30 numbers per
+            position and unit of width, so that the head's 7 chunks are at most a quarter of that.
+    """
+    return num_positions * width * max(CHUNK_BESIDE_ONE_LAYER, saving_layers)
 
 
 def forward_logps(model: Any, head: Head, response_logps: LogpsAndGradient) -> ChunkLogps:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import mlx.nn as nn
 
+from ..config.sections import MemoryConfig
 from ..config.simpo_config import SimPOConfig, TrainConfig
 from ..data.encode import EncodedPair
 from ..device import memory_limit_bytes
@@ -31,7 +32,7 @@ SMALLER_MODEL = "use a smaller model, or one that is quantized to 4 bits"
 class MemoryForecast:
     """What a training will need, and why.
 
-    peak, limit: in bytes, of what mx.get_peak_memory counts, and `device.memory_limit_bytes`.
+    peak, limit: in bytes, of what mx.get_peak_memory counts, and `limit_bytes`.
     weights: bytes of the model. positions, pairs: of the largest micro-batch. source: "file:line"
     of its longest pair. remedy: settings that fit and what they need; empty if none is necessary,
     or none helps.
@@ -69,13 +70,18 @@ class MemoryForecast:
         return f"memory will be tight: training needs {self.figures}; to be safe, {remedy}"
 
 
-def check_weights(model: nn.Module) -> None:
+def limit_bytes(settings: MemoryConfig) -> int:
+    """Return what a training may need, in bytes: memory.limit_gb, or what MLX can use here."""
+    return memory_limit_bytes() if settings.limit_gb is None else round(settings.limit_gb * 1e9)
+
+
+def check_weights(model: nn.Module, settings: MemoryConfig) -> None:
     """Check that the weights fit into memory, before they are read.
 
     Raises:
         SimPOError: they do not.
     """
-    size, limit = weight_bytes(model), memory_limit_bytes()
+    size, limit = weight_bytes(model), limit_bytes(settings)
     if size > limit:
         raise SimPOError(
             f"not enough memory: the model's weights take {gigabytes(size)} of "
@@ -100,7 +106,7 @@ def forecast_memory(
         model: with LoRA attached.
         compute_gradient: see ComputeGradient and `peak.predict_peak`.
     """
-    limit = memory_limit_bytes()
+    limit = limit_bytes(config.memory)
 
     def try_settings(options: TrainConfig) -> _Trial:
         largest = largest_micro_batch(pairs, replace(config, train=options), engine, steps)

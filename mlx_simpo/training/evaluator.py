@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from ..device import memory_metrics
 from ..errors import SimPOError
 from ..evaluation import Evaluation
 from ..reporting import advice
@@ -92,7 +93,7 @@ class Evaluator:
         result = results[main]
         if every is not None and step > 0:
             self._keep_if_best(step, result.metrics["loss"])
-        self._folder.log({"step": step} | evaluation_record(results))
+        self._folder.log({"step": step} | evaluation_record(results) | memory_metrics())
         self._evaluations.latest = results
         if step == 0:
             self._evaluations.before = results

@@ -29,7 +29,7 @@ def check_memory(session: Session) -> MemoryForecast | None:
         return None
     forecast = None
     try:
-        check_weights(session.model)
+        check_weights(session.model, session.config.memory)
         forecast = forecast_training(session.model, session.train, session.config, session.engine)
         session.display.warn(forecast.advice())
     except SimPOError as error:

@@ -3,7 +3,7 @@
 adapters.safetensors, adapter_config.json, chat_template.jinja, config.yaml    an adapter folder
 best/                 a copy of the run's best/, if there is one
 state.safetensors     the optimizer, the random state, and the evaluations' log-probabilities
-progress.json         `Progress` and the run's fingerprint
+progress.json         `Progress`, the run's fingerprint and its engine's figures
 """
 
 import json
@@ -15,6 +15,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..config.simpo_config import SimPOConfig
+from ..device import processor
+from ..engine.figures import Figures, default_figures
 from ..errors import SimPOError
 from ..evaluation import Evaluation, summarize_logps
 from ..files import load_safetensors, read_json, save_safetensors
@@ -22,7 +25,7 @@ from ..model.adapters import SCRATCH, load_weights
 from ..reporting.display import Display
 from ..runs.checkpoints import newest_valid
 from ..runs.folder import RunFolder
-from .fingerprint import check_same_run
+from .fingerprint import changed_settings, check_same_run
 from .session import Session
 
 STATE, PROGRESS = "state.safetensors", "progress.json"
@@ -87,7 +90,12 @@ def write_checkpoint(
     save_safetensors(folder / STATE, arrays, "mlx")
     progress.step, progress.skipped = session.state.step, session.state.skipped
     progress.logs = run.log_positions()
-    content = {"fingerprint": fingerprint, **asdict(progress)}
+    figures = session.engine.figures
+    content = {
+        "fingerprint": fingerprint,
+        "figures": None if figures is None else figures.as_dict(),
+        **asdict(progress),
+    }
     (folder / PROGRESS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -112,6 +120,34 @@ def newest_checkpoint(run: RunFolder, display: Display) -> Path | None:
     return path
 
 
+def recorded_figures(path: Path, config: SimPOConfig) -> Figures | None:
+    """Return the engine's figures that the run of a checkpoint goes on with.
+
+    Others would divide its steps into other micro-batches, which rounds differently.
+
+    Returns:
+        None if they are to be chosen anew, because the settings of the engine or the processor
+        changed, or the run's engine had none. Of a run of an older version: those built in.
+
+    Raises:
+        SimPOError: the checkpoint has none of the expected form.
+    """
+    content = read_json(path / PROGRESS)
+    try:
+        saved = content["fingerprint"]
+        changed = changed_settings(saved["config"], config.as_dict(), "rounding")
+        if any(name.startswith("engine.") for name in changed):
+            return None
+        if saved["versions"]["the processor"] != processor():
+            return None
+        if "figures" not in content:
+            return default_figures()
+        values = content["figures"]
+        return None if values is None else Figures.from_dict(values, "recorded by the run")
+    except (KeyError, TypeError, AttributeError, SimPOError) as error:
+        raise _not_as_written(path, error) from None
+
+
 def restore_checkpoint(
     session: Session, run: RunFolder, path: Path, fingerprint: dict[str, Any]
 ) -> tuple[Progress, Evaluations]:
@@ -128,10 +164,7 @@ def restore_checkpoint(
         messages = check_same_run(saved, fingerprint)
         step, total = int(progress.step), session.total_steps
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SimPOError(
-            f"{path / PROGRESS} is not as a run writes it ({error!r}); remove {path} to go on from "
-            "the checkpoint before"
-        ) from None
+        raise _not_as_written(path, error) from None
     if step > total:
         raise SimPOError(
             f"the run has done {step} steps, and with these settings it has {total}; set "
@@ -150,6 +183,13 @@ def restore_checkpoint(
     )
     session.display.note(f"resuming after step {step} of {total}, from {path}")
     return progress, evaluations
+
+
+def _not_as_written(path: Path, error: Exception) -> SimPOError:
+    return SimPOError(
+        f"{path / PROGRESS} is not as a run writes it ({error!r}); remove {path} to go on from the "
+        "checkpoint before"
+    )
 
 
 def remove_remains(run: RunFolder) -> None:

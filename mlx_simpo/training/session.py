@@ -7,13 +7,14 @@ from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from ..config.simpo_config import SimPOConfig
 from ..data.encode import EncodedPair, Encoder
 from ..data.mixing import SourceCounts
 from ..data.pairs import Quarantined
-from ..engine.choice import Engine, check_gradient, configured_engine
+from ..engine.calibrated import run_engine
+from ..engine.choice import Engine
+from ..engine.figures import Figures
 from ..engine.vocabulary import check_prompt_ids, check_token_ids
 from ..errors import SimPOError
 from ..evaluation import Evaluation, evaluate_pairs
@@ -22,6 +23,7 @@ from ..model.adapters import read_adapter_config, save_adapter
 from ..model.loading import LoadedModel, load_model
 from ..model.lora import attach_lora
 from ..model.record import RECORD_KEY, get_dict, training_record
+from ..planning.memory_limits import set_memory_limits
 from ..reporting import advice
 from ..reporting.display import Display
 from ..sampling.prompts import named, prompt_tokens
@@ -143,21 +145,27 @@ def prepare(
     train: Any = None,
     valid: Any = None,
     resuming: bool = False,
+    figures: Figures | None = None,
 ) -> Session:
     """Prepare a run up to its first step; every error of the input is raised here.
+
+    MLX's memory limits are those of the settings from here on; `api.train` puts the earlier ones
+    back when it ends.
 
     Args:
         display: where notes and progress go; default: stderr. train, valid: rows from memory
             instead of data.train and data.valid (docs/data.md says which kinds); valid may be
             several sets by name, {"chat": rows, "safety": rows}, the first of which is the main
             one. resuming: the weights come from a checkpoint, and ``lora.init_from`` is not read.
+            figures: of the engine, if the run has recorded them; see `calibrated.run_engine`.
 
     Raises:
         SimPOError: data, a model or settings that cannot be read or used.
     """
     display = display or Display()
-    # First, so that a kernel that cannot run here is reported before anything is read.
+    # First, so that what cannot run or be set here is reported before anything is read.
     choose_implementation(config.logps.impl)
+    set_memory_limits(config.memory)
     # All records are checked before a model of gigabytes is downloaded.
     encoder, pairs, quarantined = read_pairs(config, train, valid, display)
     if config.train.eval_every is not None and not pairs.valid:
@@ -174,9 +182,7 @@ def prepare(
     for prompt in named(config.train.sample_prompts):
         check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
     adapter = _attach_adapter(config, loaded, template, display, resuming)
-    engine = configured_engine(config, model)
-    check_gradient(model, engine)
-    maybe_set_recommended_wired_limit()  # or macOS may page weights out between steps
+    engine = run_engine(config, model, pairs.train, figures)
     return Session(
         config=config,
         model=model,

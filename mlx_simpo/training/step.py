@@ -21,9 +21,6 @@ from ..engine.choice import Engine, MicroBatch
 from ..errors import SimPOError
 from ..objectives import simpo_loss
 
-# MLX keeps freed buffers for later arrays of the same size; above this many bytes it is cleared.
-CACHE_BYTES = 2**30
-
 
 class StepBatch(NamedTuple):
     """The pairs of one optimizer step, in the order of its micro-batches, and these as arrays.
@@ -131,8 +128,6 @@ def step_gradients(
         mx.async_eval(metrics, gradients)
         if before is not None:
             mx.eval(before)  # no more than two micro-batches' activations in memory at a time
-        if mx.get_cache_memory() > CACHE_BYTES:  # shapes vary, so old buffers would pile up
-            mx.clear_cache()
         parts.append(metrics)
     assert gradients is not None
     return parts, gradients

@@ -21,6 +21,7 @@ from ..config.simpo_config import SimPOConfig, TrainConfig
 from ..data.encode import EncodedPair
 from ..data.mixing import Mixture, epoch_order
 from ..data.order import steps_per_epoch
+from ..device import memory_metrics
 from ..engine.choice import Engine, configured_engine
 from ..engine.gradient_checkpointing import gradient_checkpointing
 from ..errors import SimPOError
@@ -48,6 +49,7 @@ class StepMetrics:
     - tokens: of both sequences of each pair, the prompt counted twice, without padding
     - positions: tokens that the trunk processed, padding included
     - traces: how often mx.compile has traced the step since the loop began; seconds
+    - peak_memory_gb, cache_memory_gb: see `device.memory_metrics`
 
     nonfinite: of a step that was skipped, which has no other metrics than sizes, rate and time:
     what was not finite (`step.NonFiniteError.record`).
@@ -129,6 +131,7 @@ def train_steps(
             "traces": gradient_function.traces,
             "learning_rate": float(state.optimizer.learning_rate),
             "seconds": time.perf_counter() - started,
+            **memory_metrics(),
         }
         yield StepMetrics(state.step, steps, state.step / per_epoch, means, nonfinite)
         batch = next_batch

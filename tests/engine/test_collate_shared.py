@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from mlx_simpo.data.encode import EncodedPair, TokenizedSequence
 from mlx_simpo.engine.collate_shared import SharedPrefixBatch, collate_shared
-from mlx_simpo.engine.plan import pass_cost
 
 SIZE = st.integers(1, 60)
+PASS_COST = st.integers(0, 60)
 PAIRS = st.lists(st.builds(pair, SIZE, SIZE, SIZE), min_size=1, max_size=9)
 
 
@@ -35,22 +35,24 @@ def read_back(batch: SharedPrefixBatch) -> list[tuple[list[int], list[int]]]:
     return sequences
 
 
-@given(PAIRS)
+@given(PAIRS, PASS_COST)
 @settings(deadline=None, max_examples=40)
-def test_each_scored_token_once_behind_all_that_precedes_it(pairs: list[EncodedPair]) -> None:
+def test_each_scored_token_once_behind_all_that_precedes_it(
+    pairs: list[EncodedPair], pass_cost: int
+) -> None:
     sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-    batch = collate_shared(pairs)
+    batch = collate_shared(pairs, pass_cost)
     for (context, response), s in zip(read_back(batch), sequences, strict=True):
         assert context == s.tokens[: s.score_start].tolist()
         assert response == s.tokens[s.score_start :].tolist()
     assert batch.hidden_indices.size == sum(s.num_scored for s in sequences)
 
 
-@given(PAIRS)
+@given(PAIRS, PASS_COST)
 @settings(deadline=None, max_examples=40)
-def test_padding_is_what_holds_no_token(pairs: list[EncodedPair]) -> None:
+def test_padding_is_what_holds_no_token(pairs: list[EncodedPair], pass_cost: int) -> None:
     """No token of these pairs is 0, which is what padding is."""
-    batch = collate_shared(pairs)
+    batch = collate_shared(pairs, pass_cost)
     assert batch.padding == sum(int((tokens == 0).sum()) for tokens, _ in batch.groups)
     assert (batch.prefix_tokens != 0).all()
     dtypes = {array.dtype for group in batch.groups for array in group}
@@ -58,16 +60,17 @@ def test_padding_is_what_holds_no_token(pairs: list[EncodedPair]) -> None:
     assert dtypes == {mx.int32}
 
 
-@given(SIZE, SIZE, SIZE)
+@given(SIZE, SIZE, SIZE, PASS_COST)
 @settings(deadline=None)
 def test_a_pair_alone_runs_its_prompt_once_and_hardly_any_padding(
-    prompt: int, chosen: int, rejected: int
+    prompt: int, chosen: int, rejected: int, pass_cost: int
 ) -> None:
-    batch = collate_shared([pair(prompt, chosen, rejected)])
+    batch = collate_shared([pair(prompt, chosen, rejected)], pass_cost)
     assert batch.prefix_tokens.shape == (1, prompt - 1)  # its last token starts both responses
     assert batch.positions - batch.padding == (prompt - 1) + chosen + rejected
     difference = abs(chosen - rejected)
-    assert batch.padding == (difference if difference <= pass_cost() else 0)
+    assert batch.padding == (difference if difference <= pass_cost else 0)
+    assert batch.passes == (prompt > 1) + (1 if difference <= pass_cost else 2)
     assert batch.hidden_indices.size == chosen + rejected
 
 
@@ -75,5 +78,5 @@ def test_a_response_starts_where_its_own_prompt_ends() -> None:
     """A prompt may be tokenized differently for the two responses (compat: official)."""
     one = TokenizedSequence(np.array([5, 6, 7, 8, 9, 3], np.int32), 4)
     two = TokenizedSequence(np.array([5, 6, 1, 8, 4, 2], np.int32), 5)
-    (chosen, _), (rejected, response) = read_back(collate_shared([EncodedPair(one, two)]))
+    (chosen, _), (rejected, response) = read_back(collate_shared([EncodedPair(one, two)], 16))
     assert (chosen, rejected, response) == ([5, 6, 7, 8], [5, 6, 1, 8, 4], [2])

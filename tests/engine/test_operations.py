@@ -30,6 +30,7 @@ from mlx_simpo.engine.choice import choose_engine, shared_prefix_engine
 from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
 from mlx_simpo.engine.operations import (
     MLX_LM,
+    AttentionCall,
     Operations,
     current_operations,
     patchable_modules,
@@ -107,21 +108,22 @@ def test_whose_attention_is_ours(name: str, calls: list[tuple]) -> None:
 @pytest.mark.parametrize("sinks", [None, [0.5, -0.5]])
 @pytest.mark.parametrize("mask", ["causal", None])
 def test_operations_get_what_the_layer_passes(mask: str | None, sinks: list | None) -> None:
-    arrays = [mx.random.normal((1, 2, 4, 8)) for _ in range(3)]
-    seen: list[tuple] = []
+    q, k, v = (mx.random.normal((1, 2, 4, 8)) for _ in range(3))
+    seen: list[AttentionCall] = []
 
-    def recording(*args: Any) -> mx.array:
-        seen.append(args)
-        return args[0]
+    def recording(call: AttentionCall) -> mx.array:
+        seen.append(call)
+        return call.queries
 
-    sink_array = None if sinks is None else mx.array(sinks)
+    cache, sink_array = PrefixKVCache(), None if sinks is None else mx.array(sinks)
     with patched([], Operations(recording, None)):
-        out = operations._attention(*arrays, PrefixKVCache(), 0.3, mask, sink_array)
-    assert out is arrays[0]
-    passed = (*arrays, 0.3, mask, sink_array)
+        out = operations._attention(q, k, v, cache, 0.3, mask, sink_array)
+    assert out is q
+    passed = (q, k, v, 0.3, mask, sink_array)
     assert all(one is other for one, other in zip(seen[0], passed, strict=True))
-    outside = operations._attention(*arrays, PrefixKVCache(), 0.3, mask, sink_array)
-    expected = base.scaled_dot_product_attention(*arrays, None, 0.3, mask, sink_array)
+    outside = operations._attention(q, k, v, cache, 0.3, mask, sink_array)
+    arguments: Any = (q, k, v, None, 0.3, mask, sink_array)
+    expected = base.scaled_dot_product_attention(*arguments)
     np.testing.assert_array_equal(outside, expected)
     assert len(seen) == 1
 

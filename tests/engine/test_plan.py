@@ -1,6 +1,7 @@
 """A step's pairs as micro-batches: every pair once, within the bounds, at the least cost."""
 
-import mlx.core as mx
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers.tiny import token_pair as pair
@@ -8,22 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo.data.encode import EncodedPair, TokenizedSequence
-from mlx_simpo.engine import plan
 from mlx_simpo.engine.collate_shared import collate_shared
 from mlx_simpo.engine.collate_stacked import collate_stacked
+from mlx_simpo.engine.figures import CPU, GPU, Figures
 from mlx_simpo.engine.plan import (
     PAD_MULTIPLE,
     cost,
     group_by_length,
     input_length,
     padded_length,
-    pass_cost,
     plan_shared_prefix,
     plan_stacked,
     shared_prefix_length,
 )
 
 SIZE = st.integers(1, 60)
+FIGURES = st.builds(
+    lambda pass_cost, positions: replace(CPU, pass_cost=pass_cost, max_positions=positions),
+    st.integers(1, 100),
+    st.integers(1, 2000),
+)
 PAIRS = st.lists(st.builds(pair, SIZE, SIZE, SIZE), min_size=1, max_size=9)
 
 
@@ -51,74 +56,73 @@ def test_pairs_of_similar_length_are_stacked_together(
 
 def test_no_pairs_no_micro_batches() -> None:
     assert plan_stacked([], 4) == []
-    assert plan_shared_prefix([], 4) == []
+    assert plan_shared_prefix([], 4, figures=CPU) == []
 
 
-@given(PAIRS, st.integers(1, 5), st.one_of(st.none(), st.integers(1, 500)))
+@given(PAIRS, st.integers(1, 5), st.one_of(st.none(), st.integers(1, 500)), FIGURES)
 @settings(deadline=None, max_examples=80)
 def test_a_shared_plan_takes_every_pair_once_within_its_bounds(
-    pairs: list[EncodedPair], size: int, max_tokens: int | None
+    pairs: list[EncodedPair], size: int, max_tokens: int | None, figures: Figures
 ) -> None:
-    batches = plan_shared_prefix(pairs, size, max_tokens)
+    batches = plan_shared_prefix(pairs, size, max_tokens, figures=figures)
     assert sorted(flat(batches)) == list(range(len(pairs)))
     for batch in batches:
-        positions = collate_shared([pairs[i] for i in batch]).positions
+        positions = collate_shared([pairs[i] for i in batch], figures.pass_cost).positions
         assert len(batch) <= size
+        assert positions <= figures.max_positions or len(batch) == 1
         assert max_tokens is None or positions <= max_tokens or len(batch) == 1
 
 
-@given(PAIRS)
+@given(PAIRS, st.integers(0, 100))
 @settings(deadline=None, max_examples=80)
-def test_the_cost_is_that_of_the_batch_that_is_collated(pairs: list[EncodedPair]) -> None:
-    batch = collate_shared(pairs)
-    expected = cost(pairs, batch.prefix_tokens.shape[1])
+def test_the_cost_is_that_of_the_batch_that_is_collated(
+    pairs: list[EncodedPair], pass_cost: int
+) -> None:
+    batch = collate_shared(pairs, pass_cost)
+    expected = cost(pairs, batch.prefix_tokens.shape[1], pass_cost)
     assert expected.positions == batch.positions
-    assert expected.passes == len(batch.groups) + (batch.prefix_tokens.shape[1] > 0)
-    assert expected.total == expected.positions + pass_cost() * expected.passes
+    assert expected.passes == batch.passes
+    assert expected.total == expected.positions + pass_cost * expected.passes
 
 
-@given(PAIRS)
+@given(PAIRS, FIGURES)
 @settings(deadline=None, max_examples=80)
-def test_a_shared_plan_costs_no_more_than_each_pair_alone(pairs: list[EncodedPair]) -> None:
+def test_a_shared_plan_costs_no_more_than_each_pair_alone(
+    pairs: list[EncodedPair], figures: Figures
+) -> None:
     def total(batches: list[list[int]]) -> int:
         parts = [[pairs[i] for i in batch] for batch in batches]
-        return sum(cost(part, min(map(shared_prefix_length, part))).total for part in parts)
+        prefixes = [min(map(shared_prefix_length, part)) for part in parts]
+        return sum(
+            cost(part, prefix, figures.pass_cost).total
+            for part, prefix in zip(parts, prefixes, strict=True)
+        )
 
-    assert total(plan_shared_prefix(pairs, 4)) <= total([[i] for i in range(len(pairs))])
+    plan = plan_shared_prefix(pairs, 4, figures=figures)
+    assert total(plan) <= total([[i] for i in range(len(pairs))])
 
 
 @pytest.mark.parametrize(
-    ("device", "lengths", "groups"),
-    [(mx.gpu, [100, 70, 40], [[0, 1], [2]]), (mx.cpu, [100, 96, 40, 99], [[0, 3, 1], [2]])],
+    ("pass_cost", "lengths", "groups"),
+    [
+        (0, [100, 95, 95, 40], [[0], [1, 2], [3]]),
+        (CPU.pass_cost, [100, 96, 40, 99], [[0, 3, 1], [2]]),
+        (GPU.pass_cost, [100, 70, 40], [[0, 1], [2]]),
+        (1000, [100, 95, 40, 99], [[0, 3, 1, 2]]),
+    ],
 )
-def test_the_device_decides_what_a_pass_costs(
-    device: mx.DeviceType,
-    lengths: list[int],
-    groups: list[list[int]],
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_cost_of_a_pass_decides_who_shares_one(
+    pass_cost: int, lengths: list[int], groups: list[list[int]]
 ) -> None:
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
-    assert group_by_length(lengths) == groups
+    assert group_by_length(lengths, pass_cost) == groups
 
 
-def test_the_cost_of_a_pass_decides_who_shares_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "pass_cost", lambda: 0)
-    assert group_by_length([100, 95, 95, 40]) == [[0], [1, 2], [3]]
-    monkeypatch.setattr(plan, "pass_cost", lambda: 1000)
-    assert group_by_length([100, 95, 40, 99]) == [[0, 3, 1, 2]]
-
-
-@pytest.mark.parametrize("device", [mx.cpu, mx.gpu])
-def test_a_full_device_takes_no_more_pairs(
-    device: mx.DeviceType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
-    monkeypatch.setattr(plan, "pass_cost", lambda: 1000)
+def test_a_full_device_takes_no_more_pairs() -> None:
     pairs = [pair(9, 50, 3), pair(30, 3, 40)]
-    assert plan_shared_prefix(pairs, 2) == [[0, 1]]
-    name = "SATURATING_POSITIONS_GPU" if device == mx.gpu else "SATURATING_POSITIONS_CPU"
-    monkeypatch.setattr(plan, name, 100)  # more would only take more memory
-    assert plan_shared_prefix(pairs, 2) == [[0], [1]]
+    figures = replace(CPU, pass_cost=1000)
+    assert plan_shared_prefix(pairs, 2, figures=figures) == [[0, 1]]
+    full = replace(figures, max_positions=100)  # more would only take more memory
+    assert plan_shared_prefix(pairs, 2, figures=full) == [[0], [1]]
 
 
 def test_the_prefix_ends_where_the_sequences_differ() -> None:

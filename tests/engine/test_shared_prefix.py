@@ -15,6 +15,7 @@ from mlx_simpo.engine.shared_prefix import shared_prefix_logps
 
 MODEL = tiny_model()
 PAIRS = [pair(40, 20, 7), pair(35, 3, 60), pair(1, 11, 12)]
+PASS_COSTS = (0, 16, 100)  # each sequence in a pass of its own, some in one, all in one
 
 
 def alone(sequence: TokenizedSequence) -> float:
@@ -26,11 +27,12 @@ def alone(sequence: TokenizedSequence) -> float:
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pass_cost", PASS_COSTS)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_chosen_then_rejected_each_as_if_alone(count: int, training: bool) -> None:
+def test_chosen_then_rejected_each_as_if_alone(count: int, pass_cost: int, training: bool) -> None:
     """With a prefix, and (pair 3 has a prompt of one token) without any."""
     pairs = PAIRS[:count]
-    arrays = collate_shared(pairs).arrays
+    arrays = collate_shared(pairs, pass_cost).arrays
     actual = shared_prefix_logps(MODEL, resolve_head(MODEL), *arrays, training=training)
     assert actual.dtype == mx.float32
     expected = [alone(p.chosen) for p in pairs] + [alone(p.rejected) for p in pairs]
@@ -48,7 +50,7 @@ def test_only_hidden_states_of_scored_tokens_reach_the_head(
         return original(model, head, hidden, targets, **options)
 
     monkeypatch.setattr(shared_prefix, "token_logps", recording)
-    arrays = collate_shared(PAIRS).arrays
+    arrays = collate_shared(PAIRS, 16).arrays
     shared_prefix_logps(MODEL, resolve_head(MODEL), *arrays, training=False)
     count = sum(p.chosen.num_scored + p.rejected.num_scored for p in PAIRS)
     assert shapes == [((count, 32), (count,))]

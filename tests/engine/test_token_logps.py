@@ -4,7 +4,6 @@ plain operations, for every kind of head, and the matrix products that they cost
 import io
 import re
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -14,12 +13,29 @@ import pytest
 from helpers.architectures import with_lora
 from helpers.tiny import tiny_model
 
-from mlx_simpo.engine import token_logps as module
 from mlx_simpo.engine.head import Head, resolve_head
-from mlx_simpo.engine.token_logps import differentiable, token_logps
+from mlx_simpo.engine.token_logps import (
+    MAX_CHUNK_LOGITS,
+    chunk_logits_beside_trunk,
+    chunk_rows,
+    differentiable,
+    token_logps,
+)
 from mlx_simpo.kernels.built_in import mlx_response_logps
+from mlx_simpo.kernels.choice import BUILT_IN
 
 PLAIN_HEAD = Head(scale=1.0, softcap=0.0, is_projection=True)
+
+
+class Trunk(nn.Module):
+    """What `resolve_head` looks for beside a head; it is never run."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(4, width)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.embed_tokens(tokens)
 
 
 class HeadedModel(nn.Module):
@@ -28,7 +44,7 @@ class HeadedModel(nn.Module):
     def __init__(self, head: nn.Module, width: int) -> None:
         super().__init__()
         self.lm_head = head
-        self.model: Any = SimpleNamespace(embed_tokens=nn.Embedding(4, width))
+        self.model = Trunk(width)
         self.layers: list[nn.Module] = []
         self.freeze()
 
@@ -72,7 +88,9 @@ def plain_logps(model: HeadedModel, hidden: mx.array, targets: mx.array) -> mx.a
     return picked - mx.logsumexp(logits, axis=-1)
 
 
-def assert_equals_plain_logps(model: HeadedModel, targets: mx.array) -> None:
+def assert_equals_plain_logps(
+    model: HeadedModel, targets: mx.array, chunk_logits: int = MAX_CHUNK_LOGITS
+) -> None:
     """Values and gradient of hidden states against the definition; and that evaluation, which asks
     for no gradient, gives the same values."""
     width = model.model.embed_tokens.weight.shape[1]
@@ -80,8 +98,10 @@ def assert_equals_plain_logps(model: HeadedModel, targets: mx.array) -> None:
     weights = mx.random.normal((targets.size,), key=mx.random.key(2))
     head = resolve_head(model)
 
-    def chunked(hidden: mx.array) -> mx.array:
-        return token_logps(model, head, hidden, targets, training=True)
+    def chunked(hidden: mx.array, training: bool = True) -> mx.array:
+        return token_logps(
+            model, head, hidden, targets, training=training, chunk_logits=chunk_logits
+        )
 
     def plain(hidden: mx.array) -> mx.array:
         return plain_logps(model, hidden, targets)
@@ -92,19 +112,15 @@ def assert_equals_plain_logps(model: HeadedModel, targets: mx.array) -> None:
         for logps in (chunked, plain)
     )
     np.testing.assert_allclose(actual, expected, atol=1e-5)
-    evaluated = token_logps(model, head, hidden, targets, training=False)
-    np.testing.assert_array_equal(evaluated, chunked(hidden))
+    np.testing.assert_array_equal(chunked(hidden, training=False), chunked(hidden))
 
 
 @pytest.mark.parametrize("width", [8, 31, 896])
 @pytest.mark.parametrize("count", [1, 7, 63, 64, 65])
-def test_any_number_of_hidden_states(
-    count: int, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "MAX_CHUNK_LOGITS", 1)  # the least: 64 rows
+def test_any_number_of_hidden_states(count: int, width: int) -> None:
     model = HeadedModel(nn.Linear(width, 1027, bias=False), width)
     targets = mx.random.randint(0, 1027, (count,), key=mx.random.key(3)).astype(mx.int32)
-    assert_equals_plain_logps(model, targets)
+    assert_equals_plain_logps(model, targets, chunk_logits=1)  # the least: 64 rows
 
 
 AFFINE = [("affine", bits, group) for bits in (4, 8) for group in (32, 64, 128)]
@@ -177,7 +193,6 @@ def test_chunks_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None
     return before the earlier ones have run: six or seven arrays, and one more or fewer with a few
     operations per chunk (docs/kernel.md), so that a tighter bound would not hold.
     """
-    monkeypatch.setattr(module, "MAX_CHUNK_LOGITS", 64 * 10_000)
     model = HeadedModel(nn.Linear(16, 10_000, bias=False), 16)
     hidden = mx.random.normal((64 * 64, 16))
     targets = mx.arange(len(hidden), dtype=mx.int32)
@@ -190,7 +205,9 @@ def test_chunks_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None
         before = mx.get_active_memory()
 
         def total(hidden: mx.array) -> mx.array:
-            return token_logps(model, PLAIN_HEAD, hidden, targets, training=True).sum()
+            return token_logps(
+                model, PLAIN_HEAD, hidden, targets, training=True, chunk_logits=64 * 10_000
+            ).sum()
 
         mx.eval(mx.value_and_grad(total)(hidden))
         return (mx.get_peak_memory() - before) / (64 * 10_000 * 4)
@@ -198,3 +215,51 @@ def test_chunks_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None
     assert logits_in_memory() < 10
     monkeypatch.setattr(mx, "depends", lambda inputs, dependencies: inputs)
     assert logits_in_memory() > 20
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("count", [1, 200, 257])
+def test_no_chunk_has_more_logits_than_the_bound(count: int, training: bool, trains: bool) -> None:
+    """As what computes log-probabilities sees them; together they are all hidden states, once."""
+    model = HeadedModel(nn.Linear(8, 100, bias=False), 8)
+    if trains:
+        model.lm_head.unfreeze()
+    shapes = []
+
+    def recording(raw_logits: mx.array, targets: mx.array, **settings: Any) -> Any:
+        shapes.append(raw_logits.shape)
+        return mlx_response_logps(raw_logits, targets, **settings)
+
+    token_logps(
+        model,
+        PLAIN_HEAD,
+        mx.random.normal((count, 8)),
+        mx.zeros(count, mx.int32),
+        training=training,
+        implementation=BUILT_IN._replace(response_logps=recording),
+        chunk_logits=128 * 100,
+    )
+    rows = [shape[0] for shape in shapes]
+    assert sum(rows) == count
+    assert max(rows) <= 128
+    assert len(rows) == -(-count // 128)
+    assert max(rows) - min(rows) < len(rows)  # no chunk is thin beside another
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 1000, 5000])
+@pytest.mark.parametrize("chunk_logits", [0, 1, 100_000, MAX_CHUNK_LOGITS, 2**40])
+def test_rows_of_a_chunk(count: int, chunk_logits: int) -> None:
+    """Few enough for the bound and for one launch of the kernel; 64 are too few to divide."""
+    rows = chunk_rows(count, 1000, chunk_logits)
+    assert 1 <= rows <= min(count, 1024, max(64, chunk_logits // 1000))
+    assert -(-count // rows) == -(-count // min(1024, max(64, chunk_logits // 1000)))
+
+
+def test_the_chunk_grows_with_what_the_trunk_holds() -> None:
+    """More positions, or more layers that save their activations; a layer that is recomputed counts
+    as the four of which it takes the memory."""
+    one = chunk_logits_beside_trunk(100, 64, 1)
+    assert one == chunk_logits_beside_trunk(100, 64, 4) == 4 * 100 * 64
+    assert chunk_logits_beside_trunk(200, 64, 1) == 2 * one
+    assert chunk_logits_beside_trunk(100, 64, 32) == 8 * one

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 from metal_host import missing, stand_in
 
+from mlx_simpo.engine.fused_attention import forget_checks
 from mlx_simpo.kernels import choice, launch
 
 
@@ -51,6 +52,7 @@ def on_gpu() -> Iterator[None]:
 
 
 def forget_kernels() -> None:
-    """Drop kernels that are cached, and that they were checked."""
+    """Drop kernels that are cached, and what was checked of them and of MLX's operations."""
     launch._kernel.cache_clear()
     choice.check_kernel.cache_clear()
+    forget_checks()

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 PRELOAD = ["mlx_simpo.api", "mlx_simpo.cli.main", "helpers.kills"]
-TIMES = ("seconds", "traces", "save_seconds", "peak_memory_gb")
+TIMES = ("seconds", "traces", "save_seconds", "peak_memory_gb", "cache_memory_gb")
 
 
 def run_in_child(arguments: Sequence[str], log: str, environment: dict[str, str]) -> None:

@@ -59,7 +59,7 @@ def test_no_micro_batch_of_the_run_is_larger_by_much(
     options: dict[str, int], engine: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if on_gpu:
-        monkeypatch.setattr("mlx_simpo.engine.plan.is_gpu", lambda: True)
+        monkeypatch.setattr("mlx_simpo.engine.figures.is_gpu", lambda: True)
     monkeypatch.setattr(largest, "PLANNED_STEPS", 8)
     pairs, config = some_pairs(400), step_config(**options)
     steps = 2 * len(pairs) // config.train.step_pairs

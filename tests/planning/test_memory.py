@@ -11,7 +11,7 @@ from helpers.forecasts import Law, model_of, resident
 from helpers.steps import step_config
 from helpers.tiny import token_pair
 
-from mlx_simpo import DataConfig, SimPOError, TrainConfig
+from mlx_simpo import DataConfig, MemoryConfig, SimPOError, TrainConfig
 from mlx_simpo.data.encode import EncodedPair
 from mlx_simpo.engine.choice import REFERENCE
 from mlx_simpo.planning import memory
@@ -209,8 +209,8 @@ def test_weights_are_checked_before_they_are_read(monkeypatch: pytest.MonkeyPatc
     before = mx.get_active_memory()
     model = nn.Linear(30_000, 30_000, bias=False)  # 3.6 GB, not computed
     monkeypatch.setattr(memory, "memory_limit_bytes", lambda: 3_600_000_000)
-    check_weights(model)
+    check_weights(model, MemoryConfig())
     monkeypatch.setattr(memory, "memory_limit_bytes", lambda: 3_599_999_999)
     with pytest.raises(SimPOError, match=r"weights take 3.6 GB of 3.6 GB; use a smaller model"):
-        check_weights(model)
+        check_weights(model, MemoryConfig())
     assert mx.get_active_memory() - before < 1e6

@@ -91,6 +91,7 @@ import mlx_simpo
 import mlx.core as mx, mlx.nn as nn
 from pathlib import Path
 from mlx_simpo.device import memory_limit_bytes
+from mlx_simpo import MemoryConfig
 from mlx_simpo.planning.memory import check_weights
 mx.eval(mx.ones(1))
 mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -137,7 +138,7 @@ def test_the_check_ends_with_a_message_where_mlx_would_crash() -> None:
     code = """
 assert 250_000_000 < memory_limit_bytes() < 310_000_000, memory_limit_bytes()
 try:
-    check_weights(model)
+    check_weights(model, MemoryConfig())
 except mlx_simpo.SimPOError as error:
     print(error)
 """

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.kills import TIMES
 from helpers.steps import encoded_pairs, model_with_lora, step_config, weights
 
 from mlx_simpo import SimPOConfig, SimPOError
@@ -15,7 +16,6 @@ from mlx_simpo.training.state import TrainingState, restore_on_error
 from mlx_simpo.training.trainer import StepMetrics, total_steps, train_steps
 
 PAIRS = encoded_pairs()
-TIMES = ("seconds", "traces")  # of a step's metrics; they may differ
 
 VARIANTS: dict[str, tuple[dict, dict]] = {
     "shared_prefix": ({}, {}),
