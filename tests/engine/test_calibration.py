@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from helpers.clock import FakeClock
 from helpers.steps import encoded_pairs, model_with_lora, step_config, weights
-from mlx.utils import tree_flatten
 
 from mlx_simpo import EngineConfig, SimPOConfig
 from mlx_simpo.engine import calibration as module
@@ -25,6 +24,7 @@ from mlx_simpo.engine.figures import CPU, default_figures
 from mlx_simpo.engine.head_timing import HeadCosts
 from mlx_simpo.engine.pass_timing import Lengths, PassTiming, shape_of, typical_lengths
 from mlx_simpo.engine.stopwatch import Measurement
+from mlx_simpo.model.adapters import flat_arrays
 
 LENGTHS = Lengths(16, 24)
 CONFIG = step_config()
@@ -87,7 +87,7 @@ def test_the_tiny_model_is_measured_and_left_as_it_was(config: SimPOConfig) -> N
     assert all((after[name] == before[name]).all() for name in before)
     np.testing.assert_array_equal(np.array(mx.random.state[0]), state)  # type: ignore[index]
     np.testing.assert_array_equal(engine.logps(model, arrays, training=False), logps)
-    weight_bytes = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+    weight_bytes = sum(array.nbytes for array in flat_arrays(model.parameters()).values())
     assert mx.get_peak_memory() < mx.get_active_memory() + weight_bytes + 10**6
 
 

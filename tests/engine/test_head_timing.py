@@ -7,13 +7,13 @@ import pytest
 from helpers.clock import FakeClock
 from helpers.steps import model_with_lora
 from helpers.tiny import tiny_model
-from mlx.utils import tree_flatten
 
 from mlx_simpo.engine import head_timing
 from mlx_simpo.engine.head import resolve_head
 from mlx_simpo.engine.head_timing import PROBE_ROWS, HeadCosts, best_chunk, time_head
 from mlx_simpo.engine.stopwatch import Stopwatch
 from mlx_simpo.kernels.choice import BUILT_IN
+from mlx_simpo.model.adapters import flat_arrays
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,6 @@ def test_a_head_that_trains_is_timed_with_the_gradient_of_its_weights(trains: bo
     time_head(Watch(1e5, FakeClock()), model, resolve_head(model), BUILT_IN, 0.0)
     for d_weights, d_hidden in gradients:
         assert float(mx.abs(d_hidden).max()) > 0
-        trained = {n for n, d in tree_flatten(d_weights) if float(mx.abs(d).max()) > 0}
+        trained = {n for n, d in flat_arrays(d_weights).items() if float(mx.abs(d).max()) > 0}
         assert trained == ({"model.embed_tokens.weight"} if trains else set())
     assert mx.random.state[0].tolist() == before  # type: ignore[index]

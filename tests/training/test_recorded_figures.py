@@ -179,8 +179,8 @@ def finished(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def change(checkpoint: Path, **values: Any) -> None:
     """Change values of progress.json, or remove them (None), as an older version writes it."""
-    content = json.loads((checkpoint / PROGRESS).read_text("utf-8"))
-    content = {k: v for k, v in (content | values).items() if v is not None or k not in values}
+    content: dict[str, Any] = json.loads((checkpoint / PROGRESS).read_text("utf-8")) | values
+    content = {k: v for k, v in content.items() if v is not None or k not in values}
     (checkpoint / PROGRESS).write_text(json.dumps(content), encoding="utf-8")
     (checkpoint / MANIFEST).unlink()
     write_manifest(checkpoint, content["step"])
