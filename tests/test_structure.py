@@ -76,7 +76,7 @@ ROOMS = {
         ],
         ["attention", "plan", "head", "prefix_cache"],
         ["operations", "collate_stacked", "collate_shared", "token_logps", "pass_timing"],
-        ["gradient_checkpointing", "attention_shapes", "head_timing"],
+        ["gradient_checkpointing", "attention_shapes", "head_timing", "lora_linear"],
         ["shared_prefix", "fused_attention"],
         ["fused_delta_rule"],
         ["operation_choice"],
