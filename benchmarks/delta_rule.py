@@ -11,9 +11,9 @@ pairs of 4 a step, and their gradients, four ways:
 - mlx-lm, stacked: mlx-lm's model, log-softmax and gather in float32, without any code of ours
 
 All take turns in one process, batch by batch, in an order that moves on; a first step of each is
-not counted. Ratios are of the sums over the batches, of time that has passed and of the processor's (which tells
-more on a machine that others use). Then the rule alone, with its gradient, in
-chunks of several sizes. What is written: benchmarks/results/delta_rule_<name>.json.
+not counted. Ratios are of the sums over the batches, of the time that passes and of the
+processor's, which tells more on a machine that others use. Then the rule alone, with its gradient,
+in chunks of several sizes. What is written: benchmarks/results/delta_rule_<name>.json.
 """
 
 # First, before anything imports MLX: on a Linux CPU it loads a fast BLAS in place of MLX's own.
