@@ -73,7 +73,7 @@ def train(
         session = prepare(
             config, display, train=train, valid=valid, resuming=resuming, figures=figures
         )
-        display.note(_describe(session))
+        display.note(_what_will_run(session))
         if checkpoint is None:
             display.note(advice.starting_loss(config.objective))
         forecast = check_memory(session)
@@ -90,8 +90,8 @@ def train(
                 raise explained from error
 
 
-def _describe(session: Session) -> str:
-    """Return what a run is about to do, in one line."""
+def _what_will_run(session: Session) -> str:
+    """Return how much a run trains on, and with what."""
     evaluated = sum(map(len, session.valid_sets.values()))
     step_pairs = count_text(session.config.train.step_pairs, "pair")
     return (

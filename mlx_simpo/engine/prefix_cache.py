@@ -21,6 +21,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from .attention import CausalMask
 from .trunk import run_trunk, trunk_path
 
 
@@ -60,7 +61,7 @@ class PrefixKVCache:
         """Return the causal mask of n new positions behind ``offset`` old ones."""
         if return_array or (window_size is not None and self.offset + n > window_size):
             return create_causal_mask(n, self.offset, window_size=window_size)
-        return None if n == 1 else "causal"
+        return None if n == 1 else CausalMask()
 
 
 class PrefixStates(ArraysCache):
@@ -149,15 +150,64 @@ def run_prefix(model: nn.Module, tokens: mx.array) -> list[PrefixCache]:
     return caches
 
 
-def run_continuations(
-    model: nn.Module, tokens: mx.array, prefix: Sequence[PrefixCache], prefix_index: mx.array
-) -> mx.array:
-    """Return the hidden states [n, T, D] of tokens [n, T], which follow prefixes by index [n]."""
-    # Indexing copies: what one continuation appends is not seen by another.
-    caches = [
-        with_arrays(cache, tree_map(lambda a: a[prefix_index], cache_arrays(cache)))
-        for cache in prefix
+def run_first(
+    model: nn.Module, tokens: mx.array, prefix_length: int
+) -> tuple[mx.array, list[PrefixCache]]:
+    """Run prefixes and a continuation of each in one pass, in a model that `can_extend_prefix`.
+
+    Returns:
+        The hidden states [B, T, D] of tokens [B, T], and each layer's cache after their first
+        ``prefix_length``.
+    """
+    caches = empty_caches(model)
+    hidden = run_trunk(model, tokens, caches)
+    # What follows the prefix does not change its keys and values.
+    prefix = [
+        with_arrays(cache, tree_map(lambda a: a[:, :, :prefix_length], cache_arrays(cache)))
+        for cache in caches
     ]
+    return hidden, prefix
+
+
+def can_extend_prefix(model: nn.Module) -> bool:
+    """Return whether a prefix may run in one pass with what follows it: if the state after it is
+    within the state after the whole, as its keys and values are.
+
+    Raises:
+        TypeError: see `empty_caches`.
+    """
+    return all(map(_is_extendable, empty_caches(model)))
+
+
+def _is_extendable(cache: PrefixCache) -> bool:
+    if isinstance(cache, PrefixCacheList):
+        return all(map(_is_extendable, cache.caches))
+    return isinstance(cache, PrefixKVCache)
+
+
+def run_continuations(
+    model: nn.Module,
+    tokens: mx.array,
+    prefix: Sequence[PrefixCache],
+    prefix_index: mx.array | None,
+) -> mx.array:
+    """Return the hidden states [n, T, D] of tokens [n, T], which follow prefixes by index [n].
+
+    Args:
+        prefix_index: None: all prefixes in their order, each time as often as there are rows.
+    """
+
+    def fork(array: mx.array) -> mx.array:
+        # A new array each time: what one continuation appends is not seen by another.
+        if prefix_index is not None:
+            return array[prefix_index]
+        repeats = len(tokens) // len(array)
+        if repeats == 1:
+            return array[...]
+        # Its gradient is a sum, where an index's is a scatter into zeros.
+        return mx.broadcast_to(array, (repeats, *array.shape)).reshape(-1, *array.shape[1:])
+
+    caches = [with_arrays(cache, tree_map(fork, cache_arrays(cache))) for cache in prefix]
     if tokens.shape[1] == 1 and any(not isinstance(cache, PrefixKVCache) for cache in prefix):
         # A recurrent layer's step of one token is a kernel without a gradient on Metal.
         return run_trunk(model, mx.pad(tokens, [(0, 0), (0, 1)]), caches)[:, :1]

@@ -149,8 +149,7 @@ def prepare(
 ) -> Session:
     """Prepare a run up to its first step; every error of the input is raised here.
 
-    MLX's memory limits are those of the settings from here on; `api.train` puts the earlier ones
-    back when it ends.
+    MLX's memory limits are those of the settings from here on.
 
     Args:
         display: where notes and progress go; default: stderr. train, valid: rows from memory
