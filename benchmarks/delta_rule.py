@@ -114,11 +114,11 @@ def plain_step(model: nn.Module, pairs: Sequence[EncodedPair]) -> tuple[float, d
     sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
     longest = max(len(s.tokens) for s in sequences)
     tokens = np.zeros((len(sequences), longest), np.int32)
-    scored = np.zeros((len(sequences), longest - 1), np.float32)
+    loss_mask = np.zeros((len(sequences), longest - 1), np.float32)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence.tokens)] = sequence.tokens
-        scored[row, sequence.score_start - 1 : len(sequence.tokens) - 1] = 1
-    inputs, mask = mx.array(tokens), mx.array(scored)
+        loss_mask[row, sequence.score_start - 1 : len(sequence.tokens) - 1] = 1
+    inputs, mask = mx.array(tokens), mx.array(loss_mask)
 
     def loss(model: Any) -> mx.array:
         logits = model(inputs[:, :-1]).astype(mx.float32)
