@@ -148,5 +148,6 @@ def main() -> None:
         with as_on_a_gpu(options.variant == "gpu, mx.fast"):
             print(json.dumps(measured(options)))
 
+
 if __name__ == "__main__":
     main()
