@@ -149,11 +149,11 @@ def ways(model: nn.Module) -> dict[str, tuple[str, Step]]:
 
 def measure(size: str, vocabulary: int, batches: Batches, repeats: int) -> dict:
     model = random_model(size, vocabulary)
-    batches = [encoded(batch, SIZES[size].get("vocab_size", vocabulary)) for batch in batches]
     steps = ways(model)
     names, runs = list(steps), []
     expected: dict[int, tuple[float, dict]] = {}
-    for number, batch in enumerate(batches):
+    for number, tokens in enumerate(batches):
+        batch = encoded(tokens, SIZES[size].get("vocab_size", vocabulary))
         for repeat in range(1 if number else 0, repeats + 1):
             first = (number + repeat) % len(names)
             for name in names[first:] + names[:first]:

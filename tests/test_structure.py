@@ -34,14 +34,14 @@ FLOORS = [
     ["objectives", "paths", "device", "randomness"],
     ["files", "blas"],
     ["kernels"],
-    ["config", "doctor"],
+    ["config"],
     ["runs", "data", "model"],
     ["engine"],
     ["evaluation"],
     ["reporting", "planning"],
     ["sampling"],
     ["training", "hub", "convert"],
-    ["api", "generation"],
+    ["api", "generation", "doctor"],
     ["__init__"],
     ["cli"],
     ["__main__"],
@@ -83,6 +83,15 @@ ROOMS = {
         ["choice", "attention_timing"],
         ["calibration"],
         ["calibrated"],
+    ],
+    # From the machine to the report.
+    "doctor": [
+        ["machine", "kernel", "texts", "attempts", "text"],
+        ["operations"],
+        ["examples"],
+        ["equality"],
+        ["steps"],
+        ["examine"],
     ],
 }
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -10,6 +10,10 @@ The backward pass (Dao et al., FlashAttention, 2022, appendix B.2), with P = sof
 O = PV, dP = dO Vᵀ and δ the row sums of P ∘ dP: dV = Pᵀ dO, dS = P ∘ (dP − δ), dQ = scale · dS K,
 dK = scale · dSᵀ Q. (The row sums of dO ∘ O are the same δ for less work, but not to the last bit:
 the gradient of a softmax over one key would not be 0.)
+
+A GPU takes some microseconds to start an operation, however small. So scale and mask are part of a
+matrix product (mx.addmm), the layers of a pass share the mask's arrays (`CausalMask`), and what
+only several tiles need is not done for one.
 """
 
 from itertools import pairwise
@@ -32,6 +36,36 @@ class Tile(NamedTuple):
     num_keys: int
 
 
+class CausalMask(str):
+    """The mask "causal", with the arrays that the layers of one pass share.
+
+    biases: those of `_bias` that layers have made of it so far.
+    """
+
+    def __new__(cls) -> "CausalMask":
+        mask = super().__new__(cls, "causal")
+        mask.biases = {}
+        return mask
+
+    biases: dict[tuple, mx.array]
+
+
+class _Problem(NamedTuple):
+    """What attention is computed of, beside its arrays.
+
+    groups: query heads per key head. shares_biases: whether masks may stay in memory for the whole
+    pass.
+    """
+
+    tiles: list[Tile]
+    groups: int
+    num_queries: int
+    num_keys: int
+    scale: float
+    mask: mx.array | str | None
+    shares_biases: bool
+
+
 def attention(
     queries: mx.array,
     keys: mx.array,
@@ -45,7 +79,7 @@ def attention(
     Args:
         queries: [n, H, T, D], of the last T of S positions.
         keys, values: [n, K, S, D] and [n, K, S, E], where K divides H.
-        mask: "causal", None, or booleans [T, S], True where a query sees a key.
+        mask: "causal" (or a `CausalMask`), None, or booleans [T, S], True where a query sees a key.
         tile_scores: scores computed at once.
 
     Returns:
@@ -55,10 +89,14 @@ def attention(
     tiles = split_into_tiles(queries.shape, keys.shape[2], tile_scores, causal=causal)
     rows_times_keys = sum((tile.stop - tile.start) * tile.num_keys for tile in tiles)
     saves_probabilities = queries.shape[0] * queries.shape[1] * rows_times_keys <= MAX_SAVED_SCORES
+    groups = queries.shape[1] // keys.shape[1]
+    problem = _Problem(
+        tiles, groups, queries.shape[2], keys.shape[2], scale, mask, saves_probabilities
+    )
 
     @mx.custom_function
     def forward(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
-        out, probabilities = _forward(queries, keys, values, tiles, scale, mask)
+        out, probabilities = _forward(queries, keys, values, problem)
         # The backward pass gets primals, cotangents and outputs only: what it reuses is an output.
         return (out, *(probabilities if saves_probabilities else ()))
 
@@ -69,26 +107,20 @@ def attention(
         outputs: tuple[mx.array, ...],
     ) -> tuple[mx.array, ...]:
         queries, keys, values = primals
-        d_out, saved_probabilities = cotangents[0], outputs[1:]
-        return _backward(queries, keys, values, d_out, saved_probabilities, tiles, scale, mask)
+        return _backward(queries, keys, values, cotangents[0], outputs[1:], problem)
 
     return forward(queries, keys, values)[0]  # type: ignore[index]
 
 
 def _forward(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    tiles: list[Tile],
-    scale: float,
-    mask: mx.array | str | None,
+    queries: mx.array, keys: mx.array, values: mx.array, problem: _Problem
 ) -> tuple[mx.array, list[mx.array]]:
     """Return the output [n, H, T, E], and each tile's probabilities [n, K, H/K · rows, keys]."""
     outputs: list[mx.array] = []
     probabilities = []
-    for tile in tiles:
+    for tile in problem.tiles:
         q = _tile_rows(queries, tile, keys.shape[1], after=outputs[-1:])
-        p = _probabilities(q, queries.shape[2], keys, tile, scale, mask)
+        p = _probabilities(q, keys, tile, problem)
         out = p @ values[:, :, : tile.num_keys]
         outputs.append(out.reshape(*queries.shape[:2], -1, values.shape[3]))
         probabilities.append(p)
@@ -101,32 +133,39 @@ def _backward(
     values: mx.array,
     d_out: mx.array,
     saved_probabilities: tuple[mx.array, ...],
-    tiles: list[Tile],
-    scale: float,
-    mask: mx.array | str | None,
+    problem: _Problem,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return the gradients of queries, keys and values, in their shapes and dtypes."""
     d_queries: list[mx.array] = []
-    # In float32: they are sums over all tiles, which half precision would round at each.
-    d_keys, d_values = (mx.zeros(a.shape, mx.float32) for a in (keys, values))
+    d_keys = d_values = None
     previous: list[mx.array] = []
-    for i, tile in enumerate(tiles):
+    # The last tile first: it sees all keys, so its gradients are what the others are added to.
+    for i, tile in reversed(list(enumerate(problem.tiles))):
         q, d_o = (_tile_rows(a, tile, keys.shape[1], after=previous) for a in (queries, d_out))
-        if saved_probabilities:
-            p = saved_probabilities[i]
-        else:
-            p = _probabilities(q, queries.shape[2], keys, tile, scale, mask)
+        p = saved_probabilities[i] if saved_probabilities else None
+        p = _probabilities(q, keys, tile, problem) if p is None else p
         k, v = keys[:, :, : tile.num_keys], values[:, :, : tile.num_keys]
         d_p = d_o @ v.swapaxes(-1, -2)
         delta = (p * d_p).sum(axis=-1, keepdims=True)
         d_s = p * (d_p - delta)
-        d_q = d_s @ k * scale
+        d_q = mx.addmm(_zero(d_s.dtype), d_s, k, alpha=problem.scale)
         d_queries.append(d_q.reshape(*queries.shape[:2], -1, queries.shape[3]))
-        seen = (slice(None), slice(None), slice(tile.num_keys))
-        d_keys = d_keys.at[seen].add(d_s.swapaxes(-1, -2) @ (q * scale))
-        d_values = d_values.at[seen].add(p.swapaxes(-1, -2) @ d_o)
+        d_k = mx.addmm(_zero(d_s.dtype), d_s.swapaxes(-1, -2), q, alpha=problem.scale)
+        d_keys = _add_to_first(d_keys, d_k, problem)
+        d_values = _add_to_first(d_values, p.swapaxes(-1, -2) @ d_o, problem)
         previous = [d_queries[-1], d_keys, d_values]
+    assert d_keys is not None
+    assert d_values is not None
+    d_queries = d_queries[::-1]
     return _concatenate_rows(d_queries), d_keys.astype(keys.dtype), d_values.astype(values.dtype)
+
+
+def _add_to_first(total: mx.array | None, part: mx.array, problem: _Problem) -> mx.array:
+    """Return ``total`` with ``part`` added to as many of its first rows; None: ``part`` is all."""
+    if total is None:
+        # Half precision would round a sum over several tiles at each of them.
+        return part if len(problem.tiles) == 1 else part.astype(mx.float32)
+    return total.at[:, :, : part.shape[2]].add(part)
 
 
 def _tile_rows(array: mx.array, tile: Tile, kv_heads: int, after: list[mx.array]) -> mx.array:
@@ -139,21 +178,19 @@ def _tile_rows(array: mx.array, tile: Tile, kv_heads: int, after: list[mx.array]
     return mx.depends([rows], after)[0] if after else rows
 
 
-def _probabilities(
-    q: mx.array,
-    num_queries: int,
-    keys: mx.array,
-    tile: Tile,
-    scale: float,
-    mask: mx.array | str | None,
-) -> mx.array:
+def _probabilities(q: mx.array, keys: mx.array, tile: Tile, problem: _Problem) -> mx.array:
     """Return softmax(scale · QKᵀ) [n, K, H/K · rows, keys] of a tile's rows ``q``."""
-    scores = q * scale @ keys[:, :, : tile.num_keys].swapaxes(-1, -2)
-    bias = mask_bias(mask, tile, num_queries, keys.shape[2], scores.dtype)
-    if bias is not None:
-        by_head = scores.reshape(*scores.shape[:2], -1, tile.stop - tile.start, tile.num_keys)
-        scores = (by_head + bias).reshape(scores.shape)
-    return mx.softmax(scores, axis=-1, precise=True)
+    k = keys[:, :, : tile.num_keys].swapaxes(-1, -2)
+    dtype = mx.result_type(q, k)
+    mask = problem.mask
+    if isinstance(mask, CausalMask) and problem.shares_biases:
+        key = (tile, problem.groups, problem.num_queries, problem.num_keys, dtype)
+        if key not in mask.biases:
+            mask.biases[key] = _bias(problem, tile, dtype)
+        bias = mask.biases[key]
+    else:
+        bias = _bias(problem, tile, dtype)
+    return mx.softmax(mx.addmm(bias, q, k, alpha=problem.scale), axis=-1, precise=True)
 
 
 def split_into_tiles(
@@ -170,22 +207,27 @@ def split_into_tiles(
     ]
 
 
-def mask_bias(
-    mask: mx.array | str | None, tile: Tile, num_queries: int, num_keys: int, dtype: mx.Dtype
-) -> mx.array | None:
-    """Return 0 where a tile's rows see a key, −inf elsewhere, [rows, keys]; None if they see all.
+def _bias(problem: _Problem, tile: Tile, dtype: mx.Dtype) -> mx.array:
+    """Return what a tile's mask adds to its scores: 0 where its rows see a key, −inf elsewhere,
+    [H/K · rows, keys], or the scalar 0 if they see all.
 
     Queries are the last of the positions, so query i is at position num_keys − num_queries + i.
     """
+    mask = problem.mask
     if mask is None:
-        return None
+        return _zero(dtype)
     if isinstance(mask, str):
-        first = num_keys - num_queries + tile.start
+        first = problem.num_keys - problem.num_queries + tile.start
         position = mx.arange(first, first + tile.stop - tile.start)
         visible = position[:, None] >= mx.arange(tile.num_keys)
     else:
         visible = mask[tile.start : tile.stop]
-    return mx.where(visible, mx.array(0, dtype), mx.array(-mx.inf, dtype))
+    bias = mx.where(visible, _zero(dtype), mx.array(-mx.inf, dtype))
+    return mx.broadcast_to(bias, (problem.groups, *bias.shape)).reshape(-1, tile.num_keys)
+
+
+def _zero(dtype: mx.Dtype) -> mx.array:
+    return mx.array(0, dtype)
 
 
 def _concatenate_rows(tiles: list[mx.array]) -> mx.array:

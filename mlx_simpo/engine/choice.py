@@ -21,7 +21,7 @@ from .head import resolve_head
 from .operation_choice import AttentionSetting, choose_operations
 from .operations import patchable_modules, patched
 from .plan import plan_shared_prefix, plan_stacked
-from .prefix_cache import reason_not_shareable
+from .prefix_cache import can_extend_prefix, reason_not_shareable
 from .reference import average_logps
 from .shared_prefix import shared_prefix_logps
 from .vocabulary import vocabulary_size
@@ -70,8 +70,10 @@ def _stacked_micro_batch(pairs: Sequence[EncodedPair]) -> MicroBatch:
     return MicroBatch(batch.arrays, positions, head_positions=positions)
 
 
-def _shared_prefix_micro_batch(pairs: Sequence[EncodedPair], pass_cost: int) -> MicroBatch:
-    batch = collate_shared(pairs, pass_cost)
+def _shared_prefix_micro_batch(
+    pairs: Sequence[EncodedPair], pass_cost: int, extends_prefix: bool
+) -> MicroBatch:
+    batch = collate_shared(pairs, pass_cost, extends_prefix=extends_prefix)
     return MicroBatch(batch.arrays, batch.positions, head_positions=batch.hidden_indices.size)
 
 
@@ -103,6 +105,7 @@ def shared_prefix_engine(
     figures = figures or default_figures()
     head, modules = resolve_head(model), patchable_modules(model)
     operations = choose_operations(model, attention, figures)
+    extends = can_extend_prefix(model)
 
     def logps(model: Any, arrays: tuple, training: bool) -> mx.array:
         with patched(modules, operations.training if training else operations.evaluation):
@@ -119,8 +122,10 @@ def shared_prefix_engine(
         "shared_prefix",
         "shared_prefix (each prompt runs once, only scored tokens reach the head); "
         f"{operations.note}; log-probabilities: {implementation.note}; {figures.note}",
-        partial(plan_shared_prefix, figures=figures),
-        partial(_shared_prefix_micro_batch, pass_cost=figures.pass_cost),
+        partial(plan_shared_prefix, figures=figures, extends_prefix=extends),
+        partial(
+            _shared_prefix_micro_batch, pass_cost=figures.pass_cost, extends_prefix=extends
+        ),
         logps,
         compiled=False,  # its shapes are the data's own, and each would be traced
         figures=figures,
@@ -180,12 +185,16 @@ def disagreement_with_reference(model: Any, engine: Engine) -> str | None:
     An architecture that nobody has tried can only be checked by what it computes. The pairs share a
     prefix of 13 tokens, which two passes follow, of the two long and the two short sequences: each
     pass has padding and another order than the prefixes, and what one of them left in a prefix's
-    state would reach the other.
+    state would reach the other. Where the engine runs prefixes and long sequences in one pass, that
+    is tried as well.
     """
     pairs = _random_pairs(vocabulary_size(model), [(14, 6, 17), (16, 16, 7)])
-    actual = engine.logps(model, collate_shared(pairs, pass_cost=8).arrays, training=False)
     expected = REFERENCE.logps(model, REFERENCE.collate(pairs).arrays, training=False)
-    difference = float(np.abs(np.array(actual) - np.array(expected)).max())
+    difference = 0.0
+    for extends_prefix in {False, can_extend_prefix(model)}:
+        arrays = collate_shared(pairs, pass_cost=8, extends_prefix=extends_prefix).arrays
+        actual = engine.logps(model, arrays, training=False)
+        difference = max(difference, float(np.abs(np.array(actual) - np.array(expected)).max()))
     # In half precision the two round differently; a wrong mask or position is off by far more.
     tolerance = 1e-3 if dtype_of(model) == "float32" else 0.1
     if difference <= tolerance:

@@ -17,6 +17,7 @@ from .fused_attention import (
     mlx_attention,
 )
 from .fused_delta_rule import choose_delta_rule
+from .lora_linear import lora_linear
 from .operations import Attention, AttentionCall, Operations
 
 AttentionSetting = Literal["auto", "mlx", "blocks"]
@@ -57,8 +58,8 @@ def choose_operations(model: Any, setting: AttentionSetting, figures: Figures) -
     chosen = choose_attention(observe_attention(model), setting, figures)
     delta_rule, delta_note = choose_delta_rule(model)
     return OperationChoice(
-        Operations(chosen.training, delta_rule),
-        Operations(chosen.evaluation, delta_rule),
+        Operations(chosen.training, delta_rule, lora_linear),
+        Operations(chosen.evaluation, delta_rule, lora_linear),
         "; ".join(note for note in (f"attention: {chosen.note}", delta_note) if note),
     )
 
@@ -146,7 +147,8 @@ def _reason_for_blocks(shape: AttentionShape, figures: Figures) -> str | None:
     if not has_fused_gradient(shape):
         return f"MLX has no fused gradient for {shape.description}"
     if figures.attention != "mlx":
-        return f"MLX's fused gradient is not what the figures choose: {figures.source}"
+        measured = "is no better here" if figures.evidence else "is there, but was not measured"
+        return f"MLX's fused gradient {measured}"
     agreement = check_fused_attention(shape)
     return None if agreement.passed else f"{agreement.name} {agreement.failure}"
 

@@ -1,8 +1,8 @@
-"""The patch of mlx-lm's operations: which attention and which delta rule the layers compute with.
+"""The patch of mlx-lm's operations: what the layers compute attention, delta rule and LoRA with.
 
 mlx-lm's model files import two functions by name, ``scaled_dot_product_attention`` and
-``gated_delta_update``. Within `patched` those names lead to functions that compute with the
-operations of that context; afterwards to mlx-lm's own again.
+``gated_delta_update``. Within `patched` those names, and LoRALinear's ``__call__``, lead to
+functions that compute with the operations of that context; afterwards to mlx-lm's own again.
 """
 
 import sys
@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta
 from mlx_lm.models.base import scaled_dot_product_attention
+from mlx_lm.tuner.lora import LoRALinear
 
 from ..device import is_gpu
 from .prefix_cache import PrefixKVCache
@@ -48,11 +49,21 @@ DeltaRule = Callable[
 ]
 
 
+# mlx-lm's LoRALinear without dropout: (x [..., D], base layer, A [D, r], B [r, E], scale)
+# → [..., E].
+LoRA = Callable[[mx.array, nn.Module, mx.array, mx.array, float], mx.array]
+
+
+# A module of mlx-lm's, or its class LoRALinear, whose name is __call__.
+Patchable = ModuleType | type
+
+
 class Operations(NamedTuple):
     """What the layers compute with; None: mlx-lm's own."""
 
     attention: Attention | None
     delta_rule: DeltaRule | None
+    lora: LoRA | None = None
 
 
 MLX_LM = Operations(None, None)
@@ -71,7 +82,7 @@ class _Patch:
 # contexts overlap, it would bring back operations whose context has ended.)
 _patches: ContextVar[tuple[_Patch, ...]] = ContextVar("patches", default=())
 # The contexts that hold the patch of a module; without any, it is as mlx-lm wrote it.
-_holders: dict[ModuleType, set[_Patch]] = defaultdict(set)
+_holders: dict[Patchable, set[_Patch]] = defaultdict(set)
 # Re-entrant: garbage collection may end an abandoned context while this thread holds the lock.
 _lock = RLock()
 
@@ -83,19 +94,21 @@ def current_operations() -> Operations:
     return next(active, MLX_LM)
 
 
-def patchable_modules(model: nn.Module) -> tuple[ModuleType, ...]:
-    """Return the modules that define ``model``'s layers and call one of the two by its name.
+def patchable_modules(model: nn.Module) -> tuple[Patchable, ...]:
+    """Return the modules that define ``model``'s layers and call one of the two by its name, and
+    LoRALinear if the model has such layers.
 
-    Models that compute their scores themselves (Gemma 2, for its softcap) have none.
+    Models that compute their scores themselves (Gemma 2, for its softcap) have no such module.
     """
     layers: Any = model.layers
-    names = {type(module).__module__ for layer in layers for module in layer.modules()}
-    modules = [sys.modules[name] for name in sorted(names)]
-    return tuple(m for m in modules if any(_is_patchable(m, name) for name in _PATCHES))
+    classes = {type(module) for layer in layers for module in layer.modules()}
+    modules = [sys.modules[name] for name in sorted({c.__module__ for c in classes})]
+    owners = [*modules, *([LoRALinear] if LoRALinear in classes else [])]
+    return tuple(o for o in owners if any(_is_patchable(o, name) for name in _PATCHES))
 
 
 @contextmanager
-def patched(modules: Sequence[ModuleType], operations: Operations) -> Iterator[None]:
+def patched(modules: Sequence[Patchable], operations: Operations) -> Iterator[None]:
     """Within the context, let ``modules`` compute with ``operations``.
 
     Everything else, and every other thread, computes with mlx-lm's own. Contexts may be nested,
@@ -117,7 +130,7 @@ def patched(modules: Sequence[ModuleType], operations: Operations) -> Iterator[N
                 _holders[module].add(patch)
                 for name, (_, ours) in _PATCHES.items():
                     if _is_patchable(module, name):
-                        vars(module)[name] = ours
+                        setattr(module, name, ours)
         yield
     finally:
         patch.is_active = False
@@ -128,10 +141,10 @@ def patched(modules: Sequence[ModuleType], operations: Operations) -> Iterator[N
                 if not _holders[module]:
                     for name, (original, _) in _PATCHES.items():
                         if _is_patchable(module, name):
-                            vars(module)[name] = original
+                            setattr(module, name, original)
 
 
-def _is_patchable(module: ModuleType, name: str) -> bool:
+def _is_patchable(module: Patchable, name: str) -> bool:
     return vars(module).get(name) in _PATCHES[name]
 
 
@@ -188,9 +201,21 @@ def _gated_delta_update(
     return ours(q, k, v, g, beta, state)
 
 
+def _lora_linear(self: LoRALinear, x: mx.array) -> mx.array:
+    """Compute the context's LoRA, mlx-lm's own while it drops inputs."""
+    ours = current_operations().lora
+    dropout = self.dropout
+    drops = type(dropout) is not nn.Dropout or (dropout.training and dropout._p_1 < 1)
+    if ours is None or drops:
+        return _ORIGINAL_LORA(self, x)
+    return ours(x, self.linear, self.lora_a, self.lora_b, self.scale)
+
+
+_ORIGINAL_LORA = LoRALinear.__call__
 _ORIGINAL_DELTA = gated_delta.gated_delta_update
 # The name in mlx-lm's model files: mlx-lm's function and ours.
 _PATCHES: dict[str, tuple[Callable, Callable]] = {
     "scaled_dot_product_attention": (scaled_dot_product_attention, _attention),
     "gated_delta_update": (_ORIGINAL_DELTA, _gated_delta_update),
+    "__call__": (_ORIGINAL_LORA, _lora_linear),
 }

@@ -7,6 +7,7 @@ that run twice for it, cost less than that.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,6 +48,7 @@ def plan_shared_prefix(
     max_tokens: int | None = None,
     *,
     figures: Figures,
+    extends_prefix: bool = False,
 ) -> list[list[int]]:
     """Divide pairs into the shared-prefix micro-batches in which they cost least.
 
@@ -56,6 +58,7 @@ def plan_shared_prefix(
     Args:
         batch_size: pairs per micro-batch, at most.
         max_tokens: positions per micro-batch, at most; a pair that has more runs alone.
+        extends_prefix: see `arrange`.
 
     Returns:
         Indices into ``pairs``, per micro-batch.
@@ -68,11 +71,11 @@ def plan_shared_prefix(
     batches: list[list[int]] = []
     last_cost = None  # of the last micro-batch
     for i in order:
-        cost_alone = cost([pairs[i]], lengths[i], pass_cost)
+        cost_alone = cost([pairs[i]], lengths[i], pass_cost, extends_prefix)
         if last_cost is not None and len(batches[-1]) < batch_size:
             # In this order, the first pair of a micro-batch has its shortest prefix.
             members = [pairs[j] for j in (*batches[-1], i)]
-            joined = cost(members, lengths[batches[-1][0]], pass_cost)
+            joined = cost(members, lengths[batches[-1][0]], pass_cost, extends_prefix)
             is_cheaper = joined.total <= last_cost.total + cost_alone.total
             if joined.positions <= max_positions and is_cheaper:
                 batches[-1].append(i)
@@ -101,15 +104,53 @@ class Cost:
         return self.positions + self.pass_cost * self.passes
 
 
-def cost(pairs: Sequence[EncodedPair], prefix_length: int, pass_cost: int) -> Cost:
+def cost(
+    pairs: Sequence[EncodedPair], prefix_length: int, pass_cost: int, extends_prefix: bool = False
+) -> Cost:
     """Return the cost of one micro-batch of pairs, each of which runs its first ``prefix_length``
-    tokens once."""
-    suffixes = [input_length(s) - prefix_length for p in pairs for s in (p.chosen, p.rejected)]
-    groups = group_by_length(suffixes, pass_cost)
-    positions = sum(len(group) * max(suffixes[i] for i in group) for group in groups)
-    return Cost(
-        len(pairs) * prefix_length + positions, len(groups) + (prefix_length > 0), pass_cost
-    )
+    tokens once; extends_prefix: see `arrange`."""
+    return arrange(pairs, prefix_length, pass_cost, extends_prefix=extends_prefix).cost
+
+
+class Arrangement(NamedTuple):
+    """How the sequences of B pairs run: s < B is the chosen one of pair s, s ≥ B a rejected one.
+
+    first: those that run in the same pass as their prefix, one of each pair, in the pairs' order;
+    empty if the prefixes have a pass of their own. groups: the others that share a pass.
+    """
+
+    first: list[int]
+    groups: list[list[int]]
+    cost: Cost
+
+
+def arrange(
+    pairs: Sequence[EncodedPair], prefix_length: int, pass_cost: int, *, extends_prefix: bool
+) -> Arrangement:
+    """Return how sequences that share their first ``prefix_length`` tokens run at the least cost.
+
+    Args:
+        extends_prefix: whether a sequence may run in the same pass as its prefix, which saves a
+            pass. The state of the model after the prefix has to be within that after the sequence:
+            keys and values are, recurrent states are not.
+    """
+    suffixes = [input_length(p.chosen) - prefix_length for p in pairs]
+    suffixes += [input_length(p.rejected) - prefix_length for p in pairs]
+    both = [sorted((s, s + len(pairs)), key=lambda i: suffixes[i]) for s in range(len(pairs))]
+    options: list[list[int]] = [[]]
+    if extends_prefix and prefix_length:
+        options += [[longer for _, longer in both], [shorter for shorter, _ in both]]
+    arrangements = []
+    for first in options:
+        others = [s for s in range(len(suffixes)) if s not in first]
+        by_length = group_by_length([suffixes[s] for s in others], pass_cost)
+        groups = [[others[i] for i in group] for group in by_length]
+        width = prefix_length + max((suffixes[s] for s in first), default=0)
+        positions = len(pairs) * width
+        positions += sum(len(group) * max(suffixes[s] for s in group) for group in groups)
+        total = Cost(positions, len(groups) + (prefix_length > 0), pass_cost)
+        arrangements.append(Arrangement(first, groups, total))
+    return min(arrangements, key=lambda a: a.cost.total)
 
 
 def group_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:

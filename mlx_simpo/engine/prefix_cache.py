@@ -15,11 +15,13 @@ from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
     ChunkedKVCache,
+    ConcatenateKVCache,
     KVCache,
     RotatingKVCache,
     make_prompt_cache,
 )
 
+from .attention import CausalMask
 from .trunk import run_trunk, trunk_path
 
 
@@ -59,7 +61,7 @@ class PrefixKVCache:
         """Return the causal mask of n new positions behind ``offset`` old ones."""
         if return_array or (window_size is not None and self.offset + n > window_size):
             return create_causal_mask(n, self.offset, window_size=window_size)
-        return None if n == 1 else "causal"
+        return None if n == 1 else CausalMask()
 
 
 class PrefixStates(ArraysCache):
@@ -126,7 +128,12 @@ def empty_caches(model: nn.Module) -> list[PrefixCache]:
 
 
 def _empty(cache: Any) -> PrefixCache:
-    if type(cache) in (KVCache, RotatingKVCache, ChunkedKVCache):
+    """Return an empty cache of our kind for one of mlx-lm's.
+
+    Raises:
+        TypeError: there is none, with the name of mlx-lm's.
+    """
+    if type(cache) in (KVCache, RotatingKVCache, ChunkedKVCache, ConcatenateKVCache):
         return PrefixKVCache()
     if type(cache) is ArraysCache:
         return PrefixStates([None] * len(cache.cache))
@@ -143,6 +150,41 @@ def run_prefix(model: nn.Module, tokens: mx.array) -> list[PrefixCache]:
     return caches
 
 
+def run_first(
+    model: nn.Module, tokens: mx.array, prefix_length: int
+) -> tuple[mx.array, list[PrefixCache]]:
+    """Run prefixes and a continuation of each in one pass, in a model that `can_extend_prefix`.
+
+    Returns:
+        The hidden states [B, T, D] of tokens [B, T], and each layer's cache after their first
+        ``prefix_length``.
+    """
+    caches = empty_caches(model)
+    hidden = run_trunk(model, tokens, caches)
+    # What follows the prefix does not change its keys and values.
+    prefix = [
+        with_arrays(cache, tree_map(lambda a: a[:, :, :prefix_length], cache_arrays(cache)))
+        for cache in caches
+    ]
+    return hidden, prefix
+
+
+def can_extend_prefix(model: nn.Module) -> bool:
+    """Return whether a prefix may run in one pass with what follows it: if the state after it is
+    within the state after the whole, as its keys and values are.
+
+    Raises:
+        TypeError: see `empty_caches`.
+    """
+    return all(map(_is_extendable, empty_caches(model)))
+
+
+def _is_extendable(cache: PrefixCache) -> bool:
+    if isinstance(cache, PrefixCacheList):
+        return all(map(_is_extendable, cache.caches))
+    return isinstance(cache, PrefixKVCache)
+
+
 def run_continuations(
     model: nn.Module, tokens: mx.array, prefix: Sequence[PrefixCache], prefix_index: mx.array
 ) -> mx.array:
@@ -154,7 +196,7 @@ def run_continuations(
     ]
     if tokens.shape[1] == 1 and any(not isinstance(cache, PrefixKVCache) for cache in prefix):
         # A recurrent layer's step of one token is a kernel without a gradient on Metal.
-        return run_trunk(model, mx.pad(tokens, ((0, 0), (0, 1))), caches)[:, :1]
+        return run_trunk(model, mx.pad(tokens, [(0, 0), (0, 1)]), caches)[:, :1]
     return run_trunk(model, tokens, caches)
 
 

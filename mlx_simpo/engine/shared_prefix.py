@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..kernels.choice import BUILT_IN, Implementation
 from .gradient_checkpointing import is_checkpointed
 from .head import Head
-from .prefix_cache import run_continuations, run_prefix
+from .prefix_cache import run_continuations, run_first, run_prefix
 from .token_logps import MAX_CHUNK_LOGITS, chunk_logits_beside_trunk, token_logps
 
 
@@ -23,6 +23,7 @@ def shared_prefix_logps(
     targets: mx.array,
     logp_indices: mx.array,
     response_lengths: mx.array,
+    prefix_length: int,
     *,
     training: bool,
     implementation: Implementation = BUILT_IN,
@@ -31,20 +32,25 @@ def shared_prefix_logps(
     """Return the average log-probability of each response of a `collate_shared.SharedPrefixBatch`.
 
     Args:
-        model: an mlx-lm model; within `prefix_cache.patched_attention`, training takes less memory.
+        model: an mlx-lm model; within `operations.patched`, training takes less memory.
         head: of `head.resolve_head`.
-        prefix_tokens, …, response_lengths: the fields of `collate_shared.SharedPrefixBatch`.
+        prefix_tokens, …, prefix_length: the fields of `collate_shared.SharedPrefixBatch`.
         training: whether gradients will be asked for; see `token_logps`.
         chunk_logits: logits computed at once, at most; fewer where the trunk needs less memory.
 
     Returns:
         float32 [2B], in nats per token: the B chosen responses, then the B rejected ones.
     """
-    prefix = run_prefix(model, prefix_tokens)
-    hidden = [run_continuations(model, tokens, prefix, index) for tokens, index in groups]
+    hidden = []
+    if prefix_tokens.shape[1] > prefix_length:
+        first, prefix = run_first(model, prefix_tokens, prefix_length)
+        hidden.append(first)
+    else:
+        prefix = run_prefix(model, prefix_tokens)
+    hidden += [run_continuations(model, tokens, prefix, index) for tokens, index in groups]
     flat = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])
     saving_layers = len(model.layers) if training and not is_checkpointed(model) else 1
-    positions = prefix_tokens.size + flat.shape[0]
+    positions = prefix_tokens.size + sum(tokens.size for tokens, _ in groups)
     beside_trunk = chunk_logits_beside_trunk(positions, flat.shape[1], saving_layers)
     logps = token_logps(
         model,

@@ -27,7 +27,7 @@ from ..planning.memory_limits import set_memory_limits
 from ..reporting import advice
 from ..reporting.display import Display
 from ..sampling.prompts import named, prompt_tokens
-from .datasets import read_pairs, warn_of_leaks
+from .datasets import RunPairs, read_pairs, warn_of_leaks
 from .state import TrainingState
 from .trainer import StepMetrics, total_steps, train_steps
 
@@ -176,10 +176,7 @@ def prepare(
         warn_of_leaks(pairs, display)
     loaded = load_base_model(config, display)  # its weights are read when first used
     model, template = loaded.model, encoder.renderer.text
-    for part in (pairs.train, *pairs.valid.values()):
-        check_token_ids(part, model, config.model)
-    for prompt in named(config.train.sample_prompts):
-        check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
+    _check_tokens(config, pairs, encoder, model)
     adapter = _attach_adapter(config, loaded, template, display, resuming)
     return Session(
         config=config,
@@ -198,6 +195,14 @@ def prepare(
         loaded=loaded,
         state=TrainingState(model, config, total_steps(config, pairs.train)),
     )
+
+
+def _check_tokens(config: SimPOConfig, pairs: RunPairs, encoder: Encoder, model: nn.Module) -> None:
+    """Check that all tokens are in the model's vocabulary; see `engine.vocabulary`."""
+    for part in (pairs.train, *pairs.valid.values()):
+        check_token_ids(part, model, config.model)
+    for prompt in named(config.train.sample_prompts):
+        check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
 
 
 def _attach_adapter(
