@@ -123,9 +123,7 @@ def shared_prefix_engine(
         "shared_prefix (each prompt runs once, only scored tokens reach the head); "
         f"{operations.note}; log-probabilities: {implementation.note}; {figures.note}",
         partial(plan_shared_prefix, figures=figures, extends_prefix=extends),
-        partial(
-            _shared_prefix_micro_batch, pass_cost=figures.pass_cost, extends_prefix=extends
-        ),
+        partial(_shared_prefix_micro_batch, pass_cost=figures.pass_cost, extends_prefix=extends),
         logps,
         compiled=False,  # its shapes are the data's own, and each would be traced
         figures=figures,

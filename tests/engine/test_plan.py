@@ -59,9 +59,7 @@ def test_no_pairs_no_micro_batches() -> None:
     assert plan_shared_prefix([], 4, figures=CPU) == []
 
 
-@given(
-    PAIRS, st.integers(1, 5), st.one_of(st.none(), st.integers(1, 500)), FIGURES, st.booleans()
-)
+@given(PAIRS, st.integers(1, 5), st.one_of(st.none(), st.integers(1, 500)), FIGURES, st.booleans())
 @settings(deadline=None, max_examples=80)
 def test_a_shared_plan_takes_every_pair_once_within_its_bounds(
     pairs: list[EncodedPair], size: int, max_tokens: int | None, figures: Figures, extends: bool
@@ -70,9 +68,7 @@ def test_a_shared_plan_takes_every_pair_once_within_its_bounds(
     assert sorted(flat(batches)) == list(range(len(pairs)))
     for batch in batches:
         members = [pairs[i] for i in batch]
-        positions = collate_shared(
-            members, figures.pass_cost, extends_prefix=extends
-        ).positions
+        positions = collate_shared(members, figures.pass_cost, extends_prefix=extends).positions
         assert len(batch) <= size
         assert positions <= figures.max_positions or len(batch) == 1
         assert max_tokens is None or positions <= max_tokens or len(batch) == 1
