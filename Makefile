@@ -4,6 +4,7 @@
 # make parity  compare with transformers, PEFT, TRL and Liger (installs torch)
 # make bench   time a step of ours and of six other libraries (installs them)
 # make doctor  show the machine, and whether the kernel is right on it
+# make doctor-full   check and time everything on it (MODEL=… on a model of yours)
 # make wheel   build and check the wheel and the source distribution
 # make wheel-test   train from the wheel alone, in a bare environment
 # make model   fetch SmolLM2-135M-Instruct and print its folder
@@ -22,7 +23,7 @@ PIP_FLAGS := --disable-pip-version-check
 # Of the comparisons: TORCH=torch==2.13.0+cpu takes PyTorch's CPU index, where pip is told of it.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test check parity golden bench doctor wheel wheel-test model clean
+.PHONY: help demo test check parity golden bench doctor doctor-full wheel wheel-test model clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -56,6 +57,9 @@ bench: $(BENCH_VENV)/.installed
 
 doctor: $(VENV)/.installed
 	@$(BIN)/mlx-simpo doctor
+
+doctor-full: $(VENV)/.installed
+	@$(BIN)/mlx-simpo doctor --full $(if $(MODEL),--model "$(MODEL)")
 
 wheel: $(VENV)/.created
 	@rm -rf dist

@@ -1,15 +1,19 @@
-"""Peak memory of one step against the length of a pair, with gradient checkpointing.
+"""Peak memory of one step against the length of a pair, with gradient checkpointing and without.
 
     python benchmarks/memory.py --model FOLDER [--layers 4]
 
 One pair, half of it prompt, at 512 to 8192 tokens per sequence, each in a process of its own; for
-comparison the compiled stacked step (libraries/stacked.py) and unsloth_zoo, both with
-checkpointing too, as far as they fit. Fewer layers than the model has, because a CPU takes minutes
-for attention at 8192; what grows with the square of the length does so in every layer alike.
+comparison the compiled stacked step (libraries/stacked.py) and all other libraries that have
+checkpointing, as far as they fit; up to 1024 tokens without checkpointing, too. Fewer layers than
+the model has, because a CPU takes minutes for attention at 8192; what grows with the square of the
+length does so in every layer alike. Some peaks differ from run to run, because MLX allocates ahead
+of the device; each is the highest of RUNS processes up to 1024 tokens.
 """
 
 import argparse
+import itertools
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,7 +23,16 @@ from provenance import provenance, write_result
 from step import Worker
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
-LONGEST = {"mlx_simpo": 8192, "stacked, compiled": 4096, "unsloth_zoo": 4096}
+LONGEST = {
+    "mlx_simpo": 8192,
+    "stacked, compiled": 4096,
+    "unsloth_zoo": 8192,
+    "mlx-train-perf loss": 4096,
+    "mlx-tune": 4096,
+    "mlx-lm-lora CPO": 4096,
+}
+LONGEST_WITHOUT = 1024  # checkpointing
+RUNS = 3
 
 
 def shallow(model: str, layers: int, folder: Path) -> str:
@@ -44,20 +57,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--longest", type=int, default=LENGTHS[-1])
     options = parser.parse_args()
     origin = provenance(f"python benchmarks/memory.py --model … --layers {options.layers}")
-    results: dict[str, dict[int, dict]] = {}
+    results: dict[bool, dict[str, dict[int, dict]]] = {True: {}, False: {}}
     with tempfile.TemporaryDirectory() as folder:
         model = shallow(options.model, options.layers, Path(folder))
-        for name, longest in LONGEST.items():
-            for length in LENGTHS:
-                if length <= longest:
-                    worker = Worker(name, model, checkpoint=True)
-                    result = worker.run([pair(length)])
-                    worker.close()
-                    print(name, length, result, flush=True)
-                    results.setdefault(name, {})[length] = result
-    print(write_result("memory", {"provenance": origin, "lengths": results}))
+        for checkpoint, length, name in itertools.product((True, False), LENGTHS, LONGEST):
+            if length > (min(options.longest, LONGEST[name]) if checkpoint else LONGEST_WITHOUT):
+                continue
+            runs = [
+                step(name, model, length, checkpoint)
+                for _ in range(RUNS if length <= LONGEST_WITHOUT else 1)
+            ]
+            result = max(runs, key=lambda run: run.get("peak_gb", math.inf))
+            result["peaks_gb"] = sorted(run["peak_gb"] for run in runs if "peak_gb" in run)
+            print(name, length, checkpoint, result, flush=True)
+            results[checkpoint].setdefault(name, {})[length] = result
+    record = {
+        "provenance": origin,
+        "lengths": results[True],
+        "without_checkpointing": results[False],
+    }
+    print(write_result("memory", record))
+
+
+def step(name: str, model: str, length: int, checkpoint: bool) -> dict:
+    """The result of one step in a process of its own."""
+    worker = Worker(name, model, checkpoint=checkpoint)
+    result = {"error": worker.error} if worker.error else worker.run([pair(length)])
+    worker.close()
+    return result
 
 
 def pair(length: int) -> dict:

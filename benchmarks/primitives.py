@@ -247,5 +247,6 @@ def main() -> None:
     print(write_result("primitives", record))
 
 
+
 if __name__ == "__main__":
     main()

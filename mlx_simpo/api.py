@@ -29,7 +29,7 @@ from .training.memory_check import check_memory
 from .training.result import TrainResult
 from .training.resuming import newest_checkpoint, recorded_figures
 from .training.run import Run
-from .training.session import evaluate_with_progress, load_base_model, prepare
+from .training.session import Session, evaluate_with_progress, load_base_model, prepare
 from .training.stopping import stop_on_signals
 
 
@@ -73,17 +73,11 @@ def train(
         session = prepare(
             config, display, train=train, valid=valid, resuming=resuming, figures=figures
         )
-        options, steps = config.train, session.total_steps
-        evaluated = sum(map(len, session.valid_sets.values()))
-        display.note(
-            f"{count_text(len(session.train), 'pair')} to train on, {evaluated:,} to "
-            f"evaluate on; {count_text(steps, 'step')} of {count_text(options.step_pairs, 'pair')};"
-            f" engine: {session.engine.note}"
-        )
+        display.note(_what_will_run(session))
         if checkpoint is None:
             display.note(advice.starting_loss(config.objective))
         forecast = check_memory(session)
-        awake = keep_awake(options.keep_awake, display.note)
+        awake = keep_awake(config.train.keep_awake, display.note)
         with awake, stop_on_signals(display.warn) as stop:
             run = Run(session, folder, stop, checkpoint)
             folder.begin(config.to_yaml(), [q._asdict() for q in session.quarantined])
@@ -94,6 +88,16 @@ def train(
                 if explained is None:
                     raise
                 raise explained from error
+
+
+def _what_will_run(session: Session) -> str:
+    """Return how much a run trains on, and with what."""
+    evaluated = sum(map(len, session.valid_sets.values()))
+    step_pairs = count_text(session.config.train.step_pairs, "pair")
+    return (
+        f"{count_text(len(session.train), 'pair')} to train on, {evaluated:,} to evaluate on; "
+        f"{count_text(session.total_steps, 'step')} of {step_pairs}; engine: {session.engine.note}"
+    )
 
 
 def evaluate(

@@ -124,8 +124,8 @@ class EngineConfig(Section):
     )
     calibration: Literal["auto", "off"] = setting(
         "auto",
-        "auto: on a GPU, measure for up to 3 seconds how pairs are best divided into micro-batches; "
-        "off: the built-in numbers",
+        "auto: on a GPU, measure for up to 3 seconds how pairs are best divided into micro-batches "
+        "and which attention is quicker; off: the built-in numbers",
         on_resume="rounding",
     )
 

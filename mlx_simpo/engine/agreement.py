@@ -53,12 +53,12 @@ class Difference(NamedTuple):
     """How far one array is off, relative to the largest entry of the reference's; NaN if one of the
     two has a NaN.
 
-    where: which array, for which inputs, for the user. of_gradient: whether it is a gradient.
+    where: which array, for which inputs, for the user. is_gradient: whether it is a gradient.
     """
 
     error: float
     where: str
-    of_gradient: bool
+    is_gradient: bool
 
 
 def summarize(
@@ -69,8 +69,8 @@ def summarize(
     problem = None
     try:
         for difference in differences:
-            worst[difference.of_gradient] = max(
-                worst[difference.of_gradient], difference, key=_badness
+            worst[difference.is_gradient] = max(
+                worst[difference.is_gradient], difference, key=_badness
             )
     except (RuntimeError, ValueError) as error:
         problem = " ".join(str(error).split())

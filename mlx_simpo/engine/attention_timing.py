@@ -11,7 +11,7 @@ from .attention_shapes import AttentionShape, observe_attention
 from .figures import AttentionName, Figures
 from .fused_attention import check_fused_attention, has_fused_gradient
 from .operation_choice import AttentionSetting, attention_in_blocks, fused_attention
-from .operations import Attention
+from .operations import Attention, AttentionCall
 from .pass_timing import SECOND_AT_MOST, Lengths, shape_of
 from .stopwatch import Stopwatch, Work
 
@@ -34,8 +34,8 @@ class AttentionTiming(NamedTuple):
     bytes: int
 
 
-class _Call(NamedTuple):
-    """One call of attention, in which the last ``queries`` of so many ``keys`` are queries."""
+class _Pass(NamedTuple):
+    """A forward pass: rows, and in each the last positions that are queries of all keys."""
 
     rows: int
     queries: int
@@ -43,12 +43,18 @@ class _Call(NamedTuple):
 
 
 def time_attention(
-    watch: Stopwatch, model: Any, lengths: Lengths, setting: AttentionSetting, layer_s: float
+    watch: Stopwatch,
+    model: Any,
+    lengths: Lengths,
+    setting: AttentionSetting,
+    tile_scores: int,
+    layer_s: float,
 ) -> list[AttentionTiming]:
     """Time the attentions that the setting allows, as far as the budget goes.
 
     Args:
-        setting: of ``engine.attention``. layer_s: the most that a layer's attention should take.
+        lengths: of the run's typical pair. setting: of ``engine.attention``. tile_scores: built in.
+        layer_s: the most that a layer's attention should take.
 
     Returns:
         Nothing if there is no choice: one kind, or models that compute their scores themselves.
@@ -56,28 +62,27 @@ def time_attention(
     shapes = list({s.without_mask: 0 for s in observe_attention(model) if s.is_plain})
     pairs = shape_of(max(SECOND_AT_MOST, lengths.positions), lengths).pairs
     prefix, continuation = lengths
-    calls = [_Call(pairs, prefix, prefix), _Call(2 * pairs, continuation, prefix + continuation)]
-    alternatives = _alternatives(shapes, calls, setting)
+    calls = [_Pass(pairs, prefix, prefix), _Pass(2 * pairs, continuation, prefix + continuation)]
+    alternatives = _alternatives(shapes, calls, setting, tile_scores)
     if not shapes or len(alternatives) < 2:
         return []
     timings: list[AttentionTiming] = []
-    for name, tile_scores in alternatives:
-        run = attention_in_blocks(tile_scores)
+    for name, tiles in alternatives:
+        run = attention_in_blocks(tiles)
         work = _work(fused_attention(run) if name == "mlx" else run, shapes, calls)
-        # Twice: the first run compiles kernels.
-        if 2 * layer_s > watch.left:
-            break
-        watch.once(work)
-        measured = watch.measure(work, layer_s)
+        measured = watch.measure(work, layer_s, is_new=True)
         if measured is None:
             break
-        timings.append(AttentionTiming(name, tile_scores, *measured))
+        timings.append(AttentionTiming(name, tiles, *measured))
         layer_s = MARGIN * timings[0].seconds
     return timings
 
 
 def _alternatives(
-    shapes: Sequence[AttentionShape], calls: Sequence[_Call], setting: AttentionSetting
+    shapes: Sequence[AttentionShape],
+    calls: Sequence[_Pass],
+    setting: AttentionSetting,
+    built_in: int,
 ) -> list[tuple[AttentionName, int]]:
     """Return the attentions to choose from, with their tile_scores, MLX's first."""
     alternatives: dict[Any, tuple[AttentionName, int]] = {}
@@ -87,10 +92,10 @@ def _alternatives(
         for call in calls
     )
     if setting == "auto" and is_fused:
-        alternatives["mlx"] = ("mlx", TILES[0])
+        alternatives["mlx"] = ("mlx", built_in)
     if setting != "mlx":
-        for tile_scores in TILES:
-            # Two sizes that divide these calls into the same tiles are one.
+        for tile_scores in (built_in, *TILES):
+            # Sizes that divide these calls into the same tiles are one.
             tiles = tuple(
                 tuple(
                     split_into_tiles(
@@ -104,7 +109,7 @@ def _alternatives(
     return list(alternatives.values())
 
 
-def _work(run: Attention, shapes: Sequence[AttentionShape], calls: Sequence[_Call]) -> Work:
+def _work(run: Attention, shapes: Sequence[AttentionShape], calls: Sequence[_Pass]) -> Work:
     """Return value and gradient of these calls, in a layer of each shape."""
     inputs = []
     for shape in shapes:
@@ -125,7 +130,7 @@ def _work(run: Attention, shapes: Sequence[AttentionShape], calls: Sequence[_Cal
     def work() -> Any:
         return [
             mx.vjp(
-                lambda q, k, v, scale=scale: run(q, k, v, scale, "causal", None),
+                lambda q, k, v, scale=scale: run(AttentionCall(q, k, v, scale, "causal")),
                 primals,
                 [cotangent],
             )

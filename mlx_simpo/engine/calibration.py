@@ -138,7 +138,9 @@ def _measure(watch: Stopwatch, model: Any, config: SimPOConfig, lengths: Lengths
     small = shape_of(min(SMALL, max_positions), lengths)
     small_s = watch.once(_gradient_work(model, engine, small, is_checkpointed)).seconds
 
-    attention = time_attention(watch.part(ATTENTION_SHARE), model, lengths, setting, small_s)
+    attention = time_attention(
+        watch.part(ATTENTION_SHARE), model, lengths, setting, figures.tile_scores, small_s
+    )
     if attention:
         figures = replace(
             best_attention(attention, figures), evidence=attention_evidence(attention)

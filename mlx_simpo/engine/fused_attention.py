@@ -12,15 +12,14 @@ import math
 from collections.abc import Iterator
 from functools import cache, lru_cache
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models.base import create_causal_mask
 
-from .agreement import Agreement
+from .agreement import Agreement, Difference, relative_difference, summarize
 from .attention import attention
-from .attention_shapes import AttentionShape, dtype_name
+from .attention_shapes import AttentionShape
 from .operations import Attention, AttentionCall
 
 # The primitive of the fused gradient in MLX's graphs (mlx 0.32.4, mlx/fast_primitives.h).
@@ -39,26 +38,13 @@ GRADIENT_LENGTHS = ((75, 75), (41, 107), (128, 128), (128, 200))
 FORWARD_LENGTHS = (*GRADIENT_LENGTHS, (1, 60), (5, 60))
 WINDOW = 24  # positions that a query of the comparisons with a sliding window sees
 
-
 _Mask = Literal["causal", "window"] | None
 _MASKS: dict[_Mask, str] = {
     None: "no mask",
     "causal": "the causal mask",
     "window": "a sliding window",
 }
-_VALUE = "the value"
-
-
-class _Difference(NamedTuple):
-    """How far an array is off, and which array of which comparison it is."""
-
-    error: float
-    where: str
-
-
-def _size(difference: _Difference) -> tuple[bool, float]:
-    """Return what differences are ordered by: NaN is worse than any number."""
-    return math.isnan(difference.error), difference.error
+_NAMES = ("the value", *(f"the gradient of {name}" for name in ("queries", "keys", "values")))
 
 
 def mlx_attention(call: AttentionCall) -> mx.array:
@@ -88,8 +74,9 @@ def has_fused_gradient(
         return False  # the kernels take neither sinks nor arrays
     device = str(mx.default_device())
     candidates = GRADIENT_LENGTHS if lengths is None else (lengths,)
-    sizes = shape.without_mask
-    return any(_graph_is_fused(sizes, pair, mask, device) for pair in candidates)
+    # What is remembered must not hold on to a mask's own arrays.
+    kind = None if mask is None else "causal"
+    return any(_graph_is_fused(shape.without_mask, pair, kind, device) for pair in candidates)
 
 
 @lru_cache(maxsize=4096)
@@ -154,47 +141,28 @@ def forget_checks() -> None:
 
 @cache
 def _check(shape: AttentionShape, device: str, *, gradient: bool) -> Agreement:
-    worst = {"value": _Difference(0.0, ""), "gradient": _Difference(0.0, "")}
-    problem = None
-    try:
-        for lengths, mask in _cases(gradient=gradient):
-            for what, difference in _compare(shape, lengths, mask, gradient=gradient).items():
-                where = f"{what} with {lengths[0]} queries, {lengths[1]} keys and {_MASKS[mask]}"
-                kind = "value" if what == _VALUE else "gradient"
-                worst[kind] = max(worst[kind], _Difference(difference, where), key=_size)
-    except (RuntimeError, ValueError) as error:
-        problem = " ".join(str(error).split())
-    return Agreement(
-        name=f"MLX's attention with head size {shape.head_size}",
-        dtype=dtype_name(shape.dtype),
-        value_error=worst["value"].error,
-        gradient_error=worst["gradient"].error,
-        tolerance=TOLERANCES[shape.dtype],
-        problem=problem,
-        where=max(worst.values(), key=_size).where,
-    )
+    name = f"MLX's attention with head size {shape.head_size}"
+    differences = _differences(shape, gradient=gradient)
+    return summarize(name, shape.dtype, TOLERANCES[shape.dtype], differences)
 
 
-def _cases(*, gradient: bool) -> Iterator[tuple[tuple[int, int], _Mask]]:
-    """Yield the lengths and masks to compare with."""
+def _differences(shape: AttentionShape, *, gradient: bool) -> Iterator[Difference]:
+    """Yield how far each array of MLX's attention is from ours in float32, for all lengths and
+    masks to compare with."""
     masks: tuple[_Mask, ...] = (None, "causal") if gradient else (None, "causal", "window")
-    yield from product(GRADIENT_LENGTHS if gradient else FORWARD_LENGTHS, masks)
-
-
-def _compare(
-    shape: AttentionShape, lengths: tuple[int, int], kind: _Mask, *, gradient: bool
-) -> dict[str, float]:
-    """Return by name how far arrays of MLX's attention are from ours in float32, relative to the
-    largest entry of ours."""
-    new, total = lengths
-    mask = create_causal_mask(new, total - new, window_size=WINDOW) if kind == "window" else kind
-    *inputs, cotangent = _inputs(shape, lengths)
-    exact = [array.astype(mx.float32) for array in (*inputs, cotangent)]
-    actual, expected = (
-        _outputs(run, arrays, shape.scale, mask, gradient=gradient)
-        for run, arrays in ((mlx_attention, [*inputs, cotangent]), (_our_attention, exact))
-    )
-    return {what: _relative_difference(actual[what], expected[what]) for what in expected}
+    for lengths, kind in product(GRADIENT_LENGTHS if gradient else FORWARD_LENGTHS, masks):
+        new, total = lengths
+        is_window = kind == "window"
+        mask = create_causal_mask(new, total - new, window_size=WINDOW) if is_window else kind
+        inputs = _inputs(shape, lengths)
+        exact = [array.astype(mx.float32) for array in inputs]
+        actual, expected = (
+            _outputs(run, arrays, shape.scale, mask, gradient=gradient)
+            for run, arrays in ((mlx_attention, inputs), (_our_attention, exact))
+        )
+        for name, one, two in zip(_NAMES, actual, expected, strict=False):
+            where = f"{name} with {new} queries, {total} keys and {_MASKS[kind]}"
+            yield Difference(relative_difference(one, two), where, name != _NAMES[0])
 
 
 def _inputs(shape: AttentionShape, lengths: tuple[int, int]) -> list[mx.array]:
@@ -223,23 +191,14 @@ def _outputs(
     mask: mx.array | str | None,
     *,
     gradient: bool,
-) -> dict[str, mx.array]:
-    """Return the value of one attention, and its gradients if asked for, by name."""
+) -> list[mx.array]:
+    """Return the value of one attention, and its three gradients if they are asked for."""
     *primals, cotangent = inputs
 
     def forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return run(AttentionCall(q, k, v, scale, mask)).swapaxes(1, 2)
 
     if not gradient:
-        return {_VALUE: forward(*primals)}
-    (value,), gradients = mx.vjp(forward, primals, [cotangent])
-    names = ("queries", "keys", "values")
-    by_name = {f"the gradient of {name}": g for name, g in zip(names, gradients, strict=True)}
-    return {_VALUE: value, **by_name}
-
-
-def _relative_difference(actual: mx.array, expected: mx.array) -> float:
-    """Return the largest difference over the largest entry; NaN if one of the two has a NaN."""
-    one, two = (np.array(array.astype(mx.float32)) for array in (actual, expected))
-    with np.errstate(invalid="ignore"):  # infinity minus infinity
-        return float(np.abs(one - two).max() / np.abs(two).max())
+        return [forward(*primals)]
+    values, gradients = mx.vjp(forward, primals, [cotangent])
+    return [*values, *gradients]

@@ -44,11 +44,7 @@ def time_head(
     for rows in (PROBE_ROWS, *reversed(rows_of)):
         hidden = mx.random.normal((rows, output.shape[-1]), key=mx.random.key(0))
         work = _work(model, head, implementation, hidden.astype(output.dtype), CHUNKS[-1])
-        # Twice: the first run of a shape allocates its buffers, and may compile kernels.
-        if 2 * row_s * rows > watch.left:
-            break
-        watch.once(work)
-        measured = watch.measure(work, row_s * rows)
+        measured = watch.measure(work, row_s * rows, is_new=True)
         if measured is None:
             break
         row_s = measured.seconds / rows

@@ -199,9 +199,9 @@ def fit(timings: Sequence[PassTiming]) -> PassCosts | None:
     # Divided by the seconds: a measurement is off by some share of itself.
     matrix = np.stack([passes, positions], axis=1) / seconds[:, None]
     (pass_s, position_s), *_ = np.linalg.lstsq(matrix, np.ones(len(timings)))
-    if pass_s < 0 or position_s <= 0:
+    if position_s <= 0 or pass_s < -0.5 * position_s:  # less than half a position is rounding
         return None
-    return PassCosts(float(pass_s), float(position_s))
+    return PassCosts(max(0.0, float(pass_s)), float(position_s))
 
 
 def has_two_sizes(timings: Sequence[PassTiming]) -> bool:

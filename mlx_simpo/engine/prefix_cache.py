@@ -15,6 +15,7 @@ from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
     ChunkedKVCache,
+    ConcatenateKVCache,
     KVCache,
     RotatingKVCache,
     make_prompt_cache,
@@ -127,7 +128,12 @@ def empty_caches(model: nn.Module) -> list[PrefixCache]:
 
 
 def _empty(cache: Any) -> PrefixCache:
-    if type(cache) in (KVCache, RotatingKVCache, ChunkedKVCache):
+    """Return an empty cache of our kind for one of mlx-lm's.
+
+    Raises:
+        TypeError: there is none, with the name of mlx-lm's.
+    """
+    if type(cache) in (KVCache, RotatingKVCache, ChunkedKVCache, ConcatenateKVCache):
         return PrefixKVCache()
     if type(cache) is ArraysCache:
         return PrefixStates([None] * len(cache.cache))
@@ -204,7 +210,7 @@ def run_continuations(
     caches = [with_arrays(cache, tree_map(fork, cache_arrays(cache))) for cache in prefix]
     if tokens.shape[1] == 1 and any(not isinstance(cache, PrefixKVCache) for cache in prefix):
         # A recurrent layer's step of one token is a kernel without a gradient on Metal.
-        return run_trunk(model, mx.pad(tokens, ((0, 0), (0, 1))), caches)[:, :1]
+        return run_trunk(model, mx.pad(tokens, [(0, 0), (0, 1)]), caches)[:, :1]
     return run_trunk(model, tokens, caches)
 
 

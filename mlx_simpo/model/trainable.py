@@ -8,7 +8,7 @@ from mlx_lm.models import rwkv7
 
 
 def make_trainable(model: nn.Module) -> None:
-    """Change what mlx-lm 0.32.2 needs for inference only, in this model alone.
+    """Change in this model alone what mlx-lm 0.32.2 wrote with only inference in mind.
 
     - Recurrent Gemma does not call its base class's constructor, and has no list of frozen weights.
     - RWKV 7 computes its recurrence by a kernel on a Mac, which has no gradient; while it trains,
@@ -39,8 +39,10 @@ class TimeMixing(rwkv7.Rwkv7TimeMixing):
             return super()._wkv7(r, w, k, v, a, b, state)
         if state is None:
             state = mx.zeros((*r.shape[:1], *r.shape[2:], r.shape[-1]), r.dtype)
+        step: Any = rwkv7._wkv7_step_ops
         outputs: list[Any] = []
-        for inputs in zip(*(x.swapaxes(0, 1) for x in (r, w, k, v, a, b)), strict=True):
-            output, state = rwkv7._wkv7_step_ops(*inputs, state)
+        for t in range(r.shape[1]):
+            output, state = step(*(x[:, t] for x in (r, w, k, v, a, b)), state)
             outputs.append(output)
+        assert state is not None
         return mx.stack(outputs, axis=1).astype(r.dtype), state

@@ -27,7 +27,7 @@ from ..planning.memory_limits import set_memory_limits
 from ..reporting import advice
 from ..reporting.display import Display
 from ..sampling.prompts import named, prompt_tokens
-from .datasets import read_pairs, warn_of_leaks
+from .datasets import RunPairs, read_pairs, warn_of_leaks
 from .state import TrainingState
 from .trainer import StepMetrics, total_steps, train_steps
 
@@ -149,8 +149,7 @@ def prepare(
 ) -> Session:
     """Prepare a run up to its first step; every error of the input is raised here.
 
-    MLX's memory limits are those of the settings from here on; `api.train` puts the earlier ones
-    back when it ends.
+    MLX's memory limits are those of the settings from here on.
 
     Args:
         display: where notes and progress go; default: stderr. train, valid: rows from memory
@@ -177,12 +176,8 @@ def prepare(
         warn_of_leaks(pairs, display)
     loaded = load_base_model(config, display)  # its weights are read when first used
     model, template = loaded.model, encoder.renderer.text
-    for part in (pairs.train, *pairs.valid.values()):
-        check_token_ids(part, model, config.model)
-    for prompt in named(config.train.sample_prompts):
-        check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
+    _check_tokens(config, pairs, encoder, model)
     adapter = _attach_adapter(config, loaded, template, display, resuming)
-    engine = run_engine(config, model, pairs.train, figures)
     return Session(
         config=config,
         model=model,
@@ -194,12 +189,20 @@ def prepare(
         valid_main=config.data.valid_main or next(iter(pairs.valid), ""),
         sources=pairs.sources,
         quarantined=quarantined,
-        engine=engine,
+        engine=run_engine(config, model, pairs.train, figures),
         display=display,
         record=training_record(loaded, config, template),
         loaded=loaded,
         state=TrainingState(model, config, total_steps(config, pairs.train)),
     )
+
+
+def _check_tokens(config: SimPOConfig, pairs: RunPairs, encoder: Encoder, model: nn.Module) -> None:
+    """Check that all tokens are in the model's vocabulary; see `engine.vocabulary`."""
+    for part in (pairs.train, *pairs.valid.values()):
+        check_token_ids(part, model, config.model)
+    for prompt in named(config.train.sample_prompts):
+        check_prompt_ids(prompt_tokens(encoder, prompt), model, config.model)
 
 
 def _attach_adapter(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers.architectures import architecture, architecture_with_lora
 from helpers.gradients import run
+from helpers.states import no_fork, overwrite
 from helpers.tiny import tiny_model
 from helpers.tiny import token_pair as pair
 from mlx_lm.models import rwkv7
@@ -35,7 +36,7 @@ def test_the_note_says_what_runs() -> None:
     assert engine.note.startswith(
         "shared_prefix (each prompt runs once, only scored tokens reach the head); attention: "
     )
-    assert engine.note.endswith("log-probabilities: MLX's own operations, as logps.impl=mlx asks")
+    assert "; log-probabilities: MLX's own operations, as logps.impl=mlx asks; " in engine.note
     assert not engine.compiled
     assert REFERENCE.compiled
 
@@ -81,23 +82,9 @@ def test_rounding_of_half_precision_is_no_disagreement(name: str, dtype: mx.Dtyp
 # --- what the trial notices ------------------------------------------------------------------
 
 
-def no_fork(cache: Any, arrays: Any) -> Any:
-    """The prefix's cache itself: what one pass leaves in it reaches the next."""
-    prefix_cache.set_arrays(cache, arrays)
-    return cache
-
-
-def write_in_place(cache: Any, index: int, value: mx.array) -> None:
-    """A layer's write into the arrays of its states, which a fork holds too unless it copies."""
-    if cache.cache[index] is None or cache.cache[index].shape != value.shape:
-        cache.cache[index] = value
-    else:
-        cache.cache[index][:] = value
-
-
 def padded(model: Any, tokens: mx.array) -> list:
     """The states after a prefix with a token of padding behind it."""
-    return prefix_cache.run_prefix(model, mx.pad(tokens, ((0, 0), (0, 1))))
+    return prefix_cache.run_prefix(model, mx.pad(tokens, [(0, 0), (0, 1)]))
 
 
 @pytest.mark.parametrize(
@@ -114,14 +101,15 @@ def test_the_trial_notices(defect: str, name: str, monkeypatch: pytest.MonkeyPat
     if defect == "leak":
         monkeypatch.setattr(prefix_cache, "with_arrays", no_fork)
     elif defect == "alias":
-        monkeypatch.setattr(prefix_cache.PrefixStates, "__setitem__", write_in_place)
+        monkeypatch.setattr(prefix_cache.PrefixStates, "__setitem__", overwrite)
         assert choose_engine("shared_prefix", model).name == "shared_prefix"
         original, forks = prefix_cache.with_arrays, {}
 
         def one_fork(cache: Any, arrays: Any) -> Any:
             """A new cache for each pass, which holds the arrays of the first."""
             forked = prefix_cache.cache_arrays(original(cache, arrays))
-            return original(cache, forks.setdefault(id(cache), forked))
+            # With the cache, so that no later one gets its id.
+            return original(cache, forks.setdefault(id(cache), (cache, forked))[1])
 
         monkeypatch.setattr(prefix_cache, "with_arrays", one_fork)
     elif defect == "padding":

@@ -144,10 +144,14 @@ def test_keys_that_are_all_the_same(*, vector: bool) -> None:
 def test_a_sequence_may_be_cut_anywhere(first: int, second: int, vector: bool) -> None:
     """The state after some tokens is all that the others need: how a prefix is shared."""
     inputs, _ = make_case(first + second, (1, 2), vector=vector, batch=1, sizes=(8, 4))
-    *tokens, state = map(mx.array, inputs)
-    whole = chunked_delta_rule(*tokens, state)
-    one, state = chunked_delta_rule(*(a[:, :first] for a in tokens), state)
-    two, state = chunked_delta_rule(*(a[:, first:] for a in tokens), state)
+    whole = chunked_delta_rule(*map(mx.array, inputs))  # type: ignore[call-arg]
+
+    def part(some: slice, state: mx.array) -> tuple[mx.array, mx.array]:
+        q, k, v, g, beta = (mx.array(a[:, some]) for a in inputs[:5])
+        return chunked_delta_rule(q, k, v, g, beta, state)
+
+    one, state = part(slice(first), mx.array(inputs[5]))
+    two, state = part(slice(first, None), state)
     np.testing.assert_allclose(mx.concatenate([one, two], axis=1), whole[0], atol=2e-6)
     np.testing.assert_allclose(state, whole[1], atol=2e-6)
 
@@ -196,8 +200,7 @@ def test_memory_grows_with_the_length_and_is_far_less_than_the_loops() -> None:
         mx.eval(results(rule, *case))
         return mx.get_peak_memory() - before
 
-    # Not 4 times as much: 3 leaves room for the order in which MLX evaluates.
-    assert peak(chunked_delta_rule, 2048) < 3 * peak(chunked_delta_rule, 1024)
+    assert peak(chunked_delta_rule, 4096) < 4.4 * peak(chunked_delta_rule, 1024)
     assert 5 * peak(chunked_delta_rule, 256) < peak(gated_delta_ops, 256)
 
 

@@ -21,6 +21,7 @@ from helpers.architectures import (
 )
 from helpers.chat_templates import template_tokenizer
 from helpers.gradients import greatest_difference, run
+from helpers.states import no_fork, overwrite
 from helpers.tiny import assistant, tiny_model, user
 from helpers.tiny import token_pair as pair
 from hypothesis import given, settings
@@ -298,11 +299,6 @@ def test_a_state_that_leaks_from_chosen_to_rejected_would_be_noticed(
     model = architecture_with_lora(name)
     expected = run(model, REFERENCE, LEAKY)
     assert greatest_difference(run_shared(model, LEAKY), expected) < 1e-4
-
-    def no_fork(cache: Any, arrays: Any) -> Any:
-        prefix_cache.set_arrays(cache, arrays)
-        return cache
-
     monkeypatch.setattr(prefix_cache, "with_arrays", no_fork)
     actual = run_shared(model, LEAKY)
     chosen, rejected = actual["logps"] - expected["logps"]
@@ -323,7 +319,7 @@ def test_padding_that_reaches_a_state_would_be_noticed(
     original = shared_prefix.run_prefix
 
     def padded(model: nn.Module, tokens: mx.array) -> list:
-        with_padding = original(model, mx.pad(tokens, ((0, 0), (0, 2))))
+        with_padding = original(model, mx.pad(tokens, [(0, 0), (0, 2)]))
         for cache, without in zip(with_padding, original(model, tokens), strict=True):
             inner = zip(
                 getattr(cache, "caches", [cache]),
@@ -347,14 +343,7 @@ def test_a_fork_that_aliases_would_be_noticed(name: str, monkeypatch: pytest.Mon
     fork held the same arrays."""
     model = architecture_with_lora(name)
     expected = run(model, REFERENCE, LEAKY)
-
-    def write_in_place(cache: Any, index: int, value: mx.array) -> None:
-        if cache.cache[index] is None:
-            cache.cache[index] = value
-        else:
-            cache.cache[index][:] = value
-
-    monkeypatch.setattr(prefix_cache.PrefixStates, "__setitem__", write_in_place)
+    monkeypatch.setattr(prefix_cache.PrefixStates, "__setitem__", overwrite)
     for checkpointing in BOTH_WAYS:
         with checkpointing(model):
             assert greatest_difference(run_shared(model, LEAKY), expected) < 1e-4

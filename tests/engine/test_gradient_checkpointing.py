@@ -169,7 +169,7 @@ def test_layers_with_caches_tuples_and_other_arguments(kind: Callable, by_name: 
     """Two layers twice, the second time on what the first left in their caches."""
     model: Any = nn.Module()
     model.layers = [Layer(), Layer()]
-    inputs = mx.random.normal((2, 3, 4), key=mx.random.key(1))
+    inputs: Any = mx.random.normal((2, 3, 4), key=mx.random.key(1))
 
     def value() -> mx.array:
         caches, total = [kind(), kind()], mx.array(0.0)
@@ -182,8 +182,8 @@ def test_layers_with_caches_tuples_and_other_arguments(kind: Callable, by_name: 
                 x, first, keys = layer(x, first, *positions, **arguments)
                 total += (x * first).sum() + (keys**2).sum()
         for cache in filter(None, caches):
-            for _, array in tree_flatten(cache_arrays(cache)):
-                total += (array**2).sum()
+            arrays: Any = tree_flatten(cache_arrays(cache))
+            total += sum((array**2).sum() for _, array in arrays)
         return total
 
     def run() -> tuple[float, dict[str, np.ndarray]]:

@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.architectures import ARCHITECTURES, architecture_with_lora
-from helpers.devices import on_cpu
+from helpers.architectures import architecture_with_lora
+from helpers.devices import on_cpu, on_stand_in_gpu
 from helpers.fused import (
     LEAST_QUERIES,
     MARK,
@@ -31,8 +31,10 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_simpo import SimPOConfig, SimPOError, TrainConfig, train_steps
 from mlx_simpo.data.encode import EncodedPair
+from mlx_simpo.engine import operation_choice
+from mlx_simpo.engine.attention import attention
 from mlx_simpo.engine.attention_shapes import AttentionShape
-from mlx_simpo.engine.choice import Engine, shared_prefix_engine
+from mlx_simpo.engine.choice import Engine, choose_engine, shared_prefix_engine
 from mlx_simpo.engine.figures import CPU, GPU
 from mlx_simpo.engine.fused_attention import primitive_count
 from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
@@ -44,6 +46,8 @@ from mlx_simpo.engine.operation_choice import (
 from mlx_simpo.engine.operations import AttentionCall
 
 PAIRS = [pair(40, 20, 7), pair(35, 3, 60)]
+# Whose layers all have attention that can be exchanged, in some with windows.
+SAME_LAYERS = ["llama", "mistral", "qwen3", "gemma", "gemma3_text", "phi3", "mixtral", "granite"]
 # Another pass costs next to nothing, so that some passes are of few tokens.
 FUSED = replace(GPU, pass_cost=1, attention="mlx", source="measured in a test")
 AGREES = "attention: MLX's fused operation, whose gradient agrees with that of the blocks"
@@ -151,20 +155,30 @@ def test_models_without_an_attention_that_can_be_exchanged() -> None:
 
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
-    [(name, nullcontext) for name in ARCHITECTURES if name != "gemma2"]
+    [(name, nullcontext) for name in SAME_LAYERS]
     + [(name, gradient_checkpointing) for name in ("llama", "mistral")],
 )
 def test_a_gpu_takes_the_fused_gradient_and_it_is_the_same(
-    name: str, checkpointing: Callable
+    name: str, checkpointing: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every layer and pass, where it is fused; sliding windows and few tokens take the blocks."""
+    in_blocks: list[tuple] = []
+
+    def recording(queries: mx.array, *rest: Any) -> mx.array:
+        in_blocks.append((queries.shape[2], rest[3]))
+        return attention(queries, *rest)
+
+    monkeypatch.setattr(operation_choice, "attention", recording)
     model = architecture_with_lora(name)
     windows = {"mistral": 1, "gemma3_text": 2}.get(name, 0)
     expected = run(model, engine_of(model, "blocks"), PAIRS)
     with fused_attention_stand_in() as stand_in, checkpointing(model):
         engine = engine_of(model)
+        in_blocks.clear()
         calls = fused_calls(model, engine)
         assert all(not isinstance(mask, mx.array) for _, _, mask in stand_in.backward)
+        assert any(length < LEAST_QUERIES for length, _ in in_blocks)
+        assert all(n < LEAST_QUERIES or isinstance(mask, mx.array) for n, mask in in_blocks)
         actual = run(model, engine, PAIRS)
     most = expected_calls(model, engine, checkpointing=checkpointing is gradient_checkpointing)
     # Where a layer's window is longer than a pass, its mask is causal, and it is fused as well.
@@ -172,9 +186,27 @@ def test_a_gpu_takes_the_fused_gradient_and_it_is_the_same(
     assert greatest_difference(actual, expected) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1", "gemma4_text", "longcat_flash", "mamba"])
+def test_layers_of_several_kinds(name: str) -> None:
+    """Attention beside recurrent layers, heads of two sizes, additive masks, no attention."""
+    model = architecture_with_lora(name)
+    expected = run(model, engine_of(model, "blocks"), PAIRS)
+    with fused_attention_stand_in():
+        engine = engine_of(model)
+        calls = fused_calls(model, engine)
+        actual = run(model, engine, PAIRS)
+    has_plain = name not in ("longcat_flash", "mamba")
+    assert bool(calls) == has_plain == (AGREES in engine.note)
+    assert greatest_difference(actual, expected) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("name", "note"),
     [
+        (
+            "longcat_flash",
+            "attention: MLX's operations, for sinks or masks that add to the scores",
+        ),
         ("llama", AGREES + IN_EVALUATION),
         ("mistral", f"{AGREES}, blocks for sliding windows{IN_EVALUATION}"),
         ("gemma2", "attention: the model's own code"),
@@ -219,6 +251,15 @@ def test_a_wrong_gradient_in_one_dtype_is_said_for_models_of_that_dtype() -> Non
         assert " of the largest entry in the gradient of keys with " in engine.note
         assert "(bfloat16, where 0.04 is rounding)" in engine.note
         assert fused_calls(model, engine) == 0
+
+
+def test_the_engine_of_a_run_on_a_gpu() -> None:
+    """Chosen as a run does, with the kernel for log-probabilities, and tried on the model."""
+    model = architecture_with_lora()
+    with on_stand_in_gpu(), fused_attention_stand_in(gpu=False):
+        engine = choose_engine("shared_prefix", model, figures=FUSED)
+        assert f"; {AGREES}{IN_EVALUATION}; log-probabilities: the Metal kernel" in engine.note
+        assert fused_calls(model, engine) == expected_calls(model, engine)
 
 
 def train(model: Any, engine: Engine, *, checkpointing: bool) -> dict[str, np.ndarray]:
@@ -268,10 +309,11 @@ def test_a_wrong_gradient_would_change_the_weights() -> None:
     ("head_sizes", "figures", "reason"),
     [
         ((64,), FUSED, "MLX has no fused gradient for head size 8 in float32"),
+        ((8,), GPU, "MLX's fused gradient is there, but was not measured"),
         (
             (8,),
-            replace(GPU, source="measured: blocks 1 s, MLX 2 s"),
-            "MLX's fused gradient is not what the figures choose: measured: blocks 1 s, MLX 2 s",
+            replace(GPU, evidence="attention of a layer: MLX's fused 2 ms against blocks 1 ms"),
+            "MLX's fused gradient is no better here",
         ),
     ],
 )

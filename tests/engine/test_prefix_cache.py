@@ -152,8 +152,8 @@ def test_there_is_a_cache_of_ours_for_each_of_mlx_lms() -> None:
         "llama4": [PrefixKVCache] * 4,
         "longcat_flash": [PrefixCacheList] * 2,
     }
-    inner = [type(cache) for cache in empty_caches(architecture("falcon_h1"))[0].caches]
-    assert inner == [PrefixStates, PrefixKVCache]
+    both: Any = empty_caches(architecture("falcon_h1"))[0]
+    assert [type(cache) for cache in both.caches] == [PrefixStates, PrefixKVCache]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -1,6 +1,9 @@
 """The average log-probabilities of a shared-prefix batch, against a model that runs each sequence
 alone; that the two engines agree, gradients included, is in test_equality.py."""
 
+from contextlib import nullcontext
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ from helpers.tiny import token_pair as pair
 from mlx_simpo.data.encode import TokenizedSequence
 from mlx_simpo.engine import shared_prefix
 from mlx_simpo.engine.collate_shared import collate_shared
+from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
 from mlx_simpo.engine.head import resolve_head
 from mlx_simpo.engine.shared_prefix import shared_prefix_logps
+from mlx_simpo.engine.token_logps import chunk_logits_beside_trunk
 
 MODEL = tiny_model()
 PAIRS = [pair(40, 20, 7), pair(35, 3, 60), pair(1, 11, 12)]
@@ -54,3 +59,30 @@ def test_only_hidden_states_of_scored_tokens_reach_the_head(
     shared_prefix_logps(MODEL, resolve_head(MODEL), *arrays, training=False)
     count = sum(p.chosen.num_scored + p.rejected.num_scored for p in PAIRS)
     assert shapes == [((count, 32), (count,))]
+
+
+@pytest.mark.parametrize(
+    ("training", "checkpointed"), [(True, False), (True, True), (False, False)]
+)
+@pytest.mark.parametrize("most", [1, 2**24])
+def test_the_head_takes_no_more_than_the_trunk_lets_it(
+    training: bool, checkpointed: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer's activations are in memory beside it, or those of one; and never more than the
+    caller allows."""
+    bounds = []
+    original = shared_prefix.token_logps
+
+    def recording(*args: Any, chunk_logits: int, **options: Any) -> mx.array:
+        bounds.append(chunk_logits)
+        return original(*args, chunk_logits=chunk_logits, **options)
+
+    monkeypatch.setattr(shared_prefix, "token_logps", recording)
+    model = tiny_model(num_hidden_layers=6)
+    batch = collate_shared(PAIRS, 16)
+    with gradient_checkpointing(model) if checkpointed else nullcontext():
+        shared_prefix_logps(
+            model, resolve_head(model), *batch.arrays, training=training, chunk_logits=most
+        )
+    layers = 6 if training and not checkpointed else 1
+    assert bounds == [min(most, chunk_logits_beside_trunk(batch.positions, 32, layers))]

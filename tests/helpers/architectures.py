@@ -165,7 +165,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "shared_intermediate_size": 24,
         "mamba_n_heads": 4,
-        "mamba_d_head": 8,
+        "mamba_d_head": 16,
         "mamba_proj_bias": False,
         "mamba_d_state": 8,
         "mamba_d_conv": 4,
@@ -219,7 +219,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "mamba2": {
         **_STATE_SPACE,
         "num_heads": 4,
-        "head_dim": 8,
+        "head_dim": 16,
         "layer_norm_epsilon": 1e-5,
         "n_groups": 2,
         "time_step_limit": (0.0, 100.0),

@@ -60,7 +60,8 @@ class FusedAttention:
             self.backward.append(call)
             _, gradients = mx.vjp(compute, list(primals), [cotangent])
             if self.defect is not None:
-                gradients = self.defect(gradients, *primals[:2], mask)
+                queries, keys, _ = primals
+                gradients = self.defect(gradients, queries, keys, mask)
             return mx.depends(gradients, [mx.arctanh(mx.zeros(1))])  # type: ignore[return-value]
 
         return function(q, k, v)  # type: ignore[return-value]

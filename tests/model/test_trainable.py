@@ -44,9 +44,10 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     def kernel(*args: mx.array) -> tuple[mx.array, mx.array]:
         calls.append(args)
         *inputs, state = args
+        step: Any = rwkv7._wkv7_step_ops
         outputs = []
         for t in range(inputs[0].shape[1]):
-            output, state = rwkv7._wkv7_step_ops(*(x[:, t] for x in inputs), state)
+            output, state = step(*(x[:, t] for x in inputs), state)
             outputs.append(output)
         return mx.stop_gradient(mx.stack(outputs, axis=1)), mx.stop_gradient(state)
 

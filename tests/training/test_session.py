@@ -10,6 +10,7 @@ import pytest
 from helpers.commands import arrays, assert_same_arrays, captured_display, small_run
 from helpers.tiny import CHATML, some_pairs, tiny_folder, tiny_tokenizer, write_jsonl
 from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 from rich.console import Console
 
 from mlx_simpo import (
@@ -169,6 +170,17 @@ def test_a_session_with_a_quiet_display_shows_nothing(
     session.evaluate()
     session.save(tmp_path / "adapter")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_model_without_a_gradient_here_is_an_error_before_training(
+    new_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_gradient(gate: mx.array, x: mx.array) -> mx.array:
+        return gate * x + mx.linalg.svd(x, stream=mx.cpu)[1].sum()
+
+    monkeypatch.setattr(llama, "swiglu", without_gradient)
+    with pytest.raises(SimPOError, match=r"the model cannot be trained here: .* no gradient"):
+        new_session("train.engine=reference")
 
 
 def test_nothing_is_computed_until_a_step_is_asked_for(new_session: Any) -> None:

@@ -1,31 +1,17 @@
-"""What `mlx-simpo doctor` reports: the machine, which implementation of the log-probabilities runs
-on it and why, whether its results are right, and how fast it is."""
+"""Whether log-probabilities and their gradient are right here, and how fast they are."""
 
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from .device import is_gpu, processor, total_memory_bytes
-from .errors import SimPOError
-from .kernels.built_in import IGNORE_INDEX
-from .kernels.choice import Implementation, choose_implementation
+from ..device import is_gpu
+from ..kernels.built_in import IGNORE_INDEX
+from ..kernels.choice import Implementation
 
-PACKAGES = ("mlx-simpo", "mlx", "mlx-lm")
-# What MLX puts into one command buffer at most, and a switch of Apple's driver that Apple does not
-# document; docs/troubleshooting.md says what is known of them.
-WATCHDOG_VARIABLES = (
-    "MLX_MAX_OPS_PER_BUFFER",
-    "MLX_MAX_MB_PER_BUFFER",
-    "AGX_RELAX_CDM_CTXSTORE_TIMEOUT",
-)
 # Vocabularies to check: tiny, odd, more than a threadgroup reads at once, SmolLM2's, Qwen's.
 SIZES = (2, 33, 1027, 49152, 151936)
 SOFTCAPS = (0.0, 30.0)
@@ -37,48 +23,6 @@ ROUNDING = {mx.float32: 2e-6, mx.bfloat16: 4e-3, mx.float16: 5e-4}
 TIMED_ON_GPU = (mx.bfloat16, (512, 128_256))
 TIMED_ON_CPU = (mx.float32, (128, 49_152))
 REPEATS = 5
-
-
-def examine() -> dict[str, Any]:
-    """Return machine, implementation, checks and timings, ready for JSON.
-
-    If the kernel should run here but fails, the result holds only the machine and "problem", the
-    reason; nothing is raised.
-    """
-    try:
-        implementation = choose_implementation()
-    except SimPOError as error:
-        return {"machine": machine(), "problem": str(error)}
-    return {
-        "machine": machine(),
-        "implementation": implementation.name,
-        "reason": implementation.note,
-        "checks": checks(implementation),
-        "timings": timings(implementation),
-    }
-
-
-def machine() -> dict[str, str]:
-    """Return chip, memory, system and versions, in words."""
-    description = {
-        "chip": processor(),
-        "memory": f"{total_memory_bytes() / 2**30:.0f} GiB",
-        "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
-        "processor": platform.machine(),
-        "MLX's device": str(mx.default_device()),
-        "Python": platform.python_version(),
-    }
-    description |= {name: version(name) for name in PACKAGES}
-    return description | ({"GPU watchdog": gpu_watchdog()} if sys.platform == "darwin" else {})
-
-
-def gpu_watchdog() -> str:
-    """Return what a Mac's owner should know of macOS's GPU watchdog, and what is set against it."""
-    values = (f"{name} is {os.environ.get(name, 'not set')}" for name in WATCHDOG_VARIABLES)
-    return (
-        "macOS may end a run while the display is on, with “Impacting Interactivity” (see "
-        f"docs/troubleshooting.md); {', '.join(values)}"
-    )
 
 
 # --- is it right? ----------------------------------------------------------------------------
@@ -223,37 +167,3 @@ def median_seconds(run: Callable[[], Any]) -> float:
         mx.eval(run())
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
-
-
-# --- as text ---------------------------------------------------------------------------------
-
-
-def as_text(report: dict[str, Any]) -> str:
-    """Return a report of `examine` as lines of text, to read and to paste into an issue."""
-    lines = [f"{name}: {value}" for name, value in report["machine"].items()]
-    if "problem" in report:
-        return "\n".join([*lines, f"problem: {report['problem']}"]) + "\n"
-    lines.append(f"log-probabilities: {report['reason']}")
-    failed = [c for c in report["checks"] if not c["passed"]]
-    worst = max(c["error"] for c in report["checks"] if c["dtype"] == "float32")
-    count = len(report["checks"])
-    lines.append(
-        f"checks: {count - len(failed)} of {count} passed; the largest float32 error is "
-        f"{worst:.1e} nats, compared with float64"
-    )
-    lines += [
-        f"  FAILED: {c['dtype']}, vocabulary {c['vocabulary']}, softcap {c['softcap']}: error "
-        f"{c['error']:.2e} (plain operations: {c['plain_error']:.2e}), gradient error "
-        f"{c['gradient_error']:.2e} (plain operations: {c['plain_gradient_error']:.2e})"
-        for c in failed
-    ]
-    first = report["timings"][0]
-    lines.append(
-        f"time for value and gradient of {first['rows']} rows of {first['vocabulary']} logits "
-        f"({first['dtype']}):"
-    )
-    lines += [
-        f"  {t['milliseconds']:8.2f} ms {t['gb_per_second']:7.1f} GB/s  {t['method']}"
-        for t in report["timings"]
-    ]
-    return "\n".join(lines) + "\n"

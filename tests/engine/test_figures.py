@@ -1,0 +1,76 @@
+"""The figures of the engine: built in by device, recorded as numbers, explained in words."""
+
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_simpo import SimPOError
+from mlx_simpo.engine.figures import CPU, GPU, Figures, default_figures
+
+FIGURES = Figures(
+    41, 1312, 2**22, 2**20, "mlx", "measured in 2.1 s", "attention of a layer: 3.1 ms"
+)
+
+
+def test_a_record_has_the_numbers_and_not_where_they_come_from() -> None:
+    record = FIGURES.as_dict()
+    assert record == {
+        "pass_cost": 41,
+        "max_positions": 1312,
+        "tile_scores": 2**22,
+        "chunk_logits": 2**20,
+        "attention": "mlx",
+    }
+    assert Figures.from_dict(record, FIGURES.source, FIGURES.evidence) == FIGURES
+    assert Figures.from_dict(record, "recorded").as_dict() == record
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pass_cost": 16.0},
+        {"pass_cost": True},
+        {"pass_cost": 0},
+        {"max_positions": -512},
+        {"attention": "flash"},
+        {"attention": 3},
+        {"more": 1},
+        {"tile_scores": None},
+    ],
+)
+def test_a_record_of_another_form_is_an_error_that_shows_it(change: dict[str, Any]) -> None:
+    values = FIGURES.as_dict() | change
+    with pytest.raises(SimPOError) as error:
+        Figures.from_dict(values, "recorded")
+    assert str(error.value) == f"{values!r} are not figures of the engine"
+
+
+@pytest.mark.parametrize("values", [None, [], "16", {}, {"pass_cost": 16}])
+def test_a_record_without_all_figures_is_an_error(values: Any) -> None:
+    with pytest.raises(SimPOError, match="are not figures of the engine"):
+        Figures.from_dict(values, "recorded")
+
+
+@pytest.mark.parametrize(("device", "figures"), [(mx.cpu, CPU), (mx.gpu, GPU)])
+def test_the_device_decides_what_is_built_in(
+    device: mx.DeviceType, figures: Figures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
+    assert default_figures() == figures
+
+
+def test_on_a_cpu_the_numbers_are_those_that_runs_of_it_were_begun_with() -> None:
+    """Other numbers would change the last digits of every run that is resumed."""
+    assert (CPU.pass_cost, CPU.max_positions, CPU.tile_scores) == (16, 512, 2**19)
+
+
+def test_the_note_has_the_figures_and_where_they_come_from() -> None:
+    assert FIGURES.note == (
+        "measured in 2.1 s: a pass costs 41 positions, a micro-batch has up to 1,312; attention of "
+        "a layer: 3.1 ms"
+    )
+    assert replace(CPU, evidence="").note == (
+        "built-in numbers for a CPU: a pass costs 16 positions, a micro-batch has up to 512"
+    )
