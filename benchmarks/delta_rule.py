@@ -11,9 +11,9 @@ pairs of 4 a step, and their gradients, four ways:
 - mlx-lm, stacked: mlx-lm's model, log-softmax and gather in float32, without any code of ours
 
 All take turns in one process, batch by batch, in an order that moves on; a first step of each is
-not counted. Ratios are of the sums over the batches, of time that has passed and of the processor's (which tells
-more on a machine that others use). Then the rule alone, with its gradient, in
-chunks of several sizes. What is written: benchmarks/results/delta_rule_<name>.json.
+not counted. Ratios are of the sums over the batches, of the time that passes and of the
+processor's, which tells more on a machine that others use. Then the rule alone, with its gradient,
+in chunks of several sizes. What is written: benchmarks/results/delta_rule_<name>.json.
 """
 
 # First, before anything imports MLX: on a Linux CPU it loads a fast BLAS in place of MLX's own.
@@ -114,11 +114,11 @@ def plain_step(model: nn.Module, pairs: Sequence[EncodedPair]) -> tuple[float, d
     sequences = [p.chosen for p in pairs] + [p.rejected for p in pairs]
     longest = max(len(s.tokens) for s in sequences)
     tokens = np.zeros((len(sequences), longest), np.int32)
-    scored = np.zeros((len(sequences), longest - 1), np.float32)
+    loss_mask = np.zeros((len(sequences), longest - 1), np.float32)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence.tokens)] = sequence.tokens
-        scored[row, sequence.score_start - 1 : len(sequence.tokens) - 1] = 1
-    inputs, mask = mx.array(tokens), mx.array(scored)
+        loss_mask[row, sequence.score_start - 1 : len(sequence.tokens) - 1] = 1
+    inputs, mask = mx.array(tokens), mx.array(loss_mask)
 
     def loss(model: Any) -> mx.array:
         logits = model(inputs[:, :-1]).astype(mx.float32)
