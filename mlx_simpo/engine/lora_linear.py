@@ -5,44 +5,113 @@ A GPU takes some microseconds to start each, and such layers are two thirds of a
 Here scale and sums are part of matrix products (mx.addmm): three operations, and five for
 
     dZ = scale · dY Bᵀ      dB = scale · Zᵀ dY      dA = Xᵀ dZ      dX = dY Wᵀ + dZ Aᵀ      (Z = XA)
+
+A and B are float32 whatever the base model's dtype, and so are their products. In half precision
+X becomes float32 first: once for all layers that read the same X, within a `SharedWork`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .operations import LoRA
 
-def lora_linear(
-    x: mx.array, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float
-) -> mx.array:
-    """Compute what mlx_lm.tuner.lora.LoRALinear does without dropout.
+# (rows [N, D], the same in LoRA's dtype, A, B) → the outputs of `_forward`, and A and B.
+_Function = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, ...]]
 
-    Args:
-        x: [..., D]. linear: the base layer, of any kind; frozen weights get no gradient.
-        lora_a: [D, r]. lora_b: [r, E].
 
-    Returns:
-        [..., E], in the dtype of the base layer's output.
+class SharedWork:
+    """What layers share within the passes of one micro-batch, which are all differentiated at once.
+
+    A weight's gradient is a sum over the passes. So that each pass adds its part within a matrix
+    product, it returns the weights it was called with to the next pass: the gradient of what it
+    returned is the sum so far.
     """
+
+    def __init__(self) -> None:
+        self.weights: dict[int, tuple[mx.array, mx.array]] = {}  # by the base layer's id
+        self.is_last = False
+        self._rows: tuple[mx.array, mx.array, mx.array] | None = None
+
+    def rows(self, x: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Return `_rows` of x; the same arrays if the layer before this one read the same x."""
+        if self._rows is None or self._rows[0] is not x:
+            self._rows = (x, *_rows(x, dtype))
+        return self._rows[1:]
+
+    @contextmanager
+    def in_pass(self, *, is_last: bool) -> Iterator[None]:
+        """Within the context, let the layers of one pass share their work.
+
+        is_last: no later pass returns its part of a gradient to this one.
+        """
+        self.is_last = is_last
+        token = _shared.set(self)
+        try:
+            yield
+        finally:
+            _shared.reset(token)
+
+
+_shared: ContextVar[SharedWork | None] = ContextVar("shared work", default=None)
+
+
+def lora_operation() -> LoRA:
+    """Return a function that computes what LoRALinear does without dropout; see `operations.LoRA`.
+
+    It keeps the differentiable functions of the base layers that it has met, for as long as it
+    lives: making one takes longer than calling it.
+    """
+    functions: dict[tuple[int, float, bool], tuple[nn.Module, _Function]] = {}
+
+    def compute(
+        x: mx.array, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float
+    ) -> mx.array:
+        shared = _shared.get()
+        is_summed = False
+        if shared is None:
+            rows, wide_rows = _rows(x, lora_a.dtype)
+        else:
+            rows, wide_rows = shared.rows(x, lora_a.dtype)
+            lora_a, lora_b = shared.weights.get(id(linear), (lora_a, lora_b))
+            is_summed = not shared.is_last
+        if not linear._no_grad.issuperset(linear):  # ours would be without its weights' gradient
+            out = _forward(linear, scale, rows, wide_rows, lora_a, lora_b)[0]
+        else:
+            key = (id(linear), scale, is_summed)
+            if key not in functions:
+                # With the layer itself, so that no other one can get its id.
+                functions[key] = linear, _with_gradient(linear, scale, is_summed=is_summed)
+            out, _, *weights = functions[key][1](rows, wide_rows, lora_a, lora_b)
+            if is_summed:
+                shared.weights[id(linear)] = tuple(weights)  # type: ignore[union-attr]
+        return out.reshape(*x.shape[:-1], -1)
+
+    return compute
+
+
+def _rows(x: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Return x [..., D] as rows [N, D], in its own dtype and in LoRA's; if they are the same, the
+    first get the whole gradient."""
     rows = x.reshape(-1, x.shape[-1])
-    if _is_frozen(linear):
-        out = _with_gradient(linear, scale)(rows, lora_a, lora_b)[0]
-    else:
-        out = _forward(linear, scale, rows, lora_a, lora_b)[0]
-    return out.reshape(*x.shape[:-1], -1)
+    return rows, mx.stop_gradient(rows) if rows.dtype == dtype else rows.astype(dtype)
 
 
-def _is_frozen(linear: nn.Module) -> bool:
-    return set(linear) <= linear._no_grad
+def _with_gradient(linear: nn.Module, scale: float, *, is_summed: bool) -> _Function:
+    """Return `_forward` with the gradient of the module's docstring.
 
-
-def _with_gradient(linear: nn.Module, scale: float) -> Callable[..., tuple[mx.array, ...]]:
-    """Return `_forward` with the gradient of the module's docstring."""
+    is_summed: the gradients of A and B that it returns are added to its own; see `SharedWork`.
+    """
 
     @mx.custom_function
-    def forward(rows: mx.array, lora_a: mx.array, lora_b: mx.array) -> tuple[mx.array, ...]:
-        return _forward(linear, scale, rows, lora_a, lora_b)
+    def forward(
+        rows: mx.array, wide_rows: mx.array, lora_a: mx.array, lora_b: mx.array
+    ) -> tuple[mx.array, ...]:
+        outputs = _forward(linear, scale, rows, wide_rows, lora_a, lora_b)
+        return (*outputs, lora_a, lora_b) if is_summed else outputs
 
     @forward.vjp
     def backward(
@@ -50,25 +119,36 @@ def _with_gradient(linear: nn.Module, scale: float) -> Callable[..., tuple[mx.ar
         cotangents: tuple[mx.array, ...],
         outputs: tuple[mx.array, ...],
     ) -> tuple[mx.array, ...]:
-        rows, lora_a, lora_b = primals
-        _, z, wide_rows = outputs
-        d_out = cotangents[0]
+        rows, wide_rows, lora_a, lora_b = primals
+        d_out, z, zero = cotangents[0], outputs[1], mx.array(0, outputs[1].dtype)
         wide_d_out = d_out.astype(z.dtype)
-        d_z = _scaled_product(wide_d_out, lora_b.T, scale)
-        d_rows = _sum_with_product(_input_gradient(linear, rows, d_out), d_z, lora_a.T, 1.0)
-        return d_rows, wide_rows.T @ d_z, _scaled_product(z.T, wide_d_out, scale)
+        d_z = mx.addmm(zero, wide_d_out, lora_b.T, alpha=scale)
+        later_a, later_b = cotangents[2:] if is_summed else (None, zero)
+        d_a = wide_rows.T @ d_z if later_a is None else mx.addmm(later_a, wide_rows.T, d_z)
+        d_b = mx.addmm(later_b, z.T, wide_d_out, alpha=scale)
+        d_rows = _input_gradient(linear, rows, d_out)
+        if d_rows.dtype == z.dtype:
+            return mx.addmm(d_rows, d_z, lora_a.T), wide_rows, d_a, d_b
+        return d_rows, d_z @ lora_a.T, d_a, d_b
 
     return forward  # type: ignore[return-value]
 
 
 def _forward(
-    linear: nn.Module, scale: float, rows: mx.array, lora_a: mx.array, lora_b: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the output [N, E], and what its gradient needs: Z, and the rows in Z's dtype."""
-    # LoRA's weights are float32 whatever the base model's dtype, and so are their products.
-    wide_rows = rows.astype(lora_a.dtype)
+    linear: nn.Module,
+    scale: float,
+    rows: mx.array,
+    wide_rows: mx.array,
+    lora_a: mx.array,
+    lora_b: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Return the output [N, E] in the base layer's dtype, and Z, which its gradient needs."""
     z = wide_rows @ lora_a
-    return _sum_with_product(linear(rows), z, lora_b, scale), z, wide_rows
+    out = linear(rows)
+    if out.dtype == z.dtype:
+        return mx.addmm(out, z, lora_b, alpha=scale), z
+    delta = mx.addmm(mx.array(0, z.dtype), z, lora_b, alpha=scale)
+    return out + delta.astype(out.dtype), z
 
 
 def _input_gradient(linear: nn.Module, rows: mx.array, d_out: mx.array) -> mx.array:
@@ -76,14 +156,3 @@ def _input_gradient(linear: nn.Module, rows: mx.array, d_out: mx.array) -> mx.ar
     if type(linear) is nn.Linear:
         return d_out @ linear.weight
     return mx.vjp(linear, [rows], [d_out])[1][0]  # quantized layers
-
-
-def _sum_with_product(total: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
-    """Return total + scale · ab in the dtype of ``total``."""
-    if total.dtype == a.dtype:
-        return mx.addmm(total, a, b, alpha=scale)
-    return total + _scaled_product(a, b, scale).astype(total.dtype)
-
-
-def _scaled_product(a: mx.array, b: mx.array, scale: float) -> mx.array:
-    return a @ b if scale == 1 else mx.addmm(mx.array(0, a.dtype), a, b, alpha=scale)

@@ -3,6 +3,7 @@ predict a scored token become logits.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import mlx.core as mx
 from ..kernels.choice import BUILT_IN, Implementation
 from .gradient_checkpointing import is_checkpointed
 from .head import Head
+from .lora_linear import SharedWork
 from .prefix_cache import run_continuations, run_first, run_prefix
 from .token_logps import MAX_CHUNK_LOGITS, chunk_logits_beside_trunk, token_logps
 
@@ -41,21 +43,15 @@ def shared_prefix_logps(
     Returns:
         float32 [2B], in nats per token: the B chosen responses, then the B rejected ones.
     """
-    hidden = []
-    if prefix_tokens.shape[1] > prefix_length:
-        first, prefix = run_first(model, prefix_tokens, prefix_length)
-        hidden.append(first)
-    else:
-        prefix = run_prefix(model, prefix_tokens)
-    hidden += [run_continuations(model, tokens, prefix, index) for tokens, index in groups]
-    flat = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])
-    saving_layers = len(model.layers) if training and not is_checkpointed(model) else 1
+    saves = training and not is_checkpointed(model)
+    hidden = _hidden_states(model, prefix_tokens, groups, prefix_length, saves=saves)
+    saving_layers = len(model.layers) if saves else 1
     positions = prefix_tokens.size + sum(tokens.size for tokens, _ in groups)
-    beside_trunk = chunk_logits_beside_trunk(positions, flat.shape[1], saving_layers)
+    beside_trunk = chunk_logits_beside_trunk(positions, hidden.shape[1], saving_layers)
     logps = token_logps(
         model,
         head,
-        flat[hidden_indices],
+        hidden[hidden_indices],
         targets,
         training=training,
         implementation=implementation,
@@ -63,3 +59,36 @@ def shared_prefix_logps(
     )
     loss_mask = mx.arange(logp_indices.shape[1]) < response_lengths[:, None]
     return mx.where(loss_mask, logps[logp_indices], 0.0).sum(axis=-1) / response_lengths
+
+
+def _hidden_states(
+    model: Any,
+    prefix_tokens: mx.array,
+    groups: Sequence[tuple[mx.array, mx.array]],
+    prefix_length: int,
+    *,
+    saves: bool,
+) -> mx.array:
+    """Return the hidden states [positions, D] that ``hidden_indices`` count, from all passes.
+
+    saves: whether what the layers compute is saved for the backward pass.
+    """
+    shared = SharedWork()
+
+    def sharing(*, is_last: bool) -> AbstractContextManager[None]:
+        # A checkpointed layer is a function of its weights, and differentiated by itself.
+        return shared.in_pass(is_last=is_last) if saves else nullcontext()
+
+    hidden = []
+    if prefix_tokens.shape[1] > prefix_length:
+        with sharing(is_last=False):
+            first, prefix = run_first(model, prefix_tokens, prefix_length)
+        hidden.append(first)
+    else:
+        # Without returning weights: nothing needs most of the last layer, but that would be needed.
+        with sharing(is_last=True):
+            prefix = run_prefix(model, prefix_tokens)
+    for number, (tokens, prefix_index) in enumerate(groups, start=1):
+        with sharing(is_last=number == len(groups)):
+            hidden.append(run_continuations(model, tokens, prefix, prefix_index))
+    return mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])

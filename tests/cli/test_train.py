@@ -69,7 +69,8 @@ def test_train_help_lists_every_setting_with_meaning_and_default(
         assert meaning.startswith(item.metadata["help"])
     headings = [line for line in lines if line and re.match(r"(the run$|[a-z_.]+: [a-z])", line)]
     assert [line.partition(":")[0] for line in headings[headings.index("the run") :]] == [
-        *("the run", "data", "objective", "lora", "train", "train.early_stopping", "logps")
+        *("the run", "data", "objective", "lora", "train", "train.early_stopping", "logps"),
+        *("engine", "memory"),
     ]
     listed = " ".join(" ".join(lines).split())
     for text in ("(required)", "(default 5e-05)", "(default null)", "(default all-linear)"):
