@@ -156,4 +156,3 @@ def _input_gradient(linear: nn.Module, rows: mx.array, d_out: mx.array) -> mx.ar
     if type(linear) is nn.Linear:
         return d_out @ linear.weight
     return mx.vjp(linear, [rows], [d_out])[1][0]  # quantized layers
-
