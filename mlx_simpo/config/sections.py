@@ -138,8 +138,8 @@ class MemoryConfig(Section):
 
     limit_gb: float | None = setting(
         None,
-        "GB (10^9 bytes) that a run may need by its forecast, and beyond which MLX waits for running "
-        "work before it begins more; null: what MLX can use here, and MLX's own limit",
+        "GB (10^9 bytes) that a run may need by its forecast, and beyond which MLX waits for "
+        "running work before it begins more; null: what MLX can use here, and MLX's own limit",
         POSITIVE,
         on_resume="free",
     )
