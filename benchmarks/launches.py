@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-# Another view of the same memory, or nothing at all. (eval in backend/common/common.cpp: each of
-# them calls copy_shared_buffer; Slice: slice() in backend/common/slicing.cpp. Copy is what value_and_grad
+# Another view of the same memory, or nothing. (backend/common/common.cpp: the eval of each
+# calls copy_shared_buffer; Slice: slice() in backend/common/slicing.cpp. Copy is what value_and_grad
 # makes of its arguments. NumberOfElements is written by the CPU.)
 VIEWS = {
     *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "CustomTransforms", "Depends"),
@@ -28,9 +28,10 @@ VIEWS = {
 # A view if the array lies row after row, else one kernel that copies it. (reshape_gpu and
 # prepare_reshape; Contiguous::eval_gpu.)
 RESHAPES = {"Reshape", "Flatten", "Contiguous"}
-# One kernel: metal/unary.cpp, binary.cpp, ternary.cpp, reduce.cpp, softmax.cpp, logsumexp.cpp, matmul.cpp,
-# indexing.cpp (Gather, GatherAxis), primitives.cpp (Arange, ArgReduce, RandomBits), scan.cpp, rope.cpp,
-# normalization.cpp, scaled_dot_product_attention.cpp; gpu/primitives.cpp: AsType and Full are copies.
+# One kernel. (backend/metal: unary.cpp, binary.cpp, ternary.cpp, reduce.cpp, softmax.cpp,
+# logsumexp.cpp, matmul.cpp, quantized.cpp, rope.cpp, normalization.cpp, compiled.cpp,
+# scaled_dot_product_attention.cpp; indexing.cpp: Gather, GatherAxis; primitives.cpp: Arange,
+# ArgReduce, RandomBits. gpu/primitives.cpp: AsType and Full are copies.)
 KERNELS = {
     *("Abs", "Add", "AddMM", "And", "Arange", "ArgReduce", "AsType", "BitwiseAnd", "Cos", "Divide"),
     *("Equal", "Erf", "Exp", "Full", "Gather", "GatherAxis", "Greater", "GreaterEqual", "Less"),
@@ -44,9 +45,9 @@ KERNELS = {
 # (copy_gpu at the start of their eval_gpu in metal/indexing.cpp, which donates the buffer.)
 UPDATES = {"Scatter", "ScatterAxis", "SliceUpdate", "DynamicSliceUpdate"}
 # Several kernels. RMSNormVJP: one, and one that sums the weight's gradient over rows, whether it is
-# needed or not (metal/normalization.cpp). Its attention's gradient is newer than the source that we
-# read (pull 4563): an assumption, after the names of its kernels: odo (δ), the gradient by blocks, ds,
-# reduce.
+# needed or not (metal/normalization.cpp). The gradient of MLX's attention is newer than the source
+# that we read (pull 4563): four is an assumption, after the names of its kernels in the library:
+# odo (δ), the gradient by blocks, ds, reduce.
 SEVERAL = {"RMSNormVJP": 2, "ScaledDotProductAttentionVJP": 4}
 # Concatenate copies its inputs one by one (concatenate_gpu in metal/slicing.cpp).
 
