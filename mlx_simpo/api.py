@@ -74,6 +74,7 @@ def train(
             config, display, train=train, valid=valid, resuming=resuming, figures=figures
         )
         display.note(_what_will_run(session))
+        display.note(f"engine: {session.engine.note}")
         if checkpoint is None:
             display.note(advice.starting_loss(config.objective))
         forecast = check_memory(session)
@@ -91,12 +92,12 @@ def train(
 
 
 def _what_will_run(session: Session) -> str:
-    """Return how much a run trains on, and with what."""
+    """Return how much a run trains on, and in how many steps."""
     evaluated = sum(map(len, session.valid_sets.values()))
     step_pairs = count_text(session.config.train.step_pairs, "pair")
     return (
         f"{count_text(len(session.train), 'pair')} to train on, {evaluated:,} to evaluate on; "
-        f"{count_text(session.total_steps, 'step')} of {step_pairs}; engine: {session.engine.note}"
+        f"{count_text(session.total_steps, 'step')} of {step_pairs}"
     )
 
 

@@ -214,8 +214,10 @@ class _Sorter:
         elif not (is_name and equals):
             self.line.plain.append(Plain(word, before))
         elif not self.parser.takes_settings:
-            command = self.parser.prog.partition(" ")[2]
-            self.line.mistakes.append(f"{command} takes no settings; leave out {word!r}")
+            command, option = self.parser.prog.partition(" ")[2], f"--{name}"
+            is_option = self.parser.option(option) is not None
+            fix = f"write {option} {value} for" if is_option else "leave out"
+            self.line.mistakes.append(f"{command} takes no settings; {fix} {word!r}")
         else:
             self._setting_word(name, value, word)
 

@@ -132,14 +132,14 @@ class EngineConfig(Section):
 
 @dataclass(frozen=True)
 class MemoryConfig(Section):
-    """How much memory MLX may use, and keep; see `planning.memory_limits`."""
+    """How much memory MLX may use, and keep."""
 
     NAME: ClassVar[str] = "memory"
 
     limit_gb: float | None = setting(
         None,
-        "GB (10^9 bytes) beyond which MLX waits for running work before it begins more, and that "
-        "the forecast before a run compares with; null: MLX's own, and what MLX can use here",
+        "GB (10^9 bytes) that a run may need by its forecast, and beyond which MLX waits for "
+        "running work before it begins more; null: what MLX can use here, and MLX's own limit",
         POSITIVE,
         on_resume="free",
     )

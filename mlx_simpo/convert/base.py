@@ -62,7 +62,8 @@ def architecture_of(loaded: LoadedModel) -> Architecture:
             raise SimPOError(
                 f"models of type {rule.model_type} are not in the table of architectures, and "
                 f"{loaded.name} has MLX's names, which do not tell the original ones; use the "
-                "original model as --model (`mlx-simpo convert architectures` lists the table)"
+                "original model as --model, or fuse with --format mlx (`mlx-simpo convert "
+                "architectures` lists the table)"
             )
         checkpoint_layout(loaded, rule)
     check_stacks_known(loaded.model, rule)

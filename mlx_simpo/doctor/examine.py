@@ -97,7 +97,7 @@ def _of_example(
             yield Part({"calibration": {"problem": problem}}, about_model=True)
         else:
             yield Part({"calibration": calibration_report(calibration)}, about_model=True)
-            if is_gpu():  # as in a run: on a CPU it takes the built-in figures
+            if is_gpu():  # as in a run
                 figures = calibration.figures
                 engine = shared_prefix_engine(model, implementation, "auto", figures)
     # A model of ours that cannot share its prompt is a defect; of others there may be some.
@@ -126,11 +126,15 @@ def calibrate_example(example: Example) -> Calibration:
 
 
 def calibration_report(calibration: Calibration) -> dict[str, Any]:
-    """Return what was measured, and in "table" what training would cost at several lengths."""
+    """Return what was measured, and in "table" what training would cost at several lengths.
+
+    is_used: whether a run on this device goes by it.
+    """
     figures = calibration.figures
     return {
         **asdict(calibration),
         "note": figures.note,
+        "is_used": is_gpu(),  # in a run: on a CPU it takes the built-in figures
         "table": calibration_table(calibration, TrainConfig().batch_size),
     }
 

@@ -84,8 +84,11 @@ def _calibration(calibration: dict[str, Any]) -> list[str]:
         return _wrapped(f"calibration: FAILED: {calibration['problem']}")
     lines = _wrapped(f"calibration: {calibration['note']}")
     if not calibration["table"]:
-        return lines
-    lines += _wrapped("predicted for training on pairs of sequences with so many tokens:")
+        lack = "too little was measured to predict times; try again when nothing else runs"
+        return [*lines, *_wrapped(f"  {lack}")]
+    if calibration["is_complete"] and not calibration["is_used"]:
+        lines += _wrapped("  only for the times below: a run on a CPU keeps the built-in numbers")
+    lines += _wrapped("predicted times of training, by the tokens of each of a pair's sequences:")
     lines.append("    tokens  seconds per pair  pairs per hour")
     for row in calibration["table"]:
         longer = "longer than what was measured" if row["is_extrapolated"] else ""

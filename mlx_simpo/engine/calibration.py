@@ -197,15 +197,19 @@ def _with_passes(
 
 def _reason(built_in: str, timings: Sequence[PassTiming], seconds: float) -> str:
     """Return why the cost of a pass is the built-in one, with what was measured."""
+    if not timings:
+        return f"{built_in}, because {seconds:.1f} s were enough for the warm-up only"
     measured = ", ".join(
         f"{t.shape.positions:,} positions in {t.shape.passes} passes took "
         f"{t.measured.seconds:.3g} s"
         for t in timings
     )
-    return (
-        f"{built_in}, because measuring for {seconds:.1f} s showed no other "
-        f"({measured or 'there was time for the warm-up only'})"
+    problem = (
+        "times that contradict each other, as on a busy machine"
+        if has_two_sizes(timings)
+        else "micro-batches of one size only"
     )
+    return f"{built_in}, because {seconds:.1f} s of measuring gave {problem} ({measured})"
 
 
 def calibration_table(

@@ -37,8 +37,8 @@ class Figures:
     def note(self) -> str:
         """The figures and where they come from, in plain English."""
         note = (
-            f"{self.source}: a pass costs {self.pass_cost:,} positions, a micro-batch has up to "
-            f"{self.max_positions:,}"
+            f"{self.source}: micro-batches of up to {self.max_positions:,} tokens, and one more "
+            f"pass counts as {self.pass_cost:,}"
         )
         return f"{note}; {self.evidence}" if self.evidence else note
 

@@ -78,13 +78,13 @@ def choose_attention(
     if not sizes:
         # Sinks and additive masks are neither fused nor ours: MLX differentiates its own formula.
         own = "MLX's operations, for sinks or masks that add to the scores"
-        return AttentionChoice(blocks, blocks, own if shapes else "the model's own code")
+        return AttentionChoice(blocks, blocks, own if shapes else "the model's own, if it has any")
     if setting == "blocks":
         return AttentionChoice(blocks, blocks, "blocks, as engine.attention=blocks asks")
     if setting == "mlx":
         return AttentionChoice(mlx_attention, mlx_attention, _note_of_forced(sizes))
     if not is_gpu():
-        note = "blocks (MLX runs on the CPU, where it has no fused gradient)"
+        note = "blocks (mlx-simpo's own; MLX has no fused gradient on the CPU)"
         return AttentionChoice(blocks, blocks, note)
     training, note = _training_on_gpu(shapes, sizes, blocks, figures)
     failures = _unique(filter(None, map(_forward_failure, sizes)))

@@ -35,7 +35,7 @@ class MemoryForecast:
     peak, limit: in bytes, of what mx.get_peak_memory counts, and `limit_bytes`.
     weights: bytes of the model. positions, pairs: of the largest micro-batch. source: "file:line"
     of its longest pair. remedy: settings that fit and what they need; empty if none is necessary,
-    or none helps.
+    or none helps. is_limit_set: by memory.limit_gb.
     """
 
     peak: int
@@ -45,13 +45,17 @@ class MemoryForecast:
     pairs: int
     source: str
     remedy: str = ""
+    is_limit_set: bool = False
 
     @property
     def figures(self) -> str:
         """The figures, to be part of a sentence."""
+        limit = gigabytes(self.limit)
+        if self.is_limit_set:
+            limit = f"the {limit} of memory.limit_gb"
         size = f"{self.positions} positions in {self.pairs} pair{'s' if self.pairs > 1 else ''}"
         return (
-            f"about {gigabytes(self.peak)} of {gigabytes(self.limit)} (the weights take "
+            f"about {gigabytes(self.peak)} of {limit} (the weights take "
             f"{gigabytes(self.weights)}; the largest micro-batch has {size}, the longest of them "
             f"from {self.source})"
         )
@@ -65,6 +69,8 @@ class MemoryForecast:
         if self.peak <= COMFORTABLE_SHARE * self.limit:
             return None
         remedy = self.remedy or f"{SMALLER_MODEL}, or lower lora.rank"
+        if self.is_limit_set:
+            remedy += ", or raise memory.limit_gb"
         if self.peak > self.limit:
             raise SimPOError(f"not enough memory: training needs {self.figures}; {remedy}")
         return f"memory will be tight: training needs {self.figures}; to be safe, {remedy}"
@@ -83,9 +89,10 @@ def check_weights(model: nn.Module, settings: MemoryConfig) -> None:
     """
     size, limit = weight_bytes(model), limit_bytes(settings)
     if size > limit:
+        is_set = settings.limit_gb is not None
         raise SimPOError(
             f"not enough memory: the model's weights take {gigabytes(size)} of "
-            f"{gigabytes(limit)}; {SMALLER_MODEL}"
+            f"{gigabytes(limit)}; {SMALLER_MODEL}{', or raise memory.limit_gb' if is_set else ''}"
         )
 
 
@@ -129,6 +136,7 @@ def forecast_memory(
         positions=trial.largest.positions,
         pairs=len(trial.largest.pairs),
         source=trial.largest.longest.source,
+        is_limit_set=config.memory.limit_gb is not None,
         remedy="" if fits else _remedy(trial, config, comfortable, try_settings),
     )
 

@@ -162,6 +162,11 @@ def restore_checkpoint(
         saved = content.pop("fingerprint")
         progress = Progress(**{f.name: content[f.name] for f in fields(Progress)})
         messages = check_same_run(saved, fingerprint)
+        if "figures" not in content:
+            messages.append(
+                "an earlier version of mlx-simpo began the run: it goes on, but not bit for bit as "
+                "it would have; rounding and the masks of dropout differ"
+            )
         step, total = int(progress.step), session.total_steps
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _not_as_written(path, error) from None

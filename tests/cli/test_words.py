@@ -131,6 +131,13 @@ def test_mistakes_are_collected(words: list[str], mistake: str) -> None:
     assert line.settings == [Setting("seed", "2", "seed=2")]
 
 
+def test_a_command_without_settings_names_its_option() -> None:
+    line = sort("model=some/model", command="doctor")
+    assert line.mistakes == [
+        "doctor takes no settings; write --model some/model for 'model=some/model'"
+    ]
+
+
 def test_a_command_without_settings_has_none() -> None:
     line = sort("out", "seed=2", "--lora-rank", "3", command="fuse")
     assert line.mistakes == [

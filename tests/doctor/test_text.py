@@ -79,12 +79,18 @@ def test_a_table_of_steps() -> None:
 def test_a_calibration() -> None:
     row = {"tokens": 4096, "pairs": 1, "seconds_per_pair": 12.5, "pairs_per_hour": 288.0}
     table = [row | {"is_extrapolated": True}]
-    lines = lines_of(calibration={"note": "measured in 2.9 s: a pass costs 7", "table": table})
-    assert lines[0] == "calibration: measured in 2.9 s: a pass costs 7"
+    report = {"note": "measured in 2.9 s: …", "table": table, "is_complete": True, "is_used": True}
+    lines = lines_of(calibration=report)
+    assert lines[0] == "calibration: measured in 2.9 s: …"
     assert (
         lines[-1] == "      4096              12.5             288  longer than what was measured"
     )
-    assert lines_of(calibration={"note": LONG, "table": []})[0].startswith("calibration: mx.fast")
+    assert "a run on a CPU keeps the built-in numbers" not in "".join(lines)
+    lines = lines_of(calibration=report | {"is_used": False})
+    assert "  only for the times below: a run on a CPU keeps the built-in numbers" in lines
+    lines = lines_of(calibration={"note": LONG, "table": []})
+    assert lines[0].startswith("calibration: mx.fast")
+    assert lines[-1].startswith("  too little was measured to predict times; try again")
     assert lines_of(calibration={"problem": LONG})[0].startswith("calibration: FAILED: mx.fast")
 
 

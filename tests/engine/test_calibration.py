@@ -135,8 +135,7 @@ def test_a_warm_up_that_takes_the_whole_budget_is_all_that_runs(
     assert (len(runs), result.seconds, result.is_complete) == (1, 4.0, False)
     assert result.figures.as_dict() == default_figures().as_dict()
     assert result.figures.source == (
-        f"{default_figures().source}, because measuring for 4.0 s showed no other (there was time "
-        "for the warm-up only)"
+        f"{default_figures().source}, because 4.0 s were enough for the warm-up only"
     )
     assert calibration_table(result, 4) == []
 
@@ -220,7 +219,8 @@ def test_without_a_line_the_figures_are_built_in_and_say_what_was_measured(
     assert result.figures.as_dict() == default_figures().as_dict()
     assert (result.pass_s, result.is_complete) == (None, False)
     first = 2 * pass_s + 0.64
-    assert f"(64 positions in 2 passes took {first:.3g} s, 512 " in result.figures.source
+    measured = f"as on a busy machine (64 positions in 2 passes took {first:.3g} s, 512 "
+    assert measured in result.figures.source
     assert calibration_table(result, 4) == []
 
 
@@ -230,7 +230,10 @@ def test_of_one_size_the_built_in_ratio_is_taken(monkeypatch: pytest.MonkeyPatch
     assert (result.figures.pass_cost, result.is_complete) == (cost, False)
     assert result.position_s == pytest.approx(0.64 / (64 + 2 * cost))
     assert result.pass_s == pytest.approx(cost * 0.64 / (64 + 2 * cost))
-    assert "showed no other (64 positions in 2 passes took 0.64 s)" in result.figures.source
+    assert (
+        "gave micro-batches of one size only (64 positions in 2 passes took 0.64 s)"
+        in result.figures.source
+    )
     assert len(calibration_table(result, 4)) == 4
 
 

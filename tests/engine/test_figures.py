@@ -68,9 +68,10 @@ def test_on_a_cpu_the_numbers_are_those_that_runs_of_it_were_begun_with() -> Non
 
 def test_the_note_has_the_figures_and_where_they_come_from() -> None:
     assert FIGURES.note == (
-        "measured in 2.1 s: a pass costs 41 positions, a micro-batch has up to 1,312; attention of "
-        "a layer: 3.1 ms"
+        "measured in 2.1 s: micro-batches of up to 1,312 tokens, and one more pass counts as 41; "
+        "attention of a layer: 3.1 ms"
     )
     assert replace(CPU, evidence="").note == (
-        "built-in numbers for a CPU: a pass costs 16 positions, a micro-batch has up to 512"
+        "built-in numbers for a CPU: micro-batches of up to 512 tokens, and one more pass counts "
+        "as 16"
     )

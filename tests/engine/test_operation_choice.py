@@ -110,7 +110,9 @@ def cpu() -> Iterator[None]:
 def test_a_cpu_computes_in_blocks() -> None:
     model = architecture_with_lora()
     choice = choose_operations(model, "auto", CPU)
-    assert choice.note == "attention: blocks (MLX runs on the CPU, where it has no fused gradient)"
+    assert (
+        choice.note == "attention: blocks (mlx-simpo's own; MLX has no fused gradient on the CPU)"
+    )
     assert choice.training == choice.evaluation
 
 
@@ -146,8 +148,8 @@ def test_the_note_says_that_a_setting_forces_one() -> None:
 def test_models_without_an_attention_that_can_be_exchanged() -> None:
     for name in ("gemma2", "mamba"):
         model = architecture_with_lora(name)
-        assert note_of(model, "auto", CPU) == "attention: the model's own code"
-        assert note_of(model, "mlx", CPU) == "attention: the model's own code"
+        assert note_of(model, "auto", CPU) == "attention: the model's own, if it has any"
+        assert note_of(model, "mlx", CPU) == "attention: the model's own, if it has any"
 
 
 # --- on a GPU ----------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ def test_layers_of_several_kinds(name: str) -> None:
         ),
         ("llama", AGREES + IN_EVALUATION),
         ("mistral", f"{AGREES}, blocks for sliding windows{IN_EVALUATION}"),
-        ("gemma2", "attention: the model's own code"),
+        ("gemma2", "attention: the model's own, if it has any"),
     ],
 )
 def test_the_note_on_a_gpu(name: str, note: str) -> None:

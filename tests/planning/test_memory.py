@@ -184,6 +184,13 @@ def test_the_error_is_one_line_with_the_same_figures() -> None:
     )
 
 
+def test_a_limit_that_is_set_is_named_and_can_be_raised() -> None:
+    with pytest.raises(SimPOError) as caught:
+        replace(FORECAST, limit=9_000_000_000, is_limit_set=True).advice()
+    assert "needs about 9.31 GB of the 9 GB of memory.limit_gb (the weights" in str(caught.value)
+    assert str(caught.value).endswith("=2048 (about 6.9 GB), or raise memory.limit_gb")
+
+
 @pytest.mark.parametrize(("peak", "is_warned"), [(8_999_999_999, False), (9_000_000_001, True)])
 def test_nine_tenths_of_the_limit_are_comfortable(peak: int, is_warned: bool) -> None:
     assert (replace(FORECAST, peak=peak).advice() is not None) == is_warned

@@ -92,13 +92,19 @@ def test_a_resumed_run_is_the_same_bit_for_bit_though_others_would_be_measured(
     runs: Runs, measurements: Measurements
 ) -> None:
     whole = runs.begin("whole", *SETTINGS)
-    assert "; measured in 0.0 s: a pass costs 1 positions" in whole.text
+    assert (
+        "; measured in 0.0 s: micro-batches of up to 64 tokens, and one more pass counts as 1"
+        in whole.text
+    )
     shutil.rmtree(calibration_folder())
     measurements.count = 0
     interrupt(runs, "parts")
     shutil.rmtree(calibration_folder())  # so that anything measured now would be different
     resumed = runs.resume("parts")
-    assert "; recorded by the run: a pass costs 1 positions" in resumed.text
+    assert (
+        "; recorded by the run: micro-batches of up to 64 tokens, and one more pass counts as 1"
+        in resumed.text
+    )
     assert measurements.count == 1
     assert_same_run(runs.root / "parts", runs.root / "whole")
 
@@ -134,7 +140,8 @@ def test_a_second_run_takes_what_the_first_has_measured(
 ) -> None:
     runs.begin("one", *SETTINGS)
     two = runs.begin("two", *SETTINGS)
-    assert "; measured earlier on this machine: a pass costs 1 positions" in two.text
+    figures = "micro-batches of up to 64 tokens, and one more pass counts as 1"
+    assert f"; measured earlier on this machine: {figures}" in two.text
     assert measurements.count == 1
     assert figures_of(runs.root / "one") == figures_of(runs.root / "two")
 
@@ -193,7 +200,9 @@ def test_a_run_of_an_older_version_goes_on_with_the_numbers_of_its_time(
     change(finished, figures=None)
     config = runs.config("run")
     assert recorded_figures(finished, config) == default_figures()
-    assert default_figures().note in runs.resume("run").text
+    text = runs.resume("run").text
+    assert default_figures().note in text
+    assert "warning: an earlier version of mlx-simpo began the run: it goes on, but not bit" in text
 
 
 def test_another_processor_is_another_device(
