@@ -12,7 +12,6 @@ earlier run has measured of the others stays, with its provenance as "earlier".
 """
 
 import argparse
-import itertools
 import json
 import math
 import shutil
@@ -63,22 +62,17 @@ def main() -> None:
     parser.add_argument("--libraries", nargs="+", default=list(LONGEST), choices=LONGEST)
     options = parser.parse_args()
     origin = provenance(f"python benchmarks/memory.py --model … --layers {options.layers}")
-    results: dict[bool, dict[str, dict[int, dict]]] = {True: {}, False: {}}
+    results: dict[bool, dict[str, dict[str, dict]]] = {True: {}, False: {}}
     with tempfile.TemporaryDirectory() as folder:
         model = shallow(options.model, options.layers, Path(folder))
-        for checkpoint, length, name in itertools.product(
-            (True, False), LENGTHS, options.libraries
-        ):
-            if length > (min(options.longest, LONGEST[name]) if checkpoint else LONGEST_WITHOUT):
-                continue
-            runs = [
-                step(name, model, length, checkpoint)
-                for _ in range(RUNS if length <= LONGEST_WITHOUT else 1)
-            ]
-            result = max(runs, key=lambda run: run.get("peak_gb", math.inf))
-            result["peaks_gb"] = sorted(run["peak_gb"] for run in runs if "peak_gb" in run)
-            print(name, length, checkpoint, result, flush=True)
-            results[checkpoint].setdefault(name, {})[length] = result
+        for checkpoint in (True, False):
+            for length in LENGTHS:
+                for name in options.libraries:
+                    longest = min(options.longest, LONGEST[name] if checkpoint else LONGEST_WITHOUT)
+                    if length <= longest:
+                        result = highest(name, model, length, checkpoint)
+                        print(name, length, checkpoint, result, flush=True)
+                        results[checkpoint].setdefault(name, {})[str(length)] = result
     record: dict[str, Any] = {"provenance": origin}
     before = {}
     if set(options.libraries) < set(LONGEST):
@@ -88,6 +82,14 @@ def main() -> None:
         merged = before.get(name, {}) | results[checkpoint]
         record[name] = {library: merged[library] for library in LONGEST if library in merged}
     print(write_result("memory", record))
+
+
+def highest(name: str, model: str, length: int, checkpoint: bool) -> dict:
+    """The result with the highest peak; an error is the highest. peaks_gb: of all runs."""
+    count = RUNS if length <= LONGEST_WITHOUT else 1
+    runs = [step(name, model, length, checkpoint) for _ in range(count)]
+    result = max(runs, key=lambda run: run.get("peak_gb", math.inf))
+    return {**result, "peaks_gb": sorted(run["peak_gb"] for run in runs if "peak_gb" in run)}
 
 
 def step(name: str, model: str, length: int, checkpoint: bool) -> dict:
