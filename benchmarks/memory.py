@@ -1,13 +1,14 @@
 """Peak memory of one step against the length of a pair, with gradient checkpointing and without.
 
-    python benchmarks/memory.py --model FOLDER [--layers 4]
+    python benchmarks/memory.py --model FOLDER [--layers 4] [--libraries mlx_simpo]
 
 One pair, half of it prompt, at 512 to 8192 tokens per sequence, each in a process of its own; for
 comparison the compiled stacked step (libraries/stacked.py) and all other libraries that have
 checkpointing, as far as they fit; up to 1024 tokens without checkpointing, too. Fewer layers than
 the model has, because a CPU takes minutes for attention at 8192; what grows with the square of the
 length does so in every layer alike. Some peaks differ from run to run, because MLX allocates ahead
-of the device; each is the highest of RUNS processes up to 1024 tokens.
+of the device; each is the highest of RUNS processes up to 1024 tokens. With --libraries, what an
+earlier run has measured of the others stays, with its provenance as "earlier".
 """
 
 import argparse
@@ -17,9 +18,10 @@ import math
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from provenance import provenance, write_result
+from provenance import RESULTS, provenance, write_result
 from step import Worker
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -58,12 +60,15 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--longest", type=int, default=LENGTHS[-1])
+    parser.add_argument("--libraries", nargs="+", default=list(LONGEST), choices=LONGEST)
     options = parser.parse_args()
     origin = provenance(f"python benchmarks/memory.py --model … --layers {options.layers}")
     results: dict[bool, dict[str, dict[int, dict]]] = {True: {}, False: {}}
     with tempfile.TemporaryDirectory() as folder:
         model = shallow(options.model, options.layers, Path(folder))
-        for checkpoint, length, name in itertools.product((True, False), LENGTHS, LONGEST):
+        for checkpoint, length, name in itertools.product(
+            (True, False), LENGTHS, options.libraries
+        ):
             if length > (min(options.longest, LONGEST[name]) if checkpoint else LONGEST_WITHOUT):
                 continue
             runs = [
@@ -74,11 +79,14 @@ def main() -> None:
             result["peaks_gb"] = sorted(run["peak_gb"] for run in runs if "peak_gb" in run)
             print(name, length, checkpoint, result, flush=True)
             results[checkpoint].setdefault(name, {})[length] = result
-    record = {
-        "provenance": origin,
-        "lengths": results[True],
-        "without_checkpointing": results[False],
-    }
+    record: dict[str, Any] = {"provenance": origin}
+    before = {}
+    if set(options.libraries) < set(LONGEST):
+        before = json.loads((RESULTS / "memory.json").read_text())
+        record["earlier"] = before["provenance"]
+    for checkpoint, name in ((True, "lengths"), (False, "without_checkpointing")):
+        merged = before.get(name, {}) | results[checkpoint]
+        record[name] = {library: merged[library] for library in LONGEST if library in merged}
     print(write_result("memory", record))
 
 

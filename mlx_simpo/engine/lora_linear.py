@@ -6,8 +6,9 @@ Here scale and sums are part of matrix products (mx.addmm): three operations, an
 
     dZ = scale · dY Bᵀ      dB = scale · Zᵀ dY      dA = Xᵀ dZ      dX = dY Wᵀ + dZ Aᵀ      (Z = XA)
 
-A and B are float32 whatever the base model's dtype, and so are their products. In half precision
-X becomes float32 first: once for all layers that read the same X, within a `SharedWork`.
+A and B are float32 while they train, whatever the base model's dtype, and so are their products. In
+half precision X becomes float32 first: once for all layers that read the same X, within a
+`SharedWork`.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,13 +33,14 @@ class SharedWork:
     """
 
     def __init__(self) -> None:
-        self.weights: dict[int, tuple[mx.array, mx.array]] = {}  # by the base layer's id
+        # By the ids of the base layer and of A: several adapters may have the same base layer.
+        self.weights: dict[tuple[int, int], tuple[mx.array, mx.array]] = {}
         self.is_last = False
         self._rows: tuple[mx.array, mx.array, mx.array] | None = None
 
     def rows(self, x: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """Return `_rows` of x; the same arrays if the layer before this one read the same x."""
-        if self._rows is None or self._rows[0] is not x:
+        if self._rows is None or self._rows[0] is not x or self._rows[2].dtype != dtype:
             self._rows = (x, *_rows(x, dtype))
         return self._rows[1:]
 
@@ -72,14 +74,17 @@ def lora_operation() -> LoRA:
     ) -> mx.array:
         shared = _shared.get()
         is_summed = False
+        dtype = mx.result_type(x, lora_a, lora_b)
+        name = id(linear), id(lora_a)
         if shared is None:
-            rows, wide_rows = _rows(x, lora_a.dtype)
+            rows, wide_rows = _rows(x, dtype)
         else:
-            rows, wide_rows = shared.rows(x, lora_a.dtype)
-            lora_a, lora_b = shared.weights.get(id(linear), (lora_a, lora_b))
+            rows, wide_rows = shared.rows(x, dtype)
+            lora_a, lora_b = shared.weights.get(name, (lora_a, lora_b))
             is_summed = not shared.is_last
+        lora_a, lora_b = lora_a.astype(dtype), lora_b.astype(dtype)
         if not linear._no_grad.issuperset(linear):  # ours would be without its weights' gradient
-            out = _forward(linear, scale, rows, wide_rows, lora_a, lora_b)[0]
+            out = _forward(linear, scale, rows, rows.astype(dtype), lora_a, lora_b)[0]
         else:
             key = (id(linear), scale, is_summed)
             if key not in functions:
@@ -87,7 +92,7 @@ def lora_operation() -> LoRA:
                 functions[key] = linear, _with_gradient(linear, scale, is_summed=is_summed)
             out, _, *weights = functions[key][1](rows, wide_rows, lora_a, lora_b)
             if is_summed:
-                shared.weights[id(linear)] = tuple(weights)  # type: ignore[union-attr]
+                shared.weights[name] = tuple(weights)  # type: ignore[union-attr]
         return out.reshape(*x.shape[:-1], -1)
 
     return compute
@@ -127,9 +132,10 @@ def _with_gradient(linear: nn.Module, scale: float, *, is_summed: bool) -> _Func
         d_a = wide_rows.T @ d_z if later_a is None else mx.addmm(later_a, wide_rows.T, d_z)
         d_b = mx.addmm(later_b, z.T, wide_d_out, alpha=scale)
         d_rows = _input_gradient(linear, rows, d_out)
-        if d_rows.dtype == z.dtype:
-            return mx.addmm(d_rows, d_z, lora_a.T), wide_rows, d_a, d_b
-        return d_rows, d_z @ lora_a.T, d_a, d_b
+        # Of a base layer in another dtype than its input, d_rows is in that dtype.
+        if rows.dtype == wide_rows.dtype:
+            return mx.addmm(d_rows.astype(z.dtype), d_z, lora_a.T), wide_rows, d_a, d_b
+        return d_rows.astype(rows.dtype), d_z @ lora_a.T, d_a, d_b
 
     return forward  # type: ignore[return-value]
 

@@ -44,6 +44,35 @@ def shared_prefix_logps(
         float32 [2B], in nats per token: the B chosen responses, then the B rejected ones.
     """
     saves = training and not is_checkpointed(model)
+    hidden = _hidden_states(model, prefix_tokens, groups, prefix_length, saves=saves)
+    saving_layers = len(model.layers) if saves else 1
+    positions = prefix_tokens.size + sum(tokens.size for tokens, _ in groups)
+    beside_trunk = chunk_logits_beside_trunk(positions, hidden.shape[1], saving_layers)
+    logps = token_logps(
+        model,
+        head,
+        hidden[hidden_indices],
+        targets,
+        training=training,
+        implementation=implementation,
+        chunk_logits=min(chunk_logits, beside_trunk),
+    )
+    loss_mask = mx.arange(logp_indices.shape[1]) < response_lengths[:, None]
+    return mx.where(loss_mask, logps[logp_indices], 0.0).sum(axis=-1) / response_lengths
+
+
+def _hidden_states(
+    model: Any,
+    prefix_tokens: mx.array,
+    groups: Sequence[tuple[mx.array, mx.array]],
+    prefix_length: int,
+    *,
+    saves: bool,
+) -> mx.array:
+    """Return the hidden states [positions, D] that ``hidden_indices`` count, from all passes.
+
+    saves: whether what the layers compute is saved for the backward pass.
+    """
     shared = SharedWork()
 
     def sharing(*, is_last: bool) -> AbstractContextManager[None]:
@@ -62,18 +91,4 @@ def shared_prefix_logps(
     for number, (tokens, prefix_index) in enumerate(groups, start=1):
         with sharing(is_last=number == len(groups)):
             hidden.append(run_continuations(model, tokens, prefix, prefix_index))
-    flat = mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])
-    saving_layers = len(model.layers) if saves else 1
-    positions = prefix_tokens.size + sum(tokens.size for tokens, _ in groups)
-    beside_trunk = chunk_logits_beside_trunk(positions, flat.shape[1], saving_layers)
-    logps = token_logps(
-        model,
-        head,
-        flat[hidden_indices],
-        targets,
-        training=training,
-        implementation=implementation,
-        chunk_logits=min(chunk_logits, beside_trunk),
-    )
-    loss_mask = mx.arange(logp_indices.shape[1]) < response_lengths[:, None]
-    return mx.where(loss_mask, logps[logp_indices], 0.0).sum(axis=-1) / response_lengths
+    return mx.concatenate([h.reshape(-1, h.shape[-1]) for h in hidden])

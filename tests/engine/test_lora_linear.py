@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.gradients import greatest_difference
 from helpers.graphs import ELEMENTWISE, PRODUCTS, count, primitives
+from mlx.utils import tree_map
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_simpo.engine import operations
@@ -127,6 +128,60 @@ def test_weights_that_are_not_frozen_get_their_gradient() -> None:
     for name, gradient in theirs.items():
         assert mx.abs(gradient).max() > 1
         assert mx.allclose(ours[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_has_its_gradient_where_the_base_layer_trains() -> None:
+    lora = layer("bias")
+    lora.linear.unfreeze()
+    primals = (inputs(5), lora.lora_a, lora.lora_b)
+    ours, theirs = (
+        named(gradients(compute(lora, operation), *primals))
+        for operation in (lora_operation(), None)
+    )
+    assert greatest_difference(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("adapter", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("base", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_mixed_dtypes(dtype: mx.Dtype, base: mx.Dtype, adapter: mx.Dtype) -> None:
+    """Some checkpoints hold a few layers in another dtype, and an adapter may be in any: as near to
+    float32 as mlx-lm is."""
+    lora, exact = layer("bias", base), layer("bias", mx.float32)
+    exact.linear.update(tree_map(lambda p: p.astype(mx.float32), lora.linear.parameters()))
+    primals = [inputs(200, dtype=dtype), lora.lora_a.astype(adapter), lora.lora_b.astype(adapter)]
+    wide = [primal.astype(mx.float32) for primal in primals]
+    expected = named(gradients(compute(exact, None), *wide))
+    ours, theirs = (
+        gradients(compute(lora, operation), *primals) for operation in (lora_operation(), None)
+    )
+    assert [a.dtype for a in ours] == [a.dtype for a in theirs]
+    for name, actual in named(ours).items():
+        limit = np.std(named(theirs)[name] - expected[name])
+        assert np.std(actual - expected[name]) <= 1.1 * limit + 1e-6 * np.std(expected[name]), name
+
+
+def test_two_layers_on_the_same_base_layer() -> None:
+    one, other = layer(), layer(seed=1)
+    other.linear = one.linear
+    operation = lora_operation()
+
+    def total(x: mx.array, a: mx.array, b: mx.array, c: mx.array, d: mx.array) -> mx.array:
+        outs, shared = [], SharedWork()
+        for number, part in enumerate(mx.split(x, 2)):
+            with shared.in_pass(is_last=number == 1):
+                outs += [compute(one, operation)(part, a, b), compute(other, operation)(part, c, d)]
+        return mx.concatenate(outs)
+
+    def expected(x: mx.array, a: mx.array, b: mx.array, c: mx.array, d: mx.array) -> mx.array:
+        outs = []
+        for part in mx.split(x, 2):
+            outs += [compute(one, None)(part, a, b), compute(other, None)(part, c, d)]
+        return mx.concatenate(outs)
+
+    primals = (inputs(6), one.lora_a, one.lora_b, other.lora_a, other.lora_b)
+    ours, theirs = (named(gradients(f, *primals)) for f in (total, expected))
+    assert greatest_difference(ours, theirs) < 1e-5
 
 
 def in_passes(lora: Any, operation: LoRA, *, shares: bool) -> Callable:

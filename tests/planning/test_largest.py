@@ -60,13 +60,14 @@ def test_no_micro_batch_of_the_run_is_larger_by_much(
 ) -> None:
     if on_gpu:
         monkeypatch.setattr("mlx_simpo.engine.figures.is_gpu", lambda: True)
-    monkeypatch.setattr(largest, "PLANNED_STEPS", 8)
+    monkeypatch.setattr(largest, "PLANNED_STEPS", 12)
     pairs, config = some_pairs(400), step_config(**options)
     steps = 2 * len(pairs) // config.train.step_pairs
     everything = all_micro_batches(pairs, config, ENGINES[engine], steps)
     expected = max(size(part, ENGINES[engine]) for part in everything)
     result = largest_micro_batch(pairs, config, ENGINES[engine], steps)
-    # Of 100 steps and more, 16 are planned here; the rankings do not know what a prompt saves.
+    # Of 50 steps and more, up to 24 are planned here; the rankings do not know what a prompt saves,
+    # nor how a step's pairs are arranged.
     assert size(result.pairs, ENGINES[engine]) >= 0.97 * expected
     assert result.positions == ENGINES[engine].collate(result.pairs).positions
 
