@@ -175,16 +175,16 @@ def test_layers_of_a_pass_share_the_arrays_of_its_mask(
     tile_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = (130, 20, 4, 2)
-    primals = random_inputs(shape)[:3]
-    mx.eval(primals)
+    queries, keys, values, _ = random_inputs(shape)
+    mx.eval(queries, keys, values)
 
     def layers(mask: mx.array | str | None) -> list[mx.array]:
-        return [attention(*primals, SCALE, mask, tile_scores) for _ in range(3)]
+        return [attention(queries, keys, values, SCALE, mask, tile_scores) for _ in range(3)]
 
     apart, shared = layers("causal"), layers(CausalMask())
     mask = CausalMask()
     layers(mask)
-    tiles = len(split_into_tiles(primals[0].shape, 150, tile_scores, causal=True))
+    tiles = len(split_into_tiles(queries.shape, 150, tile_scores, causal=True))
     assert len(mask.biases) == tiles
     assert [primitives(*outs)["Select"] for outs in (apart, shared)] == [3 * tiles, tiles]
     for one, two in zip(apart, shared, strict=True):
@@ -200,6 +200,7 @@ def test_a_mask_serves_layers_of_other_heads_and_dtypes() -> None:
     """As in a model whose layers differ."""
     mask = CausalMask()
     for heads, dtype in [(4, mx.float32), (2, mx.float32), (4, mx.float16), (4, mx.float32)]:
-        primals = [a.astype(dtype) for a in random_inputs((9, 4, heads, 2))[:3]]
-        expected = our_attention("causal", *primals)
-        np.testing.assert_array_equal(our_attention(mask, *primals), expected)
+        q, k, v, _ = (a.astype(dtype) for a in random_inputs((9, 4, heads, 2)))
+        np.testing.assert_array_equal(
+            our_attention(mask, q, k, v), our_attention("causal", q, k, v)
+        )
