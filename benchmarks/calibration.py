@@ -15,7 +15,8 @@ from mlx_simpo.data.mixing import epoch_order
 from mlx_simpo.engine.calibration import Calibration, calibrate, calibration_table
 from mlx_simpo.engine.choice import Engine, configured_engine
 from mlx_simpo.engine.figures import default_figures
-from mlx_simpo.engine.pass_timing import PassCosts, typical_lengths
+from mlx_simpo.engine.pass_timing import PassCosts
+from mlx_simpo.engine.trial_shapes import typical_lengths
 from mlx_simpo.training.step import collate_step, step_gradients
 from mlx_simpo.training.trainer import create_gradient_function
 

@@ -59,26 +59,25 @@ CHIPS = {
 
 
 def stand_in(
-    forward: Callable[..., mx.array], backward: Callable[..., tuple[mx.array, ...]]
+    forward: Callable[..., mx.array], backward: Callable[..., Any]
 ) -> Callable[..., mx.array]:
-    """Return a function of one primitive with a gradient of one primitive, never computed."""
+    """Return a function of one primitive with a gradient of one primitive, never computed.
+
+    Args:
+        backward: (primals, gradient of the output) → gradients.
+    """
     function = mx.custom_function(forward)
-    function.vjp(lambda primals, cotangent, output: backward(*_tuple(primals), cotangent))
+    function.vjp(lambda primals, cotangent, output: backward(primals, cotangent))
     return function  # type: ignore[return-value]
-
-
-def _tuple(primals: Any) -> tuple:
-    return primals if isinstance(primals, tuple | list) else (primals,)
 
 
 _rms_norm = stand_in(mx.arcsin, lambda x, d: mx.arccos(d))
 _rope = stand_in(mx.arcsinh, lambda x, d: mx.arcsinh(d))
 _attention = stand_in(
     lambda q, k, v: mx.arctanh(mx.depends([q], [k, v])[0]),
-    lambda q, k, v, d: (
-        mx.arctan(mx.depends([d], [q, k, v])[0]),
-        mx.sinh(mx.depends([k], [d])[0]),
-        mx.sinh(mx.depends([v], [d])[0]),
+    lambda qkv, d: (
+        mx.arctan(mx.depends([d], list(qkv))[0]),
+        *(mx.sinh(mx.depends([array], [d])[0]) for array in qkv[1:]),
     ),
 )
 
@@ -105,8 +104,8 @@ def as_on_a_gpu(with_attention: bool) -> Iterator[None]:
     mx.fast.rms_norm, mx.fast.rope = fast
 
 
-def measured(options: argparse.Namespace) -> dict[str, Any]:
-    """Count and time the first micro-batch of each batch, in the version on this process's path."""
+def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Count and time the graphs of each batch's step, in the version on this process's path."""
     from adapter_base import add_lora
     from libraries.ours import encoded
     from mlx.utils import tree_flatten
@@ -132,8 +131,9 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             seconds = []
             for _ in range(options.repeats):
                 started = time.process_time()
-                metrics, gradients = run(*arrays)
+                run(*arrays)
                 seconds.append(time.process_time() - started)
+            metrics, gradients = run(*arrays)
             outputs = [*metrics.values(), *(g for _, g in tree_flatten(gradients))]
             graph = Graph(outputs, STAND_INS if options.variant != "cpu" else None)
             prefix_tokens, groups = micro_batch.arrays[:2]
@@ -245,7 +245,6 @@ def main() -> None:
         },
     }
     print(write_result("primitives", record))
-
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from ..device import is_gpu
 from ..engine.calibration import BUDGET_S, Calibration, calibrate, calibration_table
 from ..engine.choice import choose_engine, shared_prefix_engine
 from ..engine.figures import default_figures
-from ..engine.pass_timing import typical_lengths
+from ..engine.trial_shapes import typical_lengths
 from ..errors import SimPOError
 from ..kernels.choice import BUILT_IN, Implementation, Name, choose_implementation
 from ..planning.memory_limits import memory_limits

@@ -12,8 +12,9 @@ from .figures import AttentionName, Figures
 from .fused_attention import check_fused_attention, has_fused_gradient
 from .operation_choice import AttentionSetting, attention_in_blocks, fused_attention
 from .operations import Attention, AttentionCall
-from .pass_timing import SECOND_AT_MOST, Lengths, shape_of
+from .pass_timing import SECOND_AT_MOST
 from .stopwatch import Stopwatch, Work
+from .trial_shapes import Lengths, shape_of
 
 TILES = (2**19, 2**22, 2**24)  # scores that the blocks compute at once
 # Where times differ by less, the one that needs less memory is chosen.

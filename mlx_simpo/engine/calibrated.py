@@ -26,7 +26,7 @@ from ..version import __version__
 from .calibration import Calibration, calibrate
 from .choice import Engine, check_gradient, configured_engine, shared_prefix_engine
 from .figures import Figures
-from .pass_timing import Lengths, typical_lengths
+from .trial_shapes import Lengths, typical_lengths
 
 FORMAT = 1  # of the cached files; another number whenever something else is measured
 EARLIER = "measured earlier on this machine"

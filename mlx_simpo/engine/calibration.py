@@ -27,18 +27,15 @@ from .head_timing import HeadCosts, time_head
 from .pass_timing import (
     SIZES,
     SMALL,
-    Lengths,
     PassCosts,
     PassTiming,
-    Shape,
     costs_at_ratio,
     fit,
     has_two_sizes,
-    pairs_of,
-    shape_of,
     time_passes,
 )
 from .stopwatch import Stopwatch, Work, undisturbed
+from .trial_shapes import Lengths, Shape, pairs_of, shape_of
 
 BUDGET_S = 3.0
 ATTENTION_SHARE, PASSES_SHARE = 0.2, 0.7  # of what is left of the budget

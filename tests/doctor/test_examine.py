@@ -18,7 +18,7 @@ from mlx_simpo.doctor.examine import (
 )
 from mlx_simpo.engine.calibration import Calibration
 from mlx_simpo.engine.figures import CPU
-from mlx_simpo.engine.pass_timing import typical_lengths
+from mlx_simpo.engine.trial_shapes import typical_lengths
 
 MEASURED = Calibration(CPU, 1.0, 1e-3, 1e-4, 1e-4, 512, True)
 NOTHING = Calibration(CPU, 1.0, None, None, None, 0, False)

@@ -7,11 +7,12 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.graphs import ELEMENTWISE, PRODUCTS, count, primitives
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_simpo.engine import attention as module
-from mlx_simpo.engine.attention import attention, split_into_tiles
+from mlx_simpo.engine.attention import CausalMask, attention, split_into_tiles
 from mlx_simpo.engine.figures import CPU, GPU
 
 SCALE = 0.3
@@ -155,3 +156,50 @@ def test_memory_grows_with_the_length_and_not_with_its_square(
         return mx.get_peak_memory() - mx.get_active_memory()
 
     assert peak(4096) < 2.2 * peak(2048)
+
+
+def test_one_tile_takes_six_products_and_three_steps_of_the_softmax() -> None:
+    """Scale and mask are within the products, and there is nothing to add up."""
+    *primals, d_out = random_inputs((40, 20, 4, 2))
+    mx.eval(primals, d_out)
+    out, gradients = mx.vjp(partial(our_attention, None), primals, [d_out])
+    names = primitives(*out, *gradients)
+    assert count(names, *PRODUCTS) == 6
+    assert (count(names, *ELEMENTWISE), names["Sum"], names["Softmax"]) == (3, 1, 1)
+    sums = ("Full", "Scatter", "SliceUpdate", "SliceUpdate Sum", "Concatenate", "Slice")
+    assert count(names, *sums) == 0
+
+
+@pytest.mark.parametrize("tile_scores", [1, CPU.tile_scores])
+def test_layers_of_a_pass_share_the_arrays_of_its_mask(
+    tile_scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (130, 20, 4, 2)
+    primals = random_inputs(shape)[:3]
+    mx.eval(primals)
+
+    def layers(mask: mx.array | str | None) -> list[mx.array]:
+        return [attention(*primals, SCALE, mask, tile_scores) for _ in range(3)]
+
+    apart, shared = layers("causal"), layers(CausalMask())
+    mask = CausalMask()
+    layers(mask)
+    tiles = len(split_into_tiles(primals[0].shape, 150, tile_scores, causal=True))
+    assert len(mask.biases) == tiles
+    assert [primitives(*outs)["Select"] for outs in (apart, shared)] == [3 * tiles, tiles]
+    for one, two in zip(apart, shared, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+    monkeypatch.setattr(module, "MAX_SAVED_SCORES", 0)  # long sequences: their masks would add up
+    mask = CausalMask()
+    layers(mask)
+    assert mask.biases == {}
+
+
+def test_a_mask_serves_layers_of_other_heads_and_dtypes() -> None:
+    """As in a model whose layers differ."""
+    mask = CausalMask()
+    for heads, dtype in [(4, mx.float32), (2, mx.float32), (4, mx.float16), (4, mx.float32)]:
+        primals = [a.astype(dtype) for a in random_inputs((9, 4, heads, 2))[:3]]
+        expected = our_attention("causal", *primals)
+        np.testing.assert_array_equal(our_attention(mask, *primals), expected)

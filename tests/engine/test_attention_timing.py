@@ -17,8 +17,8 @@ from mlx_simpo.engine.attention_timing import (
     time_attention,
 )
 from mlx_simpo.engine.figures import CPU
-from mlx_simpo.engine.pass_timing import Lengths
 from mlx_simpo.engine.stopwatch import Stopwatch
+from mlx_simpo.engine.trial_shapes import Lengths
 
 LENGTHS = Lengths(64, 128)
 

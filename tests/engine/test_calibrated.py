@@ -16,7 +16,7 @@ from mlx_simpo.engine.calibrated import calibration_folder, load_or_calibrate, r
 from mlx_simpo.engine.calibration import Calibration
 from mlx_simpo.engine.choice import REFERENCE
 from mlx_simpo.engine.figures import CPU, Figures, default_figures
-from mlx_simpo.engine.pass_timing import Lengths
+from mlx_simpo.engine.trial_shapes import Lengths
 
 CONFIG = replace(step_config(), logps=LogpsConfig("mlx"))
 LENGTHS = Lengths(16, 32)

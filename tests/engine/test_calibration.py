@@ -24,8 +24,9 @@ from mlx_simpo.engine.calibration import (
 from mlx_simpo.engine.choice import shared_prefix_engine
 from mlx_simpo.engine.figures import CPU, default_figures
 from mlx_simpo.engine.head_timing import HeadCosts
-from mlx_simpo.engine.pass_timing import Lengths, PassTiming, shape_of, typical_lengths
+from mlx_simpo.engine.pass_timing import PassTiming
 from mlx_simpo.engine.stopwatch import Measurement, Stopwatch
+from mlx_simpo.engine.trial_shapes import Lengths, shape_of, typical_lengths
 from mlx_simpo.model.adapters import flat_arrays
 
 LENGTHS = Lengths(16, 24)

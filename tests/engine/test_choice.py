@@ -119,7 +119,9 @@ def test_the_trial_notices(defect: str, name: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(
             shared_prefix,
             "run_continuations",
-            lambda model, tokens, prefix, index: continuations(model, tokens, prefix, 0 * index),
+            lambda model, tokens, prefix, index: continuations(
+                model, tokens, prefix, mx.zeros(len(tokens), mx.int32)
+            ),
         )
     engine = choose_engine("shared_prefix", model)
     assert engine.name == "reference"

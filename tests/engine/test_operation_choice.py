@@ -83,13 +83,14 @@ def expected_calls(
     """One a layer and pass, but for passes of so few tokens that a GPU would not fuse them.
 
     Of a prefix's last layer only keys and values are used, and its attention has no gradient;
-    unless the layer is checkpointed as a whole.
+    unless the layer is checkpointed as a whole, or the pass goes on with a response, as that of a
+    single pair does.
     """
     prefix, groups = engine.collate(pairs).arrays[:2]
     lengths = [prefix.shape[1], *(tokens.shape[1] for tokens, _ in groups)]
     assert any(length < LEAST_QUERIES for length in lengths)
     passes = sum(length >= LEAST_QUERIES for length in lengths)
-    return len(model.layers) * passes - (not checkpointing)
+    return len(model.layers) * passes - (not checkpointing and len(pairs) > 1)
 
 
 def in_bfloat16(model: Any) -> Any:
@@ -264,12 +265,14 @@ def test_the_engine_of_a_run_on_a_gpu() -> None:
         assert fused_calls(model, engine) == expected_calls(model, engine)
 
 
-def train(model: Any, engine: Engine, *, checkpointing: bool) -> dict[str, np.ndarray]:
+def train(
+    model: Any, engine: Engine, pairs: Sequence[EncodedPair] = PAIRS, *, checkpointing: bool = False
+) -> dict[str, np.ndarray]:
     """The weights after two optimizer steps."""
     settings = TrainConfig(
         batch_size=2, steps=2, learning_rate=1e-3, gradient_checkpointing=checkpointing
     )
-    for _ in train_steps(model, PAIRS, SimPOConfig(model="tiny", train=settings), engine):
+    for _ in train_steps(model, pairs, SimPOConfig(model="tiny", train=settings), engine):
         pass
     return weights(model)
 
@@ -296,14 +299,19 @@ def test_training_steps(defect: Defect | None, checkpointing: bool) -> None:
 
 
 def test_a_wrong_gradient_would_change_the_weights() -> None:
-    """Of the test above: the planted gradients are wrong enough for it to fail without a check."""
+    """Of the test above: the planted gradients are wrong enough for it to fail without a check.
+
+    Both responses are long enough for a GPU to fuse them; of a pair, one goes on from the prompt in
+    its pass, and the other has fewer queries than keys.
+    """
+    pairs = [pair(40, 20, 12), pair(35, 30, 60)]
     model = architecture_with_lora()
-    expected = train(model, engine_of(model, "blocks"), checkpointing=False)
+    expected = train(model, engine_of(model, "blocks"), pairs)
     model = architecture_with_lora()
     with fused_attention_stand_in() as stand_in:
         engine = engine_of(model)
         stand_in.defect = wrong_with_fewer_queries
-        actual = train(model, engine, checkpointing=False)
+        actual = train(model, engine, pairs)
     assert greatest_difference(actual, expected) > 1e-2
 
 

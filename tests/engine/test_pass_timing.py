@@ -2,28 +2,21 @@
 
 import math
 
-import numpy as np
 import pytest
 from helpers.clock import FakeClock
-from helpers.tiny import token_pair as pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_simpo.engine.collate_shared import collate_shared
 from mlx_simpo.engine.pass_timing import (
     SIZES,
     SMALL,
-    Lengths,
     PassTiming,
-    Shape,
     costs_at_ratio,
     fit,
-    pairs_of,
-    shape_of,
     time_passes,
-    typical_lengths,
 )
 from mlx_simpo.engine.stopwatch import Measurement, Stopwatch
+from mlx_simpo.engine.trial_shapes import Lengths, Shape, shape_of
 
 TYPICAL = Lengths(64, 128)
 LENGTHS = st.builds(Lengths, st.integers(2, 300), st.integers(2, 300))
@@ -60,46 +53,6 @@ def timed(
         watch, lambda s: clock.work(seconds(s)), lengths, small_s, max_positions, free_bytes
     )
     return timings, clock.now
-
-
-# --- the micro-batches -----------------------------------------------------------------------
-
-
-@given(st.integers(4, 4096), LENGTHS, st.sampled_from([2, 3]))
-@settings(deadline=None, max_examples=60)
-def test_pairs_of_a_shape_run_in_its_passes_and_positions(
-    positions: int, lengths: Lengths, passes: int
-) -> None:
-    shape = shape_of(positions, lengths)._replace(passes=passes)
-    batch = collate_shared(pairs_of(shape), 0)
-    assert (batch.passes, batch.positions, batch.padding) == (passes, shape.positions, 0)
-    assert batch.prefix_tokens.shape == (shape.pairs, shape.lengths.prefix)
-    assert batch.hidden_indices.size == 2 * shape.pairs  # next to nothing for the head
-
-
-@pytest.mark.parametrize(
-    ("positions", "shape"),
-    [
-        (64, Shape(1, Lengths(12, 26))),
-        (320, Shape(1, TYPICAL)),
-        (1024, Shape(3, TYPICAL)),
-    ],
-)
-def test_sizes_are_whole_pairs_or_a_shorter_one(positions: int, shape: Shape) -> None:
-    assert shape_of(positions, TYPICAL) == shape
-
-
-def test_the_typical_pair_is_the_one_with_the_middle_position() -> None:
-    """Most pairs are short, but most of the time goes into the long ones."""
-    pairs = [pair(17, 15, 17)] * 9 + [pair(129, 256, 256)] * 2
-    assert typical_lengths(pairs) == Lengths(128, 256)
-    assert typical_lengths(pairs[:10]) == Lengths(128, 256)
-    assert typical_lengths([*pairs[:9], pair(129, 100, 100)]) == Lengths(16, 16)
-
-
-def test_lengths_that_differ_little_are_the_same() -> None:
-    assert typical_lengths([pair(121, 240, 250)]) == typical_lengths([pair(131, 270, 262)])
-    assert typical_lengths([pair(1, 1, 1)]) == Lengths(4, 4)
 
 
 # --- the line through them -------------------------------------------------------------------
@@ -184,10 +137,3 @@ def test_nothing_runs_that_will_not_fit_into_memory() -> None:
     """A position takes 1 MB, and half of 1 GB may be used."""
     timings, _ = timed(1e-9, 1e-5, position_bytes=10**6, free_bytes=1e9)
     assert max(t.shape.positions for t in timings) == 320
-
-
-def test_random_tokens_are_not_drawn() -> None:
-    """What is measured must not move the run's random numbers."""
-    state = np.random.get_state()[1].copy()  # type: ignore[union-attr]
-    pairs_of(shape_of(512, TYPICAL))
-    assert (np.random.get_state()[1] == state).all()  # type: ignore[union-attr]

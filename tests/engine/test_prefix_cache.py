@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.architectures import ARCHITECTURES, architecture
+from helpers.graphs import primitives
 from helpers.tiny import tiny_model
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import ssm
@@ -16,10 +17,12 @@ from mlx_simpo.engine.prefix_cache import (
     PrefixKVCache,
     PrefixStates,
     cache_arrays,
+    can_extend_prefix,
     empty_caches,
     is_prefix_cache,
     reason_not_shareable,
     run_continuations,
+    run_first,
     run_prefix,
     set_arrays,
     with_arrays,
@@ -47,6 +50,40 @@ def test_continuations_see_their_own_prefix(prefix_length: int, name: str) -> No
     actual = run_continuations(model, continuations, prefix, index)
     expected = trunk_of(model)(TOKENS, cache=None)[index][:, prefix_length:]
     np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_all_prefixes_in_their_order_need_no_index(repeats: int, name: str) -> None:
+    """The same hidden states, without a gather for each layer's arrays."""
+    model = architecture(name)
+    prefix = run_prefix(model, TOKENS[:, :4])
+    index = mx.array([0, 1] * repeats)
+    mx.eval([cache_arrays(cache) for cache in prefix], index)
+    tokens = TOKENS[index][:, 4:]
+    with_index, without = (run_continuations(model, tokens, prefix, i) for i in (index, None))
+    gathers = [primitives(hidden)["Gather"] for hidden in (with_index, without)]
+    arrays: Any = tree_flatten([cache_arrays(cache) for cache in prefix])
+    assert gathers[0] - gathers[1] == len(arrays)
+    np.testing.assert_array_equal(with_index, without)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("prefix_length", [1, 3, 5])
+def test_a_prefix_in_one_pass_with_what_follows_it(prefix_length: int, name: str) -> None:
+    model = architecture(name)
+    assert can_extend_prefix(model)
+    hidden, prefix = run_first(model, TOKENS, prefix_length)
+    np.testing.assert_allclose(hidden, trunk_of(model)(TOKENS, cache=None), atol=1e-5)
+    actual, expected = arrays_of(prefix), arrays_of(run_prefix(model, TOKENS[:, :prefix_length]))
+    assert actual.keys() == expected.keys()
+    for key, array in expected.items():
+        np.testing.assert_allclose(actual[key], array, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba", "qwen3_5", "falcon_h1"])
+def test_a_recurrent_state_is_not_within_that_of_a_longer_sequence(name: str) -> None:
+    assert not can_extend_prefix(architecture(name))
 
 
 @pytest.mark.parametrize("name", KINDS)

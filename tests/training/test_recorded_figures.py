@@ -23,8 +23,9 @@ from mlx_simpo.engine import calibrated, calibration
 from mlx_simpo.engine.calibrated import calibration_folder
 from mlx_simpo.engine.calibration import Calibration
 from mlx_simpo.engine.figures import default_figures
-from mlx_simpo.engine.pass_timing import Lengths, PassTiming, shape_of
+from mlx_simpo.engine.pass_timing import PassTiming
 from mlx_simpo.engine.stopwatch import Measurement
+from mlx_simpo.engine.trial_shapes import Lengths, shape_of
 from mlx_simpo.runs.checkpoints import list_checkpoints
 from mlx_simpo.runs.manifest import MANIFEST, write_manifest
 from mlx_simpo.training.resuming import PROGRESS, recorded_figures
