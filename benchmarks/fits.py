@@ -13,9 +13,9 @@ Bytes of training, by what holds them:
 - or the head's chunk, HEAD_BYTES per logit, if that is more: they are not in memory together.
 
 LAYER_COPIES is fitted to the peaks that were measured on a Linux CPU in float32
-(results/memory.json) such that none is above the formula, and HEAD_BYTES is what `token_logps` says of it. macOS lets the GPU use about
-two thirds of up to 36 GB and three quarters of more (MLX's max_recommended_working_set_size says
-how much); MARGIN of that is left free.
+(results/memory.json) such that none is above the formula; HEAD_BYTES is what `token_logps` says of
+it. macOS lets the GPU use about two thirds of up to 36 GB and three quarters of more (MLX's
+max_recommended_working_set_size says how much); MARGIN of that is left free.
 """
 
 import json
