@@ -5,6 +5,7 @@
 Whatever is between <!-- NAME --> and <!-- /NAME --> is replaced.
 """
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -107,11 +108,14 @@ def memory() -> dict[str, str]:
         "| tokens | " + " | ".join(record["lengths"]) + " |",
         "|---|" + "---|" * len(record["lengths"]),
     ]
-    for name, by_length in record["lengths"].items():
+    for style, (name, by_length) in zip(
+        itertools.cycle(("-", "--", "-.", ":")), record["lengths"].items(), strict=False
+    ):
         axis.plot(
             [int(n) for n in by_length],
             [r.get("peak_gb") for r in by_length.values()],
             marker="o",
+            linestyle=style,
             color=COLOURS.get(name, "#94a3b8"),
             label=name,
         )

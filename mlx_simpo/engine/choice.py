@@ -181,19 +181,19 @@ def disagreement_with_reference(model: Any, engine: Engine) -> str | None:
     """Return how ``engine`` differs from the reference on two short pairs; None if it does not.
 
     An architecture that nobody has tried can only be checked by what it computes. The pairs share a
-    prefix of 13 tokens, which two passes follow, of the two long and the two short sequences: each
-    pass has padding and another order than the prefixes, and what one of them left in a prefix's
-    state would reach the other. Where the engine runs prefixes and long sequences in one pass, that
-    is tried as well.
+    prefix of 13 tokens, which two passes follow, of the two long and the two short sequences, with
+    padding: what one of them left in a prefix's state would reach the other. Then each sequence has
+    a pass of its own, which takes its prefix from the others' by index. Where the engine runs
+    prefixes and long sequences in one pass, that is tried as well.
     """
     pairs = _random_pairs(vocabulary_size(model), [(14, 6, 17), (16, 16, 7)])
     expected = np.array(REFERENCE.logps(model, REFERENCE.collate(pairs).arrays, training=False))
     extends = can_extend_prefix(model)
     # Training and evaluation may compute with different operations, so both are tried.
-    trials = [(False, True), (False, False), *([(True, True)] if extends else [])]
+    trials = [(8, False, True), (0, False, False), *([(8, True, True)] if extends else [])]
     differences = []
-    for extends_prefix, training in trials:
-        arrays = collate_shared(pairs, pass_cost=8, extends_prefix=extends_prefix).arrays
+    for pass_cost, extends_prefix, training in trials:
+        arrays = collate_shared(pairs, pass_cost, extends_prefix=extends_prefix).arrays
         actual = np.array(engine.logps(model, arrays, training=training))
         differences.append(np.abs(actual - expected).max())
     difference = float(np.max(differences))  # NaN if one of them is

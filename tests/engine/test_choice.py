@@ -116,11 +116,11 @@ def test_the_trial_notices(defect: str, name: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(shared_prefix, "run_prefix", padded)
     else:  # every continuation follows the first prefix
         continuations = shared_prefix.run_continuations
-        monkeypatch.setattr(
-            shared_prefix,
-            "run_continuations",
-            lambda model, tokens, prefix, index: continuations(model, tokens, prefix, 0 * index),
-        )
+
+        def of_the_first(model: Any, tokens: mx.array, prefix: Any, index: Any) -> mx.array:
+            return continuations(model, tokens, prefix, mx.zeros(len(tokens), mx.int32))
+
+        monkeypatch.setattr(shared_prefix, "run_continuations", of_the_first)
     engine = choose_engine("shared_prefix", model)
     assert engine.name == "reference"
     assert "the prefix cannot be shared, its log-probabilities differ by" in engine.note
@@ -227,3 +227,21 @@ def test_other_errors_are_not_taken_for_a_missing_gradient(monkeypatch: pytest.M
 
     with pytest.raises(ValueError, match="shapes"):
         check_gradient(model, engine._replace(logps=failing))
+
+
+def test_the_trial_forks_prefixes_with_an_index_and_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    indices = []
+    original = shared_prefix.run_continuations
+
+    def recording(model: Any, tokens: mx.array, prefix: Any, index: Any) -> mx.array:
+        indices.append(index if index is None else index.tolist())
+        return original(model, tokens, prefix, index)
+
+    monkeypatch.setattr(shared_prefix, "run_continuations", recording)
+    for name in ("mamba", "llama"):
+        choose_engine("shared_prefix", architecture(name))
+        separate, extended = [None, None, [1], [0], [1], [0]], [None]
+        assert indices == separate + (extended if name == "llama" else [])
+        indices.clear()

@@ -14,6 +14,7 @@ from mlx_simpo.engine.collate_stacked import collate_stacked
 from mlx_simpo.engine.figures import CPU, GPU, Figures
 from mlx_simpo.engine.plan import (
     PAD_MULTIPLE,
+    arrange,
     cost,
     group_by_length,
     input_length,
@@ -97,6 +98,19 @@ def test_an_extended_prefix_never_costs_more(pairs: list[EncodedPair], pass_cost
         assert extended.positions == separate.positions
 
 
+@pytest.mark.parametrize(
+    ("pairs", "first"),
+    [
+        ([pair(9, 40, 12), pair(9, 12, 38)], [0, 3]),
+        ([pair(9, 100, 12), pair(9, 12, 14)], [2, 1]),  # the longer ones would be padded
+    ],
+)
+def test_the_sequences_that_extend_their_prefix_are_those_that_need_little_padding(
+    pairs: list[EncodedPair], first: list[int]
+) -> None:
+    assert arrange(pairs, 8, CPU.pass_cost, extends_prefix=True).first == first
+
+
 @given(PAIRS, FIGURES, st.booleans())
 @settings(deadline=None, max_examples=80)
 def test_a_shared_plan_costs_no_more_than_each_pair_alone(
@@ -137,12 +151,23 @@ def test_a_full_device_takes_no_more_pairs() -> None:
     assert plan_shared_prefix(pairs, 2, figures=full) == [[0], [1]]
 
 
+def test_pairs_join_by_what_they_cost_with_extended_prefixes() -> None:
+    """28 positions of padding are less than the two passes that are saved, and would be more than
+    the one that is saved where prefixes have a pass of their own."""
+    pairs = [pair(9, 40, 12), pair(9, 56, 24)]
+    assert CPU.pass_cost == 16
+    assert plan_shared_prefix(pairs, 2, figures=CPU, extends_prefix=True) == [[0, 1]]
+
+
 def test_the_prefix_ends_where_the_sequences_differ() -> None:
     """A prompt may be tokenized differently for the two responses (compat: official)."""
     one = TokenizedSequence(np.array([5, 6, 7, 8, 9, 3], np.int32), 4)
     two = TokenizedSequence(np.array([5, 6, 1, 8, 4, 2], np.int32), 5)
     assert shared_prefix_length(EncodedPair(one, two)) == 2
     assert shared_prefix_length(EncodedPair(one, one)) == 3
+    later = TokenizedSequence(one.tokens, 5)  # scored from there on, after the same tokens
+    assert shared_prefix_length(EncodedPair(one, later)) == 3
+    assert shared_prefix_length(EncodedPair(later, one)) == 3
     assert input_length(one) == 5
 
 
