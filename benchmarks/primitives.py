@@ -49,9 +49,9 @@ RANK = 16
 # What a small kernel costs: 3 200 of them, one after the other, took 7.7 to 8.8 ms on an M3 Ultra
 # (ml-explore/mlx issue 4521); others report 5 µs.
 START_MICROSECONDS = (2, 5)
-# 10^12 float32 operations/s, 10^9 bytes/s. Apple's own figures: the bandwidths, and the operations
-# of M1, M2 and M1 Max; the others are estimates from their cores of 128 lanes at the clocks that
-# are reported (1.6 to 1.9 GHz), without M5's matrix units for half precision.
+# 10^12 float32 operations/s, 10^9 bytes/s. Bandwidths, and the operations of M1, M2 and M1 Max, are
+# published; the other operations are estimates from GPU cores of 128 lanes at the clocks that are
+# reported (1.6 to 1.9 GHz), without M5's matrix units for half precision.
 CHIPS = {
     "M1": (2.6, 68),
     "M2": (3.6, 100),
