@@ -107,7 +107,12 @@ def test_value_and_gradient(
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_half_precision_is_as_near_to_float32_as_mlx_is(dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize("rows", [2, module.MIN_TILE_ROWS])
+def test_half_precision_is_as_near_to_float32_as_mlx_is(
+    rows: int, dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum over 75 tiles in half precision would be rounded 75 times."""
+    monkeypatch.setattr(module, "MIN_TILE_ROWS", rows)
     inputs, ours = random_inputs((150, 20, 4, 2)), partial(our_attention, tile_scores=1)
     exact = gradients(partial(ours, "causal"), inputs)
 
