@@ -5,6 +5,7 @@
 Whatever is between <!-- NAME --> and <!-- /NAME --> is replaced.
 """
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -107,11 +108,14 @@ def memory() -> dict[str, str]:
         "| tokens | " + " | ".join(record["lengths"]) + " |",
         "|---|" + "---|" * len(record["lengths"]),
     ]
-    for name, by_length in record["lengths"].items():
+    for style, (name, by_length) in zip(
+        itertools.cycle(("-", "--", "-.", ":")), record["lengths"].items(), strict=False
+    ):
         axis.plot(
             [int(n) for n in by_length],
             [r.get("peak_gb") for r in by_length.values()],
             marker="o",
+            linestyle=style,
             color=COLOURS.get(name, "#94a3b8"),
             label=name,
         )
@@ -171,9 +175,47 @@ def head() -> dict[str, str]:
     return {"head": "\n".join(lines)}
 
 
+def primitives() -> dict[str, str]:
+    record = load("primitives")
+    if record is None:
+        return {}
+    before, after = record["per_pair"]["before"], record["per_pair"]["after"]
+
+    def change(name: str, key: str, scale: float = 1.0) -> str:
+        one, two = (scale * version[name][key] for version in (before, after))
+        return f"{one:,.0f} → {two:,.0f}"
+
+    counts = [
+        "| graph, dtype | passes | primitives | that launch a kernel | | kernels | ms of Python |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in before:
+        passes = f"{before[name]['passes']:.2f} → {after[name]['passes']:.2f}"
+        saved = 1 - after[name]["launching"] / before[name]["launching"]
+        counts.append(
+            f"| {name} | {passes} | {change(name, 'primitives')} | {change(name, 'launching')} | "
+            f"−{100 * saved:.0f} % | {change(name, 'kernels')} | {change(name, 'seconds', 1e3)} |"
+        )
+    computed = record["computed_not_measured"]
+    variant = "gpu, mx.fast, bfloat16"
+    bounds = [computed["bounds"][version][variant] for version in ("before", "after")]
+    limits = [
+        "| | starting kernels, ms | reading weights, ms | products, ms |",
+        "|---|---|---|---|",
+    ]
+    for chip in computed["chips"]:
+        starts = ["–".join(f"{1e3 * s:.0f}" for s in b[chip]["start_s"]) for b in bounds]
+        weights = [f"{1e3 * b[chip]['weights_s']:.1f}" for b in bounds]
+        limits.append(
+            f"| {chip} | {' → '.join(starts)} | {' → '.join(weights)} | "
+            f"{1e3 * bounds[1][chip]['products_s']:.0f} |"
+        )
+    return {"primitives": "\n".join(counts), "primitives_computed": "\n".join(limits)}
+
+
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
-    blocks = {**steps(), **memory(), **overhead(), **head()}
+    blocks = {**steps(), **memory(), **overhead(), **head(), **primitives()}
     for path in PAGES:
         page = path.read_text(encoding="utf-8")
         for name, text in blocks.items():

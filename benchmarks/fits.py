@@ -10,11 +10,12 @@ Bytes of training, by what holds them:
 - activations of TOKENS positions, with gradient checkpointing: the input of each layer in bfloat16,
   and one layer's whole: 8 D + 5 F numbers (norms, projections, attention, MLP) in bfloat16 and the
   inputs of its LoRA layers in float32, 6 D + F; LAYER_COPIES times, for gradients and temporaries;
-- the head's chunk: 2^24 logits of HEAD_BYTES each.
+- or the head's chunk, HEAD_BYTES per logit, if that is more: they are not in memory together.
 
-LAYER_COPIES and HEAD_BYTES are fitted to the peaks that were measured on a Linux CPU in float32
-(results/memory.json). macOS lets the GPU use about two thirds of up to 36 GB and three quarters of
-more (MLX's max_recommended_working_set_size says how much); MARGIN of that is left free.
+LAYER_COPIES is fitted to the peaks that were measured on a Linux CPU in float32
+(results/memory.json) such that none is above the formula; HEAD_BYTES is what `token_logps` says of
+it. macOS lets the GPU use about two thirds of up to 36 GB and three quarters of more (MLX's
+max_recommended_working_set_size says how much); MARGIN of that is left free.
 """
 
 import json
@@ -22,11 +23,17 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from mlx_simpo.engine.token_logps import (
+    MAX_CHUNK_LOGITS,
+    MIN_CHUNK_ROWS,
+    chunk_logits_beside_trunk,
+)
+
 TOKENS = 2048
 RANK = 16
 MEMORY = (8, 16, 24, 32, 64)
-LAYER_COPIES = 3.3
-HEAD_BYTES = 26
+LAYER_COPIES = 2.8
+HEAD_BYTES = 28
 MARGIN = 0.15
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 
@@ -80,9 +87,11 @@ def gigabytes(
     one_layer = activation_bytes * (8 * d + 5 * f)
     if activation_bytes < 4:
         one_layer += 4 * (6 * d + f)
-    activations = tokens * (activation_bytes * shape.layers * d + LAYER_COPIES * one_layer)
-    total = weights * weight_bytes + 16 * lora + activations + HEAD_BYTES * 2**24
-    return total / 1e9
+    saved = tokens * activation_bytes * shape.layers * d
+    chunk = min(MAX_CHUNK_LOGITS, chunk_logits_beside_trunk(tokens, d, saving_layers=1))
+    head = HEAD_BYTES * max(chunk, MIN_CHUNK_ROWS * shape.vocabulary)
+    at_once = max(tokens * LAYER_COPIES * one_layer, head)
+    return (weights * weight_bytes + 16 * lora + saved + at_once) / 1e9
 
 
 def usable(memory: int) -> float:
@@ -112,7 +121,8 @@ def main() -> None:
             for shape in SHAPES
             if usable(smaller) < gigabytes(shape) <= usable(memory)
         ]
-        print(f"| {memory} GB | {', '.join(fits)} |")
+        if fits:
+            print(f"| {memory} GB | {', '.join(fits)} |")
 
 
 if __name__ == "__main__":

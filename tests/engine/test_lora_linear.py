@@ -66,8 +66,8 @@ def gradients(function: Callable, *primals: mx.array) -> list[mx.array]:
         out = function(*primals)
         return (out * d_out).sum(), out
 
-    (_, out), found = mx.value_and_grad(total, argnums=[*range(len(primals))])(*primals)
-    return [out, *found]
+    (_, out), vjps = mx.value_and_grad(total, argnums=[*range(len(primals))])(*primals)
+    return [out, *vjps]
 
 
 def named(arrays: list[mx.array]) -> dict[str, np.ndarray]:
