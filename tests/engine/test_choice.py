@@ -19,6 +19,7 @@ from mlx_simpo.engine.choice import (
     REFERENCE,
     check_gradient,
     choose_engine,
+    disagreement_with_reference,
     shared_prefix_engine,
 )
 
@@ -245,3 +246,22 @@ def test_the_trial_forks_prefixes_with_an_index_and_without(
         separate, extended = [None, None, [1], [0], [1], [0]], [None]
         assert indices == separate + (extended if name == "llama" else [])
         indices.clear()
+
+
+@pytest.mark.parametrize("wrong", [0.5, float("nan")])
+@pytest.mark.parametrize("where", ["training", "evaluation", "one pass for prefix and sequence"])
+def test_the_trial_notices_what_is_wrong_in_one_way_to_compute(where: str, wrong: float) -> None:
+    model = architecture("llama")
+    engine, kinds = shared_prefix_engine(model), set()
+
+    def logps(model: Any, arrays: tuple, training: bool) -> mx.array:
+        tokens, prefix_length = arrays[0], arrays[-1]
+        kind = "training" if training else "evaluation"
+        if tokens.shape[1] > prefix_length:
+            kind = "one pass for prefix and sequence"
+        kinds.add(kind)
+        return engine.logps(model, arrays, training=training) + (wrong if kind == where else 0)
+
+    reason = disagreement_with_reference(model, engine._replace(logps=logps))
+    assert reason == f"its log-probabilities differ by {wrong:.3g} in a trial"
+    assert len(kinds) == 3
