@@ -118,10 +118,10 @@ def test_the_trial_notices(defect: str, name: str, monkeypatch: pytest.MonkeyPat
     else:  # every continuation follows the first prefix
         continuations = shared_prefix.run_continuations
 
-        def of_the_first(model: Any, tokens: mx.array, prefix: Any, index: Any) -> mx.array:
+        def first_prefix_only(model: Any, tokens: mx.array, prefix: Any, index: Any) -> mx.array:
             return continuations(model, tokens, prefix, mx.zeros(len(tokens), mx.int32))
 
-        monkeypatch.setattr(shared_prefix, "run_continuations", of_the_first)
+        monkeypatch.setattr(shared_prefix, "run_continuations", first_prefix_only)
     engine = choose_engine("shared_prefix", model)
     assert engine.name == "reference"
     assert "the prefix cannot be shared, its log-probabilities differ by" in engine.note
