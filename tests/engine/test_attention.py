@@ -162,7 +162,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(
         return mx.get_peak_memory() - mx.get_active_memory()
 
     # MLX frees a tile's arrays a little sooner or later, as the machine has time.
-    assert peak(4096) < 3 * peak(2048)
+    assert peak(2048) < 3 * peak(1024)
 
 
 def test_one_tile_takes_six_products_and_three_steps_of_the_softmax() -> None:
@@ -182,16 +182,16 @@ def test_layers_of_a_pass_share_the_arrays_of_its_mask(
     tile_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = (130, 20, 4, 2)
-    primals = random_inputs(shape)[:3]
-    mx.eval(primals)
+    queries, keys, values, _ = random_inputs(shape)
+    mx.eval(queries, keys, values)
 
     def layers(mask: mx.array | str | None) -> list[mx.array]:
-        return [attention(*primals, SCALE, mask, tile_scores) for _ in range(3)]
+        return [attention(queries, keys, values, SCALE, mask, tile_scores) for _ in range(3)]
 
     apart, shared = layers("causal"), layers(CausalMask())
     mask = CausalMask()
     layers(mask)
-    tiles = len(split_into_tiles(primals[0].shape, 150, tile_scores, causal=True))
+    tiles = len(split_into_tiles(queries.shape, 150, tile_scores, causal=True))
     assert len(mask.biases) == tiles
     assert [primitives(*outs)["Select"] for outs in (apart, shared)] == [3 * tiles, tiles]
     for one, two in zip(apart, shared, strict=True):
