@@ -1,5 +1,6 @@
 """Which engine a model gets, and what the user is told about it."""
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from mlx_simpo.engine.choice import (
     disagreement_with_reference,
     shared_prefix_engine,
 )
+from mlx_simpo.engine.figures import CPU
 
 PAIRS = [pair(40, 20, 7), pair(35, 3, 60)]
 NOT_SHARED = "reference (one stacked forward pass): the prefix cannot be shared, "
@@ -118,10 +120,10 @@ def test_the_trial_notices(defect: str, name: str, monkeypatch: pytest.MonkeyPat
     else:  # every continuation follows the first prefix
         continuations = shared_prefix.run_continuations
 
-        def first_prefix_only(model: Any, tokens: mx.array, prefix: Any, index: Any) -> mx.array:
+        def misdirected(model: Any, tokens: mx.array, prefix: Any, index: Any) -> mx.array:
             return continuations(model, tokens, prefix, mx.zeros(len(tokens), mx.int32))
 
-        monkeypatch.setattr(shared_prefix, "run_continuations", first_prefix_only)
+        monkeypatch.setattr(shared_prefix, "run_continuations", misdirected)
     engine = choose_engine("shared_prefix", model)
     assert engine.name == "reference"
     assert "the prefix cannot be shared, its log-probabilities differ by" in engine.note
@@ -265,3 +267,28 @@ def test_the_trial_notices_what_is_wrong_in_one_way_to_compute(where: str, wrong
     reason = disagreement_with_reference(model, engine._replace(logps=logps))
     assert reason == f"its log-probabilities differ by {wrong:.3g} in a trial"
     assert len(kinds) == 3
+
+
+@pytest.mark.parametrize("extends", [True, False])
+def test_an_engine_runs_prefixes_with_a_sequence_where_the_model_allows_it(extends: bool) -> None:
+    engine = shared_prefix_engine(architecture("llama" if extends else "qwen3_5"))
+    arrays = engine.collate(PAIRS[:1]).arrays
+    tokens, prefix_length = arrays[0], arrays[-1]
+    assert tokens.shape[1] == prefix_length + (20 if extends else 0)
+
+
+def test_an_engine_computes_as_many_logits_at_once_as_its_figures_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bounds = []
+    original = shared_prefix.token_logps
+
+    def recording(*args: Any, chunk_logits: int, **options: Any) -> mx.array:
+        bounds.append(chunk_logits)
+        return original(*args, chunk_logits=chunk_logits, **options)
+
+    monkeypatch.setattr(shared_prefix, "token_logps", recording)
+    model = tiny_model()
+    engine = shared_prefix_engine(model, figures=replace(CPU, chunk_logits=777))
+    engine.logps(model, engine.collate(PAIRS).arrays, training=True)
+    assert bounds == [777]

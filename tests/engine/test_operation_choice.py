@@ -452,9 +452,10 @@ def test_the_stand_in_is_gone_afterwards() -> None:
 
 def call_with(mask: Any = "causal", sinks: mx.array | None = None) -> AttentionCall:
     """Twelve queries of four heads, of the last of 20 positions."""
-    sizes = (1, 4, 12, 8), (1, 2, 20, 8), (1, 2, 20, 8)
-    arrays = [mx.random.normal(size, key=mx.random.key(i)) for i, size in enumerate(sizes)]
-    return AttentionCall(*arrays, 0.3, mask, sinks)
+    keys = mx.random.split(mx.random.key(0), 3)
+    queries = mx.random.normal((1, 4, 12, 8), key=keys[0])
+    past, values = (mx.random.normal((1, 2, 20, 8), key=key) for key in keys[1:])
+    return AttentionCall(queries, past, values, 0.3, mask, sinks)
 
 
 WINDOW = create_causal_mask(12, 8, window_size=5)

@@ -144,12 +144,14 @@ def test_the_delta_rule_gets_what_mlx_lm_makes_of_the_layers_gates(
     q, k, v, a, b, log_a, bias = arrays
     k = k / mx.linalg.norm(k, axis=-1, keepdims=True)
     state = mx.random.normal((2, 4, 6, 8), key=keys[7]) if with_state else None
-    inputs: Any = (q, k, v, a, b, log_a[:, None] if vector else log_a, bias, state)
+    inputs = (q, k, v, a, b, log_a[:, None] if vector else log_a, bias, state)
+    ours: Any = operations._gated_delta_update
+    theirs: Any = gated_delta.gated_delta_update
     mask = mx.arange(5) < mx.array([[3], [5]])
     for masked in (None, mask):
-        expected = gated_delta.gated_delta_update(*inputs, masked, use_kernel=False, **options)
+        expected = theirs(*inputs, masked, use_kernel=False, **options)
         with patched([], Operations(None, chunked_delta_rule)):
-            actual = operations._gated_delta_update(*inputs, masked, use_kernel=False, **options)
+            actual = ours(*inputs, masked, use_kernel=False, **options)
         for one, two in zip(actual, expected, strict=True):
             np.testing.assert_allclose(one, two, atol=1e-5)
 
