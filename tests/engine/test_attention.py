@@ -207,9 +207,9 @@ def test_a_mask_serves_layers_of_other_heads_and_dtypes() -> None:
     """As in a model whose layers differ."""
     mask = CausalMask()
     for heads, dtype in [(4, mx.float32), (2, mx.float32), (4, mx.float16), (4, mx.float32)]:
-        primals = [a.astype(dtype) for a in random_inputs((9, 4, heads, 2))[:3]]
-        expected = our_attention("causal", *primals)
-        np.testing.assert_array_equal(our_attention(mask, *primals), expected)
+        q, k, v = (a.astype(dtype) for a in random_inputs((9, 4, heads, 2))[:3])
+        expected = our_attention("causal", q, k, v)
+        np.testing.assert_array_equal(our_attention(mask, q, k, v), expected)
 
 
 @pytest.mark.parametrize(("n", "times"), [(2, 1), (3, 2)])
