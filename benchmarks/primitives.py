@@ -50,8 +50,8 @@ RANK = 16
 # (ml-explore/mlx issue 4521); others report 5 µs.
 START_MICROSECONDS = (2, 5)
 # 10^12 float32 operations/s, 10^9 bytes/s. Apple's own figures: the bandwidths, and the operations
-# of M1, M2 and M1 Max; those of M3, M4 and M5 are estimates from their 10 cores of 128 lanes at the
-# clocks that are reported (1.6 to 1.9 GHz), without M5's matrix units for half precision.
+# of M1, M2 and M1 Max; the others are estimates from their cores of 128 lanes at the clocks that
+# are reported (1.6 to 1.9 GHz), without M5's matrix units for half precision.
 CHIPS = {
     "M1": (2.6, 68),
     "M2": (3.6, 100),
