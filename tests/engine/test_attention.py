@@ -107,7 +107,12 @@ def test_value_and_gradient(
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_half_precision_is_as_near_to_float32_as_mlx_is(dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize("rows", [2, module.MIN_TILE_ROWS])
+def test_half_precision_is_as_near_to_float32_as_mlx_is(
+    rows: int, dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum over 75 tiles in half precision would be rounded 75 times."""
+    monkeypatch.setattr(module, "MIN_TILE_ROWS", rows)
     inputs, ours = random_inputs((150, 20, 4, 2)), partial(our_attention, tile_scores=1)
     exact = gradients(partial(ours, "causal"), inputs)
 
@@ -157,7 +162,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(
         return mx.get_peak_memory() - mx.get_active_memory()
 
     # MLX frees a tile's arrays a little sooner or later, as the machine has time.
-    assert peak(4096) < 3 * peak(2048)
+    assert peak(2048) < 3 * peak(1024)
 
 
 def test_one_tile_takes_six_products_and_three_steps_of_the_softmax() -> None:
@@ -202,10 +207,9 @@ def test_a_mask_serves_layers_of_other_heads_and_dtypes() -> None:
     """As in a model whose layers differ."""
     mask = CausalMask()
     for heads, dtype in [(4, mx.float32), (2, mx.float32), (4, mx.float16), (4, mx.float32)]:
-        q, k, v, _ = (a.astype(dtype) for a in random_inputs((9, 4, heads, 2)))
-        np.testing.assert_array_equal(
-            our_attention(mask, q, k, v), our_attention("causal", q, k, v)
-        )
+        q, k, v = (a.astype(dtype) for a in random_inputs((9, 4, heads, 2))[:3])
+        expected = our_attention("causal", q, k, v)
+        np.testing.assert_array_equal(our_attention(mask, q, k, v), expected)
 
 
 @pytest.mark.parametrize(("n", "times"), [(2, 1), (3, 2)])

@@ -1,5 +1,6 @@
 """Which engine a model gets, and what the user is told about it."""
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,8 +20,10 @@ from mlx_simpo.engine.choice import (
     REFERENCE,
     check_gradient,
     choose_engine,
+    disagreement_with_reference,
     shared_prefix_engine,
 )
+from mlx_simpo.engine.figures import CPU
 
 PAIRS = [pair(40, 20, 7), pair(35, 3, 60)]
 NOT_SHARED = "reference (one stacked forward pass): the prefix cannot be shared, "
@@ -117,10 +120,10 @@ def test_the_trial_notices(defect: str, name: str, monkeypatch: pytest.MonkeyPat
     else:  # every continuation follows the first prefix
         continuations = shared_prefix.run_continuations
 
-        def of_the_first(model: Any, tokens: mx.array, prefix: Any, index: Any) -> mx.array:
+        def misdirected(model: Any, tokens: mx.array, prefix: Any, index: Any) -> mx.array:
             return continuations(model, tokens, prefix, mx.zeros(len(tokens), mx.int32))
 
-        monkeypatch.setattr(shared_prefix, "run_continuations", of_the_first)
+        monkeypatch.setattr(shared_prefix, "run_continuations", misdirected)
     engine = choose_engine("shared_prefix", model)
     assert engine.name == "reference"
     assert "the prefix cannot be shared, its log-probabilities differ by" in engine.note
@@ -245,3 +248,47 @@ def test_the_trial_forks_prefixes_with_an_index_and_without(
         separate, extended = [None, None, [1], [0], [1], [0]], [None]
         assert indices == separate + (extended if name == "llama" else [])
         indices.clear()
+
+
+@pytest.mark.parametrize("wrong", [0.5, float("nan")])
+@pytest.mark.parametrize("where", ["training", "evaluation", "one pass for prefix and sequence"])
+def test_the_trial_notices_what_is_wrong_in_one_way_to_compute(where: str, wrong: float) -> None:
+    model = architecture("llama")
+    engine, kinds = shared_prefix_engine(model), set()
+
+    def logps(model: Any, arrays: tuple, training: bool) -> mx.array:
+        tokens, prefix_length = arrays[0], arrays[-1]
+        kind = "training" if training else "evaluation"
+        if tokens.shape[1] > prefix_length:
+            kind = "one pass for prefix and sequence"
+        kinds.add(kind)
+        return engine.logps(model, arrays, training=training) + (wrong if kind == where else 0)
+
+    reason = disagreement_with_reference(model, engine._replace(logps=logps))
+    assert reason == f"its log-probabilities differ by {wrong:.3g} in a trial"
+    assert len(kinds) == 3
+
+
+@pytest.mark.parametrize("extends", [True, False])
+def test_an_engine_runs_prefixes_with_a_sequence_where_the_model_allows_it(extends: bool) -> None:
+    engine = shared_prefix_engine(architecture("llama" if extends else "qwen3_5"))
+    arrays = engine.collate(PAIRS[:1]).arrays
+    tokens, prefix_length = arrays[0], arrays[-1]
+    assert tokens.shape[1] == prefix_length + (20 if extends else 0)
+
+
+def test_an_engine_computes_as_many_logits_at_once_as_its_figures_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bounds = []
+    original = shared_prefix.token_logps
+
+    def recording(*args: Any, chunk_logits: int, **options: Any) -> mx.array:
+        bounds.append(chunk_logits)
+        return original(*args, chunk_logits=chunk_logits, **options)
+
+    monkeypatch.setattr(shared_prefix, "token_logps", recording)
+    model = tiny_model()
+    engine = shared_prefix_engine(model, figures=replace(CPU, chunk_logits=777))
+    engine.logps(model, engine.collate(PAIRS).arrays, training=True)
+    assert bounds == [777]

@@ -8,12 +8,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.architectures import architecture_with_lora
 from helpers.gradients import greatest_difference
 from helpers.graphs import ELEMENTWISE, PRODUCTS, count, primitives
 from mlx.utils import tree_map
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_simpo.engine import operations
+from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
 from mlx_simpo.engine.lora_linear import SharedWork, lora_operation
 from mlx_simpo.engine.operations import LoRA, Operations, patchable_modules, patched
 
@@ -273,3 +275,33 @@ def test_the_patch_leaves_dropout_to_mlx_lm(dropout: float, training: bool) -> N
     lora(inputs(5))
     assert len(calls) <= 1
     assert LoRALinear.__call__ is operations._ORIGINAL_LORA
+
+
+def test_the_patch_leaves_dropout_that_repeats_itself_to_mlx_lm() -> None:
+    """Within gradient checkpointing, layers have a dropout of ours."""
+    lora: Any = architecture_with_lora(dropout=0.5)
+    operation, calls = lora_operation(), 0
+
+    def counting(*args: Any) -> mx.array:
+        nonlocal calls
+        calls += 1
+        return operation(*args)
+
+    tokens = mx.arange(9)[None]
+    for training in (True, False):
+        lora.train(training)
+        with (
+            gradient_checkpointing(lora),
+            patched(patchable_modules(lora), Operations(None, None, counting)),
+        ):
+            mx.eval(lora(tokens))
+    assert calls == 0
+
+
+def test_another_scale_is_another_function() -> None:
+    lora, operation = layer(), lora_operation()
+    primals = (inputs(5), lora.lora_a, lora.lora_b)
+    for scale in (SCALE, 2 * SCALE, SCALE):
+        lora.scale = scale
+        ours, theirs = (named(gradients(compute(lora, o), *primals)) for o in (operation, None))
+        assert greatest_difference(ours, theirs) < 1e-5

@@ -28,6 +28,7 @@ from helpers.gradients import greatest_difference, run
 from helpers.steps import weights
 from helpers.tiny import token_pair as pair
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.base import create_causal_mask
 
 from mlx_simpo import SimPOConfig, SimPOError, TrainConfig, train_steps
 from mlx_simpo.data.encode import EncodedPair
@@ -36,12 +37,14 @@ from mlx_simpo.engine.attention import attention
 from mlx_simpo.engine.attention_shapes import AttentionShape
 from mlx_simpo.engine.choice import Engine, choose_engine, shared_prefix_engine
 from mlx_simpo.engine.figures import CPU, GPU
-from mlx_simpo.engine.fused_attention import primitive_count
+from mlx_simpo.engine.fused_attention import mlx_attention, primitive_count
 from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
 from mlx_simpo.engine.operation_choice import (
     AttentionSetting,
+    attention_in_blocks,
     choose_attention,
     choose_operations,
+    fused_attention,
 )
 from mlx_simpo.engine.operations import AttentionCall
 
@@ -442,3 +445,51 @@ def test_the_stand_in_is_gone_afterwards() -> None:
     assert not isinstance(mx.fast.scaled_dot_product_attention, FusedAttention)
     with on_cpu():
         assert "CPU" in note_of(architecture_with_lora(), "auto", CPU)
+
+
+# --- which calls are whose ---------------------------------------------------------------------
+
+
+def call_with(mask: Any = "causal", sinks: mx.array | None = None) -> AttentionCall:
+    """Twelve queries of four heads, of the last of 20 positions."""
+    keys = mx.random.split(mx.random.key(0), 3)
+    queries = mx.random.normal((1, 4, 12, 8), key=keys[0])
+    past, values = (mx.random.normal((1, 2, 20, 8), key=key) for key in keys[1:])
+    return AttentionCall(queries, past, values, 0.3, mask, sinks)
+
+
+WINDOW = create_causal_mask(12, 8, window_size=5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        call_with(),
+        call_with(WINDOW),
+        call_with(sinks=mx.array([2.0, -1.0, 0.5, 3.0])),
+        call_with(mx.random.normal((1, 4, 12, 20), key=mx.random.key(7))),
+        call_with(mx.random.bernoulli(0.7, (1, 4, 12, 20), key=mx.random.key(8))),
+    ],
+    ids=["causal", "window", "sinks", "additive", "by head"],
+)
+def test_blocks_compute_every_kind_of_call(call: AttentionCall) -> None:
+    actual, expected = attention_in_blocks(CPU.tile_scores)(call), mlx_attention(call)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_a_call_with_an_array_is_not_fused() -> None:
+    """Its gradient would be taken step by step, with all scores in memory."""
+    others: list[AttentionCall] = []
+
+    def otherwise(call: AttentionCall) -> mx.array:
+        others.append(call)
+        return call.queries
+
+    causal, window = call_with(), call_with(WINDOW)
+    with fused_attention_stand_in():
+        compute = fused_attention(otherwise)
+        compute(causal)
+        assert others == []
+        compute(window)
+    assert len(others) == 1
+    assert others[0] is window

@@ -20,13 +20,14 @@ from helpers.tiny import tiny_model
 from helpers.tiny import token_pair as pair
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_lm.models import base
+from mlx_lm.models import base, gated_delta
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_simpo import ObjectiveConfig, SimPOConfig, TrainConfig, evaluate_pairs, train_steps
 from mlx_simpo.engine import operation_choice, operations
 from mlx_simpo.engine.attention import attention
 from mlx_simpo.engine.choice import choose_engine, shared_prefix_engine
+from mlx_simpo.engine.delta_rule import chunked_delta_rule
 from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
 from mlx_simpo.engine.operations import (
     MLX_LM,
@@ -126,6 +127,33 @@ def test_operations_get_what_the_layer_passes(mask: str | None, sinks: list | No
     expected = base.scaled_dot_product_attention(*arguments)
     np.testing.assert_array_equal(outside, expected)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("vector", [False, True])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"lower_bound": -3.0}, {"allow_neg_eigval": True}], ids=str
+)
+def test_the_delta_rule_gets_what_mlx_lm_makes_of_the_layers_gates(
+    options: dict[str, Any], with_state: bool, vector: bool
+) -> None:
+    keys = mx.random.split(mx.random.key(0), 8)
+    sizes = (2, 5, 2, 8), (2, 5, 2, 8), (2, 5, 4, 6), (2, 5, 4, *([8] if vector else []))
+    sizes = (*sizes, (2, 5, 4), (4,), sizes[3][2:])
+    arrays = [mx.random.normal(size, key=key) for size, key in zip(sizes, keys, strict=False)]
+    q, k, v, a, b, log_a, bias = arrays
+    k = k / mx.linalg.norm(k, axis=-1, keepdims=True)
+    state = mx.random.normal((2, 4, 6, 8), key=keys[7]) if with_state else None
+    inputs = (q, k, v, a, b, log_a[:, None] if vector else log_a, bias, state)
+    ours: Any = operations._gated_delta_update
+    theirs: Any = gated_delta.gated_delta_update
+    mask = mx.arange(5) < mx.array([[3], [5]])
+    for masked in (None, mask):
+        expected = theirs(*inputs, masked, use_kernel=False, **options)
+        with patched([], Operations(None, chunked_delta_rule)):
+            actual = ours(*inputs, masked, use_kernel=False, **options)
+        for one, two in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-5)
 
 
 # --- when it is there --------------------------------------------------------------------------

@@ -263,3 +263,25 @@ def test_the_chunk_grows_with_what_the_trunk_holds() -> None:
     assert one == chunk_logits_beside_trunk(100, 64, 4) == 4 * 100 * 64
     assert chunk_logits_beside_trunk(200, 64, 1) == 2 * one
     assert chunk_logits_beside_trunk(100, 64, 32) == 8 * one
+
+
+def test_training_is_as_exact_as_evaluation_in_half_precision() -> None:
+    """Both shift the logits within the product, before they are rounded."""
+    width, vocabulary, count = 64, 300, 80
+    model = HeadedModel(nn.Linear(width, vocabulary, bias=False), width)
+    keys = mx.random.split(mx.random.key(0), 3)
+    weight = mx.random.normal((vocabulary, width), key=keys[0]).astype(mx.bfloat16)
+    model.lm_head.weight = weight
+    hidden = (3 * mx.random.normal((count, width), key=keys[1])).astype(mx.bfloat16)
+    targets = mx.argmax(hidden @ weight.T, axis=1).astype(mx.int32)
+    wide = hidden.astype(mx.float32) @ weight.T.astype(mx.float32)
+    exact = np.array(
+        mx.take_along_axis(wide, targets[:, None], 1)[:, 0] - mx.logsumexp(wide, axis=1)
+    )
+    for training in (True, False):
+        logps = token_logps(model, PLAIN_HEAD, hidden, targets, training=training)
+        unshifted = wide.astype(mx.bfloat16).astype(mx.float32)
+        rounded = mx.take_along_axis(unshifted, targets[:, None], 1)[:, 0]
+        rounded = rounded - mx.logsumexp(unshifted, axis=1)
+        off, off_unshifted = (np.std(np.array(a) - exact) for a in (logps, rounded))
+        assert off < off_unshifted / 2
