@@ -87,7 +87,8 @@ def child(model: str, data: str, name: str, what: str) -> dict[str, Any]:
             forecast = forecast_training(
                 session.model, session.train, session.config, session.engine
             )
-            result = {"peak": forecast.peak, "positions": forecast.positions}
+            result: dict[str, Any] = {"peak": forecast.peak}
+            result["positions"] = forecast.positions
             result |= {"pairs": forecast.pairs, "weights": forecast.weights}
         else:
             mx.eval(session.model.parameters())

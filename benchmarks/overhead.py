@@ -20,6 +20,7 @@ from mlx_simpo.engine.plan import (
     plan_stacked,
     shared_prefix_length,
 )
+from mlx_simpo.engine.prefix_cache import can_extend_prefix
 
 # isort: split
 import argparse
@@ -85,8 +86,9 @@ def overhead(session: Any, steps: int) -> dict[str, float]:
     return {"steps": steps, "seconds": seconds, "outside": outside, "idle": idle}
 
 
-def epoch_counts(pairs: Any, batch_size: int, step_pairs: int, seed: int) -> dict[str, Any]:
+def epoch_counts(session: Any, batch_size: int, step_pairs: int, seed: int) -> dict[str, Any]:
     """Positions of one epoch: of the stacked way and of ours."""
+    pairs, extends = session.train, can_extend_prefix(session.model)
     ours = {"positions": 0, "padding": 0, "needed": 0, "micro_batches": 0, "passes": 0}
     stacked = {"positions": 0, "tokens": 0}
     figures = default_figures()
@@ -94,8 +96,11 @@ def epoch_counts(pairs: Any, batch_size: int, step_pairs: int, seed: int) -> dic
     for start in range(0, len(epoch), step_pairs):
         order = epoch[start : start + step_pairs]
         step = [pairs[i] for i in order]
-        for indices in plan_shared_prefix(step, batch_size, figures=figures):
-            batch = collate_shared([step[i] for i in indices], figures.pass_cost)
+        for indices in plan_shared_prefix(
+            step, batch_size, figures=figures, extends_prefix=extends
+        ):
+            members = [step[i] for i in indices]
+            batch = collate_shared(members, figures.pass_cost, extends_prefix=extends)
             ours["positions"] += batch.positions
             ours["padding"] += batch.padding
             ours["micro_batches"] += 1
@@ -136,7 +141,7 @@ def main() -> None:
     settings = [f"model={options.model}", f"data.train={options.data}", "data.valid_fraction=0"]
     with tempfile.TemporaryDirectory() as folder:
         session = prepare(load_config(None, [*settings, f"output={folder}/run"]))
-        epoch = [epoch_counts(session.train, 4, n, 42) for n in (4, 16)]
+        epoch = [epoch_counts(session, 4, n, 42) for n in (4, 16)]
         print(json.dumps(epoch, indent=1), flush=True)
         measured = []
         for micro, accumulation in ((4, 4), (1, 1)):

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -111,29 +112,26 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     results = []
     for batch in json.loads(sys.stdin.read()):
         step = collate_step([encoded(pair) for pair in batch], engine, TrainConfig(batch_size=4))
-        micro_batch, chosen_tokens = step.micro_batches[0], step.chosen_tokens[0]
-        arrays = (micro_batch.arrays, chosen_tokens, *step.totals)
-        seconds = []
-        for _ in range(options.repeats):
-            started = time.process_time()
-            metrics, gradients = run(*arrays)
-            seconds.append(time.process_time() - started)
-        outputs = [*metrics.values(), *(g for _, g in tree_flatten(gradients))]
-        graph = Graph(outputs, STAND_INS if options.variant != "cpu" else None)
-        results.append(
-            {
-                "pairs": chosen_tokens.size,
-                "positions": micro_batch.positions,
-                "passes": [tuple(micro_batch.arrays[0].shape)]
-                + [tuple(tokens.shape) for tokens, _ in micro_batch.arrays[1]],
-                "primitives": len(graph.primitives),
-                "launching": sum(graph.launching().values()),
-                "kernels": graph.kernels(),
-                "seconds": statistics.median(seconds),
-                "names": graph.names().most_common(),
-                "launching_names": graph.launching().most_common(),
-            }
-        )
+        result: Counter[str] = Counter(pairs=len(batch), positions=step.positions)
+        names: Counter[str] = Counter()
+        for micro_batch, chosen_tokens in zip(step.micro_batches, step.chosen_tokens, strict=True):
+            arrays = (micro_batch.arrays, chosen_tokens, *step.totals)
+            seconds = []
+            for _ in range(options.repeats):
+                started = time.process_time()
+                metrics, gradients = run(*arrays)
+                seconds.append(time.process_time() - started)
+            outputs = [*metrics.values(), *(g for _, g in tree_flatten(gradients))]
+            graph = Graph(outputs, STAND_INS if options.variant != "cpu" else None)
+            prefix_tokens, groups = micro_batch.arrays[:2]
+            result["micro_batches"] += 1
+            result["passes"] += len(groups) + (prefix_tokens.size > 0)
+            result["primitives"] += len(graph.primitives)
+            result["launching"] += graph.launching().total()
+            result["kernels"] += graph.kernels()
+            result["seconds"] += statistics.median(seconds)  # type: ignore[assignment]
+            names += graph.launching()
+        results.append({**result, "names": dict(names.most_common())})
     return results
 
 
@@ -150,4 +148,5 @@ def main() -> None:
         with as_on_a_gpu(options.variant == "gpu, mx.fast"):
             print(json.dumps(measured(options)))
 
-main()
+if __name__ == "__main__":
+    main()

@@ -123,9 +123,7 @@ def shared_prefix_engine(
         "shared_prefix (each prompt runs once, only scored tokens reach the head); "
         f"{operations.note}; log-probabilities: {implementation.note}; {figures.note}",
         partial(plan_shared_prefix, figures=figures, extends_prefix=extends),
-        partial(
-            _shared_prefix_micro_batch, pass_cost=figures.pass_cost, extends_prefix=extends
-        ),
+        partial(_shared_prefix_micro_batch, pass_cost=figures.pass_cost, extends_prefix=extends),
         logps,
         compiled=False,  # its shapes are the data's own, and each would be traced
         figures=figures,
@@ -189,12 +187,16 @@ def disagreement_with_reference(model: Any, engine: Engine) -> str | None:
     is tried as well.
     """
     pairs = _random_pairs(vocabulary_size(model), [(14, 6, 17), (16, 16, 7)])
-    expected = REFERENCE.logps(model, REFERENCE.collate(pairs).arrays, training=False)
-    difference = 0.0
-    for extends_prefix in {False, can_extend_prefix(model)}:
+    expected = np.array(REFERENCE.logps(model, REFERENCE.collate(pairs).arrays, training=False))
+    extends = can_extend_prefix(model)
+    # Training and evaluation may compute with different operations, so both are tried.
+    trials = [(False, True), (False, False), *([(True, True)] if extends else [])]
+    differences = []
+    for extends_prefix, training in trials:
         arrays = collate_shared(pairs, pass_cost=8, extends_prefix=extends_prefix).arrays
-        actual = engine.logps(model, arrays, training=False)
-        difference = max(difference, float(np.abs(np.array(actual) - np.array(expected)).max()))
+        actual = np.array(engine.logps(model, arrays, training=training))
+        differences.append(np.abs(actual - expected).max())
+    difference = float(np.max(differences))  # NaN if one of them is
     # In half precision the two round differently; a wrong mask or position is off by far more.
     tolerance = 1e-3 if dtype_of(model) == "float32" else 0.1
     if difference <= tolerance:

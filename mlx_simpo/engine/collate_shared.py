@@ -24,7 +24,8 @@ class SharedPrefixBatch:
         one of its sequences, padded as in ``groups``, which then has the other ones.
     prefix_length: P.
     groups: of continuations that run in one pass, (tokens, prefix_index): int32 [n, T], padded on
-        the right with 0, and int32 [n], the prefix that each follows.
+        the right with 0, and int32 [n], the prefix that each follows; None for all prefixes in
+        their order, once or several times.
     hidden_indices: int32 [N], the hidden states that predict a scored token, numbered through the
         pass of the prefixes, if it has whole sequences, and all groups: row by row, positions of
         padding included.
@@ -37,7 +38,7 @@ class SharedPrefixBatch:
 
     prefix_tokens: mx.array
     prefix_length: int
-    groups: tuple[tuple[mx.array, mx.array], ...]
+    groups: tuple[tuple[mx.array, mx.array | None], ...]
     hidden_indices: mx.array
     targets: mx.array
     logp_indices: mx.array
@@ -92,8 +93,9 @@ def collate_shared(
     for members, start in passes + [(group, prefix_length) for group in arranged.groups]:
         tokens = _tokens_from(start, [sequences[s] for s in members])
         if members is not arranged.first:
-            prefix_index = np.array([s % len(pairs) for s in members], np.int32)
-            groups.append((mx.array(tokens), mx.array(prefix_index)))
+            prefix_index = [s % len(pairs) for s in members]
+            in_order = prefix_index == [*range(len(pairs))] * (len(members) // len(pairs))
+            groups.append((mx.array(tokens), None if in_order else mx.array(prefix_index)))
         for row, s in enumerate(members):
             sequence = sequences[s]
             # The index that the hidden state of token 0 has, or would have if it ran in this pass.

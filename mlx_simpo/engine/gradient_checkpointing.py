@@ -8,14 +8,13 @@ another mask than the loss (mlx 0.32.4; tests/engine/test_gradient_checkpointing
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
-from .operations import current_operations, patchable_modules, patched
+from .operations import Patchable, current_operations, patchable_modules, patched
 from .prefix_cache import cache_arrays, is_prefix_cache, set_arrays, with_arrays
 
 _CACHE = "the cache"  # replaces the cache among a layer's arguments
@@ -74,7 +73,7 @@ def is_checkpointed(model: nn.Module) -> bool:
     return any(hasattr(type(layer), _MARK) for layer in layers)
 
 
-def _recomputing(layer_class: type, keys: _DropoutKeys, modules: Sequence[ModuleType]) -> type:
+def _recomputing(layer_class: type, keys: _DropoutKeys, modules: Sequence[Patchable]) -> type:
     """Return a subclass of ``layer_class`` whose call goes through mx.checkpoint."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -120,13 +120,14 @@ def weights_outside_layers(model: nn.Module) -> dict[str, mx.array]:
 
     They are the final norm's, the head's and the embedding's, which may be one and the same.
     """
-    inside = {
-        id(weight)
-        for layer in model.layers  # type: ignore[union-attr]
-        for _, weight in tree_flatten(layer.trainable_parameters())
-    }
-    trainable: Any = tree_flatten(model.trainable_parameters())
-    return {name: weight for name, weight in trainable if id(weight) not in inside}
+    layers = {id(layer) for layer in model.layers}  # type: ignore[union-attr]
+    outside = model.filter_and_map(
+        nn.Module.trainable_parameter_filter,
+        lambda value: None if id(value) in layers else value,
+        is_leaf_fn=lambda _module, _name, value: id(value) in layers or isinstance(value, mx.array),
+    )
+    trainable: Any = tree_flatten(outside)
+    return {name: weight for name, weight in trainable if weight is not None}
 
 
 def is_head_frozen(model: nn.Module) -> bool:

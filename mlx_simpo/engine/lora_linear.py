@@ -12,32 +12,38 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from .operations import LoRA
 
-def lora_linear(
-    x: mx.array, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float
-) -> mx.array:
-    """Compute what mlx_lm.tuner.lora.LoRALinear does without dropout.
+# (rows [N, D], A, B) → the outputs of `_forward`.
+_Function = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, ...]]
 
-    Args:
-        x: [..., D]. linear: the base layer, of any kind; frozen weights get no gradient.
-        lora_a: [D, r]. lora_b: [r, E].
 
-    Returns:
-        [..., E], in the dtype of the base layer's output.
+def lora_operation() -> LoRA:
+    """Return a function that computes what LoRALinear does without dropout; see `operations.LoRA`.
+
+    It keeps a differentiable function for each base layer that it has met, for as long as it lives:
+    making one takes longer than calling it.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    if _is_frozen(linear):
-        out = _with_gradient(linear, scale)(rows, lora_a, lora_b)[0]
-    else:
-        out = _forward(linear, scale, rows, lora_a, lora_b)[0]
-    return out.reshape(*x.shape[:-1], -1)
+    functions: dict[tuple[int, float], tuple[nn.Module, _Function]] = {}
+
+    def compute(
+        x: mx.array, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float
+    ) -> mx.array:
+        rows = x.reshape(-1, x.shape[-1])
+        key = (id(linear), scale)
+        if not linear._no_grad.issuperset(linear):  # the gradient below is not that of its weights
+            out = _forward(linear, scale, rows, lora_a, lora_b)[0]
+        else:
+            if key not in functions:
+                # With the layer itself, so that no other one can get its id.
+                functions[key] = linear, _with_gradient(linear, scale)
+            out = functions[key][1](rows, lora_a, lora_b)[0]
+        return out.reshape(*x.shape[:-1], -1)
+
+    return compute
 
 
-def _is_frozen(linear: nn.Module) -> bool:
-    return set(linear) <= linear._no_grad
-
-
-def _with_gradient(linear: nn.Module, scale: float) -> Callable[..., tuple[mx.array, ...]]:
+def _with_gradient(linear: nn.Module, scale: float) -> _Function:
     """Return `_forward` with the gradient of the module's docstring."""
 
     @mx.custom_function

@@ -17,7 +17,7 @@ from .fused_attention import (
     mlx_attention,
 )
 from .fused_delta_rule import choose_delta_rule
-from .lora_linear import lora_linear
+from .lora_linear import lora_operation
 from .operations import Attention, AttentionCall, Operations
 
 AttentionSetting = Literal["auto", "mlx", "blocks"]
@@ -57,9 +57,10 @@ def choose_operations(model: Any, setting: AttentionSetting, figures: Figures) -
     """
     chosen = choose_attention(observe_attention(model), setting, figures)
     delta_rule, delta_note = choose_delta_rule(model)
+    lora = lora_operation()
     return OperationChoice(
-        Operations(chosen.training, delta_rule, lora_linear),
-        Operations(chosen.evaluation, delta_rule, lora_linear),
+        Operations(chosen.training, delta_rule, lora),
+        Operations(chosen.evaluation, delta_rule, lora),
         "; ".join(note for note in (f"attention: {chosen.note}", delta_note) if note),
     )
 

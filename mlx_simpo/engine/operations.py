@@ -103,8 +103,8 @@ def patchable_modules(model: nn.Module) -> tuple[Patchable, ...]:
     layers: Any = model.layers
     classes = {type(module) for layer in layers for module in layer.modules()}
     modules = [sys.modules[name] for name in sorted({c.__module__ for c in classes})]
-    owners = [*modules, *([LoRALinear] if LoRALinear in classes else [])]
-    return tuple(o for o in owners if any(_is_patchable(o, name) for name in _PATCHES))
+    patchable = [*modules, *([LoRALinear] if LoRALinear in classes else [])]
+    return tuple(o for o in patchable if any(_is_patchable(o, name) for name in _PATCHES))
 
 
 @contextmanager

@@ -116,7 +116,8 @@ class Arrangement(NamedTuple):
     """How the sequences of B pairs run: s < B is the chosen one of pair s, s ≥ B a rejected one.
 
     first: those that run in the same pass as their prefix, one of each pair, in the pairs' order;
-    empty if the prefixes have a pass of their own. groups: the others that share a pass.
+    empty if the prefixes have a pass of their own. groups: the others that share a pass, in the
+    order of their pairs, the second of a pair after all first ones.
     """
 
     first: list[int]
@@ -144,13 +145,18 @@ def arrange(
     for first in options:
         others = [s for s in range(len(suffixes)) if s not in first]
         by_length = group_by_length([suffixes[s] for s in others], pass_cost)
-        groups = [[others[i] for i in group] for group in by_length]
+        groups = [_in_order([others[i] for i in group], len(pairs)) for group in by_length]
         width = prefix_length + max((suffixes[s] for s in first), default=0)
         positions = len(pairs) * width
         positions += sum(len(group) * max(suffixes[s] for s in group) for group in groups)
         total = Cost(positions, len(groups) + (prefix_length > 0), pass_cost)
         arrangements.append(Arrangement(first, groups, total))
-    return min(arrangements, key=lambda a: a.cost.total)
+    return min(arrangements, key=lambda a: (a.cost.total, a.cost.passes))
+
+
+def _in_order(group: list[int], num_pairs: int) -> list[int]:
+    """Return the sequences in the order of their pairs; the second of a pair after all first."""
+    return sorted(group, key=lambda s: (s - num_pairs in group, s % num_pairs))
 
 
 def group_by_length(lengths: Sequence[int], pass_cost: int) -> list[list[int]]:

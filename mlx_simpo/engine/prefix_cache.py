@@ -186,14 +186,28 @@ def _is_extendable(cache: PrefixCache) -> bool:
 
 
 def run_continuations(
-    model: nn.Module, tokens: mx.array, prefix: Sequence[PrefixCache], prefix_index: mx.array
+    model: nn.Module,
+    tokens: mx.array,
+    prefix: Sequence[PrefixCache],
+    prefix_index: mx.array | None,
 ) -> mx.array:
-    """Return the hidden states [n, T, D] of tokens [n, T], which follow prefixes by index [n]."""
-    # Indexing copies: what one continuation appends is not seen by another.
-    caches = [
-        with_arrays(cache, tree_map(lambda a: a[prefix_index], cache_arrays(cache)))
-        for cache in prefix
-    ]
+    """Return the hidden states [n, T, D] of tokens [n, T], which follow prefixes by index [n].
+
+    Args:
+        prefix_index: None: all prefixes in their order, each time as often as there are rows.
+    """
+
+    def fork(array: mx.array) -> mx.array:
+        # A new array each time: what one continuation appends is not seen by another.
+        if prefix_index is not None:
+            return array[prefix_index]
+        repeats = len(tokens) // len(array)
+        if repeats == 1:
+            return array[...]
+        # Its gradient is a sum, where an index's is a scatter into zeros.
+        return mx.broadcast_to(array, (repeats, *array.shape)).reshape(-1, *array.shape[1:])
+
+    caches = [with_arrays(cache, tree_map(fork, cache_arrays(cache))) for cache in prefix]
     if tokens.shape[1] == 1 and any(not isinstance(cache, PrefixKVCache) for cache in prefix):
         # A recurrent layer's step of one token is a kernel without a gradient on Metal.
         return run_trunk(model, mx.pad(tokens, [(0, 0), (0, 1)]), caches)[:, :1]

@@ -8,7 +8,7 @@ from mlx_lm.models import rwkv7
 
 
 def make_trainable(model: nn.Module) -> None:
-    """Change what mlx-lm 0.32.2 needs for inference only, in this model alone.
+    """Change in this model alone what mlx-lm 0.32.2 wrote with only inference in mind.
 
     - Recurrent Gemma does not call its base class's constructor, and has no list of frozen weights.
     - RWKV 7 computes its recurrence by a kernel on a Mac, which has no gradient; while it trains,

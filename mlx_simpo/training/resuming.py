@@ -138,10 +138,10 @@ def recorded_figures(path: Path, config: SimPOConfig) -> Figures | None:
         changed = changed_settings(saved["config"], config.as_dict(), "rounding")
         if any(name.startswith("engine.") for name in changed):
             return None
-        if saved["versions"]["the processor"] != processor():
-            return None
         if "figures" not in content:
             return default_figures()
+        if saved["versions"]["the processor"] != processor():
+            return None
         values = content["figures"]
         return None if values is None else Figures.from_dict(values, "recorded by the run")
     except (KeyError, TypeError, AttributeError, SimPOError) as error:

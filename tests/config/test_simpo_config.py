@@ -143,7 +143,7 @@ def configs(draw: st.DrawFn) -> SimPOConfig:
     elif drawn["train.eval_every"] is None:
         drawn["train.eval_every"] = 1
     if drawn["train.engine"] == "reference":
-        drawn["logps.impl"] = "auto"
+        drawn["logps.impl"] = drawn["engine.attention"] = "auto"
     groups: dict[str, dict] = {"": {}, **{section: {} for section in SECTIONS}}
     for name, value in drawn.items():
         section, _, leaf = name.rpartition(".")

@@ -8,10 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.clock import FakeClock
+from helpers.fused import fused_attention_stand_in
 from helpers.steps import encoded_pairs, model_with_lora, step_config, weights
 
-from mlx_simpo import EngineConfig, SimPOConfig
+from mlx_simpo import EngineConfig, LogpsConfig, SimPOConfig
 from mlx_simpo.engine import calibration as module
+from mlx_simpo.engine.attention_timing import AttentionTiming
 from mlx_simpo.engine.calibration import (
     MAX_PASS_COST,
     MAX_POSITIONS,
@@ -23,7 +25,7 @@ from mlx_simpo.engine.choice import shared_prefix_engine
 from mlx_simpo.engine.figures import CPU, default_figures
 from mlx_simpo.engine.head_timing import HeadCosts
 from mlx_simpo.engine.pass_timing import Lengths, PassTiming, shape_of, typical_lengths
-from mlx_simpo.engine.stopwatch import Measurement
+from mlx_simpo.engine.stopwatch import Measurement, Stopwatch
 from mlx_simpo.model.adapters import flat_arrays
 
 LENGTHS = Lengths(16, 24)
@@ -136,6 +138,38 @@ def test_a_warm_up_that_takes_the_whole_budget_is_all_that_runs(
         "for the warm-up only)"
     )
     assert calibration_table(result, 4) == []
+
+
+@pytest.mark.parametrize("budget_s", [0.05, 0.1, 0.3, 1.0, 3.0])
+def test_the_budget_is_never_exceeded(budget_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is measured takes 0.05 s here."""
+    clock, once = FakeClock(), Stopwatch.once
+
+    def slow(self: Stopwatch, work: Any) -> Measurement:
+        clock.now += 0.05
+        return once(self, work)._replace(seconds=0.05)
+
+    monkeypatch.setattr(Stopwatch, "once", slow)
+    result = calibrate(model_with_lora(), CONFIG, LENGTHS, budget_s, clock)
+    assert 0.05 <= clock.now <= budget_s + 1e-9
+    assert result.seconds == clock.now
+
+
+def test_passes_are_timed_with_the_attention_that_was_quicker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timings = [AttentionTiming("mlx", 2**19, 0.001, 1), AttentionTiming("blocks", 2**19, 0.002, 1)]
+    monkeypatch.setattr(module, "time_attention", lambda *_: timings)
+    model, config = model_with_lora(), replace(CONFIG, logps=LogpsConfig("mlx"))
+    with fused_attention_stand_in() as stand_in:
+        calibrate(model, config, LENGTHS, 1.0, FakeClock())
+        stand_in.backward.clear()  # what is checked before is checked once
+        result = calibrate(model, config, LENGTHS, 1.0, FakeClock())
+    assert result.figures.attention == "mlx"
+    assert result.figures.evidence == (
+        "attention of a layer: MLX's fused 1.0 ms and 0.00 GB against blocks 2.0 ms and 0.00 GB"
+    )
+    assert (24, 40, "causal") in [(q, k, str(mask)) for q, k, mask in stand_in.backward]
 
 
 # --- from measurements to figures ------------------------------------------------------------

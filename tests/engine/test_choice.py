@@ -108,7 +108,8 @@ def test_the_trial_notices(defect: str, name: str, monkeypatch: pytest.MonkeyPat
         def one_fork(cache: Any, arrays: Any) -> Any:
             """A new cache for each pass, which holds the arrays of the first."""
             forked = prefix_cache.cache_arrays(original(cache, arrays))
-            return original(cache, forks.setdefault(id(cache), forked))
+            # With the cache, so that no later one gets its id.
+            return original(cache, forks.setdefault(id(cache), (cache, forked))[1])
 
         monkeypatch.setattr(prefix_cache, "with_arrays", one_fork)
     elif defect == "padding":

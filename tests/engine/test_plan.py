@@ -59,46 +59,62 @@ def test_no_pairs_no_micro_batches() -> None:
     assert plan_shared_prefix([], 4, figures=CPU) == []
 
 
-@given(PAIRS, st.integers(1, 5), st.one_of(st.none(), st.integers(1, 500)), FIGURES)
+@given(
+    PAIRS, st.integers(1, 5), st.one_of(st.none(), st.integers(1, 500)), FIGURES, st.booleans()
+)
 @settings(deadline=None, max_examples=80)
 def test_a_shared_plan_takes_every_pair_once_within_its_bounds(
-    pairs: list[EncodedPair], size: int, max_tokens: int | None, figures: Figures
+    pairs: list[EncodedPair], size: int, max_tokens: int | None, figures: Figures, extends: bool
 ) -> None:
-    batches = plan_shared_prefix(pairs, size, max_tokens, figures=figures)
+    batches = plan_shared_prefix(pairs, size, max_tokens, figures=figures, extends_prefix=extends)
     assert sorted(flat(batches)) == list(range(len(pairs)))
     for batch in batches:
-        positions = collate_shared([pairs[i] for i in batch], figures.pass_cost).positions
+        members = [pairs[i] for i in batch]
+        positions = collate_shared(
+            members, figures.pass_cost, extends_prefix=extends
+        ).positions
         assert len(batch) <= size
         assert positions <= figures.max_positions or len(batch) == 1
         assert max_tokens is None or positions <= max_tokens or len(batch) == 1
 
 
-@given(PAIRS, st.integers(0, 100))
+@given(PAIRS, st.integers(0, 100), st.booleans())
 @settings(deadline=None, max_examples=80)
 def test_the_cost_is_that_of_the_batch_that_is_collated(
-    pairs: list[EncodedPair], pass_cost: int
+    pairs: list[EncodedPair], pass_cost: int, extends: bool
 ) -> None:
-    batch = collate_shared(pairs, pass_cost)
-    expected = cost(pairs, batch.prefix_tokens.shape[1], pass_cost)
+    batch = collate_shared(pairs, pass_cost, extends_prefix=extends)
+    expected = cost(pairs, batch.prefix_length, pass_cost, extends)
     assert expected.positions == batch.positions
     assert expected.passes == batch.passes
     assert expected.total == expected.positions + pass_cost * expected.passes
 
 
-@given(PAIRS, FIGURES)
+@given(PAIRS, st.integers(0, 100))
+@settings(deadline=None, max_examples=80)
+def test_an_extended_prefix_never_costs_more(pairs: list[EncodedPair], pass_cost: int) -> None:
+    length = min(map(shared_prefix_length, pairs))
+    extended, separate = (cost(pairs, length, pass_cost, extends) for extends in (True, False))
+    assert extended.total <= separate.total
+    if len(pairs) == 1 and length and separate.passes == 3:
+        assert extended.passes == 2
+        assert extended.positions == separate.positions
+
+
+@given(PAIRS, FIGURES, st.booleans())
 @settings(deadline=None, max_examples=80)
 def test_a_shared_plan_costs_no_more_than_each_pair_alone(
-    pairs: list[EncodedPair], figures: Figures
+    pairs: list[EncodedPair], figures: Figures, extends: bool
 ) -> None:
     def total(batches: list[list[int]]) -> int:
         parts = [[pairs[i] for i in batch] for batch in batches]
         prefixes = [min(map(shared_prefix_length, part)) for part in parts]
         return sum(
-            cost(part, prefix, figures.pass_cost).total
+            cost(part, prefix, figures.pass_cost, extends).total
             for part, prefix in zip(parts, prefixes, strict=True)
         )
 
-    plan = plan_shared_prefix(pairs, 4, figures=figures)
+    plan = plan_shared_prefix(pairs, 4, figures=figures, extends_prefix=extends)
     assert total(plan) <= total([[i] for i in range(len(pairs))])
 
 

@@ -150,15 +150,15 @@ def test_the_forecast_compares_with_the_limit_that_is_set(monkeypatch: pytest.Mo
 def test_mlx_keeps_no_more_than_the_limit_of_its_cache() -> None:
     """What replaces a cache that is cleared by hand: MLX itself gives back what is beyond it."""
 
-    def kept(limit: float) -> int:
+    def cached(limit: float) -> int:
         with memory_limits(MemoryConfig(cache_limit_gb=limit)):
             for size in range(1, 40):  # each size differs, so that no buffer serves another array
                 mx.eval(mx.ones(size * 100_000))
             return mx.get_cache_memory()
 
-    assert kept(0.0) == 0
-    assert 0 < kept(0.02) <= 36_000_000  # on a GPU, at most one array more
-    assert kept(0.2) > 36_000_000
+    assert cached(0.0) == 0
+    assert 0 < cached(0.02) <= 36_000_000  # on a GPU, at most one array more
+    assert cached(0.2) > 36_000_000
 
 
 # --- in commands -----------------------------------------------------------------------------

@@ -63,6 +63,8 @@ ROUNDING = {
     "train.gradient_checkpointing",
     "train.compile",
     "logps.impl",
+    "engine.attention",
+    "engine.calibration",
 }
 
 
