@@ -10,7 +10,8 @@ from mlx.utils import tree_map
 from mlx_lm.models import llama, qwen3_5
 
 from ..config.simpo_config import SimPOConfig, TrainConfig
-from ..data.encode import EncodedPair, TokenizedSequence
+from ..data.encode import EncodedPair, TokenizedSequence, encode_pairs
+from ..errors import SimPOError
 from ..model.loading import dtype_of
 from ..model.lora import attach_lora
 from ..reporting.display import Display
@@ -114,13 +115,17 @@ def loaded_example(name: str, display: Display) -> Example:
         name: Hub id or folder.
 
     Raises:
-        SimPOError: it cannot be loaded.
-        InvalidRecordError: its chat template rejects the built-in texts.
+        SimPOError: it cannot be loaded, or its chat template rejects all of the built-in texts.
     """
     config = SimPOConfig(model=name)
     loaded = load_base_model(config, display)
     encoder = create_encoder(loaded.tokenizer, config, display)
-    pairs = [encoder.encode(pair) for pair in PAIRS]
+    pairs, quarantined = encode_pairs(encoder, PAIRS)
+    if not pairs:
+        raise SimPOError(
+            f"{name} cannot be trained on the built-in texts: {quarantined[0].reason} "
+            f"({quarantined[0].detail}); please report this, and name another model"
+        )
     model_type = str(loaded.config.get("model_type"))
     return _example(name, model_type, loaded.model, pairs, is_random=False)
 

@@ -9,6 +9,7 @@ from helpers.tiny import BARE, tiny_folder
 from mlx.utils import tree_flatten
 from mlx_lm.models.qwen3_5 import GatedDeltaNet
 
+from mlx_simpo import SimPOError
 from mlx_simpo.doctor.examples import loaded_example, random_examples
 from mlx_simpo.reporting.display import Display
 
@@ -61,3 +62,10 @@ def test_a_model_gets_the_built_in_texts_by_its_own_template(
         "layers": 2,
         "dtype": "float32",
     }
+
+
+def test_a_template_that_rejects_the_built_in_texts(tmp_path: Path) -> None:
+    template = "{{ raise_exception('only in verse') }}"
+    folder = tiny_folder(tmp_path / "model", template=template)
+    with pytest.raises(SimPOError, match=r"cannot be trained on the built-in texts: .*in verse"):
+        loaded_example(str(folder), Display())
