@@ -29,8 +29,8 @@ LONGEST = {
     "stacked, compiled": 4096,
     "unsloth_zoo": 8192,
     "mlx-train-perf loss": 4096,
-    "mlx-tune": 4096,
-    "mlx-lm-lora CPO": 4096,
+    "mlx-tune": 8192,
+    "mlx-lm-lora CPO": 8192,
 }
 LONGEST_WITHOUT = 1024  # checkpointing
 RUNS = 3
