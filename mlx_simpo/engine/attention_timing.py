@@ -13,12 +13,10 @@ from .fused_attention import check_fused_attention, has_fused_gradient
 from .operation_choice import AttentionSetting, attention_in_blocks, fused_attention
 from .operations import Attention, AttentionCall
 from .pass_timing import SECOND_AT_MOST
-from .stopwatch import Stopwatch, Work
+from .stopwatch import ABOUT_AS_QUICK, Stopwatch, Work
 from .trial_shapes import Lengths, shape_of
 
 TILES = (2**19, 2**22, 2**24)  # scores that the blocks compute at once
-# Where times differ by less, the one that needs less memory is chosen.
-SLOWER = 0.05
 # How much slower than the first alternative another one should be, at most.
 MARGIN = 4.0
 
@@ -126,7 +124,7 @@ def _work(run: Attention, shapes: Sequence[AttentionShape], calls: Sequence[_Pas
                 for i, size in enumerate(sizes)
             ]
             inputs.append((shape.scale, arrays))
-    mx.eval(inputs[0][1], *(arrays for _, arrays in inputs))
+    mx.eval([arrays for _, arrays in inputs])
 
     def work() -> Any:
         return [
@@ -146,7 +144,7 @@ def best_attention(timings: Sequence[AttentionTiming], figures: Figures) -> Figu
     as quick as the quickest; unchanged without timings."""
     if not timings:
         return figures
-    bound = (1 + SLOWER) * min(timing.seconds for timing in timings)
+    bound = ABOUT_AS_QUICK * min(timing.seconds for timing in timings)
     best = min((t for t in timings if t.seconds <= bound), key=lambda t: t.bytes)
     blocks = [t for t in timings if t.name == "blocks"]
     # The blocks may still be needed: a layer with a sliding window has no other attention.
