@@ -7,6 +7,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..errors import one_line
+
 
 class Agreement(NamedTuple):
     """Whether an operation agrees with its reference, value and gradient.
@@ -73,16 +75,21 @@ def summarize(
                 worst[difference.is_gradient], difference, key=_badness
             )
     except (RuntimeError, ValueError) as error:
-        problem = " ".join(str(error).split())
+        problem = one_line(error)
     return Agreement(
         name=name,
-        dtype=str(dtype).removeprefix("mlx.core."),
+        dtype=dtype_name(dtype),
         value_error=worst[False].error,
         gradient_error=worst[True].error,
         tolerance=tolerance,
         problem=problem,
         where=max(worst.values(), key=_badness).where,
     )
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Return "float32" for mx.float32."""
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def relative_difference(actual: mx.array, expected: mx.array) -> float:
