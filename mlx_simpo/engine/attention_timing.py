@@ -12,9 +12,8 @@ from .figures import AttentionName, Figures
 from .fused_attention import check_fused_attention, has_fused_gradient
 from .operation_choice import AttentionSetting, attention_in_blocks, fused_attention
 from .operations import Attention, AttentionCall
-from .pass_timing import SECOND_AT_MOST
 from .stopwatch import ABOUT_AS_QUICK, Stopwatch, Work
-from .trial_shapes import Lengths, shape_of
+from .trial_shapes import Shape
 
 TILES = (2**19, 2**22, 2**24)  # scores that the blocks compute at once
 # How much slower than the first alternative another one should be, at most.
@@ -44,7 +43,7 @@ class _Pass(NamedTuple):
 def time_attention(
     watch: Stopwatch,
     model: Any,
-    lengths: Lengths,
+    shape: Shape,
     setting: AttentionSetting,
     tile_scores: int,
     layer_s: float,
@@ -52,15 +51,14 @@ def time_attention(
     """Time the attentions that the setting allows, as far as the budget goes.
 
     Args:
-        lengths: of the run's typical pair. setting: of ``engine.attention``. tile_scores: built in.
+        shape: of a micro-batch of the run. setting: of ``engine.attention``. tile_scores: built in.
         layer_s: the most that a layer's attention should take.
 
     Returns:
         Nothing if there is no choice: one kind, or models that compute their scores themselves.
     """
     shapes = list({s.without_mask: 0 for s in observe_attention(model) if s.is_plain})
-    pairs = shape_of(max(SECOND_AT_MOST, lengths.positions), lengths).pairs
-    prefix, continuation = lengths
+    pairs, (prefix, continuation), _ = shape
     calls = [_Pass(pairs, prefix, prefix), _Pass(2 * pairs, continuation, prefix + continuation)]
     alternatives = _alternatives(shapes, calls, setting, tile_scores)
     if not shapes or len(alternatives) < 2:
