@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "doctor", run, "check this machine")
     parser.description = (
         "Show the machine, which engine and which kernel run and why, whether results are right, "
-        "and how fast they come. With --full, also what a training step costs in several ways: a "
-        "minute for the small random models, more for a model of yours."
+        "and how fast they are computed. With --full, also what a training step costs in several "
+        "ways: a minute for the small random models, more for a model of yours."
     )
     parser.add_argument(
         "--full",

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models import llama, qwen3_5
 
 from ..config.simpo_config import SimPOConfig, TrainConfig
-from ..data.encode import EncodedPair, TokenizedSequence, encode_pairs
+from ..data.encode import EncodedPair, encode_pairs
+from ..engine.trial_shapes import random_pairs
 from ..errors import SimPOError
 from ..model.loading import dtype_of
 from ..model.lora import attach_lora
@@ -88,10 +88,12 @@ def random_examples() -> Iterator[Example]:
     """
     mx.random.seed(0)
     model: Any = llama.Model(llama.ModelArgs.from_dict(_LLAMA))
-    yield _example("random llama", "llama", model, _random_pairs(_LENGTHS))
+    yield _example("random llama", "llama", model, random_pairs(_LLAMA["vocab_size"], _LENGTHS))
     mx.random.seed(0)
     model = qwen3_5.Model(qwen3_5.ModelArgs.from_dict(_hybrid()))
-    yield _example("random qwen3_5", "qwen3_5", model, _random_pairs(_SHORT_LENGTHS))
+    yield _example(
+        "random qwen3_5", "qwen3_5", model, random_pairs(_LLAMA["vocab_size"], _SHORT_LENGTHS)
+    )
 
 
 def _hybrid() -> dict[str, Any]:
@@ -151,18 +153,3 @@ def _example(
     model.eval()
     mx.eval(model.parameters())
     return Example(name, model_type, is_random, model, list(pairs), config)
-
-
-def _random_pairs(lengths: Sequence[tuple[int, int, int]]) -> list[EncodedPair]:
-    """Return pairs of random tokens with these lengths."""
-    rng = np.random.default_rng(0)
-    pairs = []
-    for index, (prompt, chosen, rejected) in enumerate(lengths):
-        before = rng.integers(1, _LLAMA["vocab_size"], prompt)
-        sequences = [
-            np.concatenate([before, rng.integers(1, _LLAMA["vocab_size"], response)])
-            for response in (chosen, rejected)
-        ]
-        first, second = (TokenizedSequence(s.astype(np.int32), prompt) for s in sequences)
-        pairs.append(EncodedPair(first, second, index, f"random pair {index + 1}"))
-    return pairs

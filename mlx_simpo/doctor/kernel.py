@@ -122,7 +122,6 @@ def timings(implementation: Implementation) -> list[dict[str, Any]]:
     "gb_per_second" divides the bytes that each method must move at least by its time: the logits
     are read for the value and again for the gradient, and the gradient is written.
     """
-
     dtype, shape = TIMED_ON_GPU if is_gpu() else TIMED_ON_CPU
     raw_logits = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
     targets = mx.arange(shape[0], dtype=mx.int32)

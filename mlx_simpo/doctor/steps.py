@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..config.simpo_config import TrainConfig
 from ..engine.choice import REFERENCE, Engine, shared_prefix_engine
-from ..engine.figures import Figures
+from ..engine.figures import AttentionName, Figures
 from ..kernels.choice import Implementation
 from ..training.state import TrainingState, restore_on_error
 from ..training.step import GradientFunction, StepBatch, collate_step
@@ -73,7 +73,7 @@ def variants(
         shares: whether the shared-prefix engine can run the model.
     """
 
-    def ours(attention: Any) -> Callable[[], Engine]:
+    def ours(attention: AttentionName) -> Callable[[], Engine]:
         return lambda: shared_prefix_engine(example.model, implementation, attention, figures)
 
     shared = [

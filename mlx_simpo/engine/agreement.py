@@ -7,6 +7,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..errors import one_line
+
 
 class Agreement(NamedTuple):
     """Whether an operation agrees with its reference, value and gradient.
@@ -73,7 +75,7 @@ def summarize(
                 worst[difference.is_gradient], difference, key=_badness
             )
     except (RuntimeError, ValueError) as error:
-        problem = " ".join(str(error).split())
+        problem = one_line(error)
     return Agreement(
         name=name,
         dtype=dtype_name(dtype),

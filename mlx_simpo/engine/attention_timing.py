@@ -12,13 +12,10 @@ from .figures import AttentionName, Figures
 from .fused_attention import check_fused_attention, has_fused_gradient
 from .operation_choice import AttentionSetting, attention_in_blocks, fused_attention
 from .operations import Attention, AttentionCall
-from .pass_timing import SECOND_AT_MOST
-from .stopwatch import Stopwatch, Work
-from .trial_shapes import Lengths, shape_of
+from .stopwatch import ABOUT_AS_QUICK, Stopwatch, Work
+from .trial_shapes import Shape
 
 TILES = (2**19, 2**22, 2**24)  # scores that the blocks compute at once
-# Where times differ by less, the one that needs less memory is chosen.
-SLOWER = 0.05
 # How much slower than the first alternative another one should be, at most.
 MARGIN = 4.0
 
@@ -46,7 +43,7 @@ class _Pass(NamedTuple):
 def time_attention(
     watch: Stopwatch,
     model: Any,
-    lengths: Lengths,
+    shape: Shape,
     setting: AttentionSetting,
     tile_scores: int,
     layer_s: float,
@@ -54,15 +51,14 @@ def time_attention(
     """Time the attentions that the setting allows, as far as the budget goes.
 
     Args:
-        lengths: of the run's typical pair. setting: of ``engine.attention``. tile_scores: built in.
+        shape: of a micro-batch of the run. setting: of ``engine.attention``. tile_scores: built in.
         layer_s: the most that a layer's attention should take.
 
     Returns:
         Nothing if there is no choice: one kind, or models that compute their scores themselves.
     """
     shapes = list({s.without_mask: 0 for s in observe_attention(model) if s.is_plain})
-    pairs = shape_of(max(SECOND_AT_MOST, lengths.positions), lengths).pairs
-    prefix, continuation = lengths
+    pairs, (prefix, continuation), _ = shape
     calls = [_Pass(pairs, prefix, prefix), _Pass(2 * pairs, continuation, prefix + continuation)]
     alternatives = _alternatives(shapes, calls, setting, tile_scores)
     if not shapes or len(alternatives) < 2:
@@ -126,7 +122,7 @@ def _work(run: Attention, shapes: Sequence[AttentionShape], calls: Sequence[_Pas
                 for i, size in enumerate(sizes)
             ]
             inputs.append((shape.scale, arrays))
-    mx.eval(inputs[0][1], *(arrays for _, arrays in inputs))
+    mx.eval([arrays for _, arrays in inputs])
 
     def work() -> Any:
         return [
@@ -146,7 +142,7 @@ def best_attention(timings: Sequence[AttentionTiming], figures: Figures) -> Figu
     as quick as the quickest; unchanged without timings."""
     if not timings:
         return figures
-    bound = (1 + SLOWER) * min(timing.seconds for timing in timings)
+    bound = ABOUT_AS_QUICK * min(timing.seconds for timing in timings)
     best = min((t for t in timings if t.seconds <= bound), key=lambda t: t.bytes)
     blocks = [t for t in timings if t.name == "blocks"]
     # The blocks may still be needed: a layer with a sliding window has no other attention.

@@ -135,8 +135,10 @@ def _measure(watch: Stopwatch, model: Any, config: SimPOConfig, lengths: Lengths
     small = shape_of(min(SMALL, max_positions), lengths)
     small_s = watch.once(_gradient_work(model, engine, small, is_checkpointed)).seconds
 
+    # As large as the run's by the built-in figures: smaller ones do not keep every device busy.
+    usual = shape_of(max(min(figures.max_positions, max_positions), lengths.positions), lengths)
     attention = time_attention(
-        watch.part(ATTENTION_SHARE), model, lengths, setting, figures.tile_scores, small_s
+        watch.part(ATTENTION_SHARE), model, usual, setting, figures.tile_scores, small_s
     )
     if attention:
         figures = replace(

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config.simpo_config import SimPOConfig
-from ..data.encode import EncodedPair, TokenizedSequence
+from ..data.encode import EncodedPair
 from ..device import is_gpu
 from ..errors import SimPOError, one_line
 from ..kernels.choice import BUILT_IN, Implementation, Name, choose_implementation
@@ -24,6 +24,7 @@ from .plan import plan_shared_prefix, plan_stacked
 from .prefix_cache import can_extend_prefix, reason_not_shareable
 from .reference import average_logps
 from .shared_prefix import shared_prefix_logps
+from .trial_shapes import random_pairs
 from .vocabulary import vocabulary_size
 
 
@@ -186,7 +187,7 @@ def disagreement_with_reference(model: Any, engine: Engine) -> str | None:
     a pass of its own, which takes its prefix from the others' by index. Where the engine runs
     prefixes and long sequences in one pass, that is tried as well.
     """
-    pairs = _random_pairs(vocabulary_size(model), [(14, 6, 17), (16, 16, 7)])
+    pairs = random_pairs(vocabulary_size(model), [(14, 6, 17), (16, 16, 7)])
     expected = np.array(REFERENCE.logps(model, REFERENCE.collate(pairs).arrays, training=False))
     extends = can_extend_prefix(model)
     # Training and evaluation may compute with different operations, so both are tried.
@@ -211,7 +212,7 @@ def check_gradient(model: Any, engine: Engine) -> None:
     Raises:
         SimPOError: mlx-lm runs a kernel of its own there, which has none.
     """
-    arrays = engine.collate(_random_pairs(vocabulary_size(model), [(2, 1, 2)])).arrays
+    arrays = engine.collate(random_pairs(vocabulary_size(model), [(2, 1, 2)])).arrays
     was_training = model.training
     model.train()
     try:
@@ -229,19 +230,3 @@ def check_gradient(model: Any, engine: Engine) -> None:
         ) from None
     finally:
         model.train(was_training)
-
-
-def _random_pairs(vocabulary: int, lengths: Sequence[tuple[int, int, int]]) -> list[EncodedPair]:
-    """Return pairs of random tokens: (prompt, chosen, rejected) tokens of each."""
-    random = np.random.default_rng(0)
-    pairs = []
-    for prompt, *responses in lengths:
-        before = random.integers(0, vocabulary, prompt)
-        chosen, rejected = (
-            np.concatenate([before, random.integers(0, vocabulary, n)]).astype(np.int32)
-            for n in responses
-        )
-        pairs.append(
-            EncodedPair(TokenizedSequence(chosen, prompt), TokenizedSequence(rejected, prompt))
-        )
-    return pairs

@@ -36,9 +36,10 @@ class Figures:
     @property
     def note(self) -> str:
         """The figures and where they come from, in plain English."""
+        cost = f"{self.pass_cost:,} token{'s' if self.pass_cost > 1 else ''}"
         note = (
-            f"{self.source}: micro-batches of up to {self.max_positions:,} tokens, and one more "
-            f"pass counts as {self.pass_cost:,}"
+            f"{self.source}: micro-batches of up to {self.max_positions:,} tokens; one more "
+            f"forward pass costs as much as {cost}"
         )
         return f"{note}; {self.evidence}" if self.evidence else note
 

@@ -8,14 +8,12 @@ from ..kernels.choice import Implementation
 from ..kernels.launch import MOST_ROWS
 from .head import Head
 from .prefix_cache import empty_caches
-from .stopwatch import Stopwatch, Work
+from .stopwatch import ABOUT_AS_QUICK, Stopwatch, Work
 from .token_logps import chunk_rows, token_logps
 from .trunk import run_trunk
 
 CHUNKS = (2**20, 2**22, 2**24)  # logits
 PROBE_ROWS = 8  # hidden states of a first run, which tells what more would take
-# Fewer logits at once take less memory: the fewest within this share of the best are chosen.
-SLOWER = 0.05
 
 
 class HeadCosts(NamedTuple):
@@ -84,6 +82,6 @@ def best_chunk(row_s: dict[int, float]) -> HeadCosts:
     Args:
         row_s: seconds per hidden state by the logits of a chunk.
     """
-    bound = (1 + SLOWER) * min(row_s.values())
+    bound = ABOUT_AS_QUICK * min(row_s.values())
     chunk = min(chunk for chunk, seconds in row_s.items() if seconds <= bound)
     return HeadCosts(row_s[chunk], chunk)

@@ -84,7 +84,7 @@ def choose_attention(
     if setting == "mlx":
         return AttentionChoice(mlx_attention, mlx_attention, _note_of_forced(sizes))
     if not is_gpu():
-        note = "blocks (mlx-simpo's own; MLX has no fused gradient on the CPU)"
+        note = "blocks (mlx-simpo's own; MLX's gradient on the CPU would store all scores)"
         return AttentionChoice(blocks, blocks, note)
     training, note = _training_on_gpu(shapes, sizes, blocks, figures)
     failures = _unique(filter(None, map(_forward_failure, sizes)))
@@ -148,8 +148,8 @@ def _reason_for_blocks(shape: AttentionShape, figures: Figures) -> str | None:
     if not has_fused_gradient(shape):
         return f"MLX has no fused gradient for {shape.description}"
     if figures.attention != "mlx":
-        measured = "is no better here" if figures.evidence else "is there, but was not measured"
-        return f"MLX's fused gradient {measured}"
+        better = "is no better here" if figures.evidence else "is not known to be better here"
+        return f"MLX's fused gradient {better}"
     agreement = check_fused_attention(shape)
     return None if agreement.passed else f"{agreement.name} {agreement.failure}"
 

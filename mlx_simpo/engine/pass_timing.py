@@ -15,7 +15,8 @@ from .trial_shapes import Lengths, Shape, shape_of
 
 SMALL = 64  # positions: quick with the largest models, and tells what more would take
 SIZES = (128, 256, 512, 1024, 2048, 4096)
-# A device is kept busy by the second size at the latest; the third is to be as large as possible.
+# A CPU is kept busy by the second size at the latest. A GPU may not be: the third is to be as large
+# as possible.
 SECOND_AT_MOST = 512
 # Attention grows with the square of the length, and a machine has other things to do.
 MARGIN = 1.3

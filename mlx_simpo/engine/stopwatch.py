@@ -16,6 +16,9 @@ Work = Callable[[], Any]
 # left: what else the machine does can only slow it down.
 REPEATED_SHARE = 0.25
 
+# Times that differ by less are as good as the same, and the one that needs less memory is chosen.
+ABOUT_AS_QUICK = 1.05
+
 
 class Measurement(NamedTuple):
     """What some work has taken: seconds, and bytes of memory at its peak beyond those before."""

@@ -1,4 +1,4 @@
-"""Micro-batches to be timed: how many pairs of which lengths, and pairs like that."""
+"""Pairs to try an engine with, and micro-batches to time: how many pairs of which lengths."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -85,4 +85,20 @@ def pairs_of(shape: Shape) -> list[EncodedPair]:
             tokens[prefix] = 64 + kind
             sequences.append(TokenizedSequence(tokens, length - 1))
         pairs.append(EncodedPair(*sequences))
+    return pairs
+
+
+def random_pairs(vocabulary: int, lengths: Sequence[tuple[int, int, int]]) -> list[EncodedPair]:
+    """Return pairs of random tokens, the same each time: (prompt, chosen, rejected) tokens of
+    each. MLX's random numbers are not touched."""
+    random = np.random.default_rng(0)
+    pairs = []
+    for index, (prompt, *responses) in enumerate(lengths):
+        before = random.integers(0, vocabulary, prompt)
+        chosen, rejected = (
+            np.concatenate([before, random.integers(0, vocabulary, n)]).astype(np.int32)
+            for n in responses
+        )
+        sequences = (TokenizedSequence(chosen, prompt), TokenizedSequence(rejected, prompt))
+        pairs.append(EncodedPair(*sequences, index, f"random pair {index + 1}"))
     return pairs

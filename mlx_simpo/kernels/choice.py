@@ -74,7 +74,7 @@ def choose_implementation(name: Name = "auto") -> Implementation:
             "or CUDA); leave it out, or set logps.impl=mlx"
         )
     if gpu is None:
-        return BUILT_IN._replace(note="MLX's own operations, as MLX runs on the CPU")
+        return BUILT_IN._replace(note="MLX's own operations (mlx-simpo's kernel needs a GPU)")
     check_kernel(gpu)
     note = f"the {gpu} kernel, which agrees with MLX's own operations"
     return Implementation("kernel", note, kernel_response_logps)

@@ -14,6 +14,7 @@ from ..engine.choice import Engine
 from ..errors import SimPOError
 from ..model.adapters import flat_arrays
 from .largest import LargestMicroBatch, largest_micro_batch
+from .memory_limits import bytes_of, gigabytes
 from .peak import Peak, predict_peak
 
 # Computes the gradient of these pairs as one micro-batch with these settings, waits for it and
@@ -78,7 +79,7 @@ class MemoryForecast:
 
 def limit_bytes(settings: MemoryConfig) -> int:
     """Return what a training may need, in bytes: memory.limit_gb, or what MLX can use here."""
-    return memory_limit_bytes() if settings.limit_gb is None else round(settings.limit_gb * 1e9)
+    return memory_limit_bytes() if settings.limit_gb is None else bytes_of(settings.limit_gb)
 
 
 def check_weights(model: nn.Module, settings: MemoryConfig) -> None:
@@ -189,8 +190,3 @@ def _sentence(options: TrainConfig, config: SimPOConfig, max_length: int | None 
 def weight_bytes(model: nn.Module) -> int:
     """Return the size of all weights of a model, in bytes."""
     return sum(array.nbytes for array in flat_arrays(model.parameters()).values())
-
-
-def gigabytes(size: float) -> str:
-    """Return a number of bytes in GB, of 10⁹ bytes, with three digits."""
-    return f"{size / 1e9:.3g} GB"

@@ -67,17 +67,19 @@ def set_memory_limits(settings: MemoryConfig) -> _Limits:
     problems = list(_problems(settings))
     if problems:
         raise InvalidSettingsError(problems)
-    wired = _bytes(settings.wired_limit_gb)
+    memory, cache, wired = (
+        None if limit is None else bytes_of(limit)
+        for limit in (settings.limit_gb, settings.cache_limit_gb, settings.wired_limit_gb)
+    )
     before = _set(
         _Limits(
-            memory=_bytes(settings.limit_gb),
-            cache=DEFAULT_CACHE_BYTES
-            if settings.cache_limit_gb is None
-            else _bytes(settings.cache_limit_gb),
-            wired=recommended_memory_bytes() if wired is None else wired,
+            memory,
+            DEFAULT_CACHE_BYTES if cache is None else cache,
+            recommended_memory_bytes() if wired is None else wired,
         )
     )
-    if settings.cache_limit_gb is None and before.cache is not None:
+    # What MLX's limit is shows only when another one is set.
+    if cache is None and before.cache is not None:
         mx.set_cache_limit(min(before.cache, DEFAULT_CACHE_BYTES))
     return before
 
@@ -93,9 +95,9 @@ def _problems(settings: MemoryConfig) -> Iterator[str]:
     available = device_memory_bytes()
     for name in ("limit_gb", "cache_limit_gb"):
         value = getattr(settings, name)
-        if value is not None and value * 1e9 > available:
+        if value is not None and bytes_of(value) > available:
             yield (
-                f"memory.{name} is {value:g}, but MLX's device has {available / 1e9:.3g} GB of "
+                f"memory.{name} is {value:g}, but MLX's device has {gigabytes(available)} of "
                 "memory; set less, or leave it out"
             )
     value, recommended = settings.wired_limit_gb, recommended_memory_bytes()
@@ -104,12 +106,18 @@ def _problems(settings: MemoryConfig) -> Iterator[str]:
             f"memory.wired_limit_gb is {value:g}, but only Metal on macOS can keep memory from "
             "being paged out, and MLX does not run on Metal here; leave it out, or set 0"
         )
-    elif value and recommended is not None and value * 1e9 > recommended:
+    elif value and recommended is not None and bytes_of(value) > recommended:
         yield (
             f"memory.wired_limit_gb is {value:g}, but Metal allows {recommended / 1e9:.4g}; set "
             "less, or raise what it allows with sudo sysctl iogpu.wired_limit_mb=N"
         )
 
 
-def _bytes(gigabytes: float | None) -> int | None:
-    return None if gigabytes is None else round(gigabytes * 1e9)
+def bytes_of(limit_gb: float) -> int:
+    """Return a limit in GB, of 10⁹ bytes, as a number of bytes."""
+    return round(limit_gb * 1e9)
+
+
+def gigabytes(size: float) -> str:
+    """Return a number of bytes in GB, of 10⁹ bytes, with three digits."""
+    return f"{size / 1e9:.3g} GB"

@@ -11,7 +11,6 @@ A micro-batch of long pairs may need too much even so. It runs with shortened pa
 next length only if it fits in case that memory has grown with the square of the length so far.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..data.encode import EncodedPair, TokenizedSequence
+from ..engine.stopwatch import memory_in_use, undisturbed
 from ..model.adapters import flat_arrays
 
 # Computes the gradient of these pairs as one micro-batch, waits for it and forgets it.
@@ -94,10 +94,9 @@ def predict_peak(
     lengths: list[float] = []
     few_layers: list[float] = []  # activations with a gradient of some layers, measured
     all_layers: list[float] = []
-    with _unchanged(model):
+    with undisturbed(model):
         model.train()
-        gc.collect()  # arrays in reference cycles would be freed later, in the middle of a run
-        model_bytes = _memory_in_use()
+        model_bytes = memory_in_use()
         resident = model_bytes + (COPIES_AT_ALL_TIMES + accumulates) * trainable
         for length in LENGTHS:
             if len(lengths) > 1:
@@ -159,17 +158,11 @@ def _activations(
 
 def _measure(run: RunMicroBatch, pairs: Sequence[EncodedPair]) -> int:
     """Return the bytes that a run takes at its peak, beyond those in use before."""
-    before = _memory_in_use()
+    mx.clear_cache()  # a buffer of it may be larger than the array that takes it, and counts whole
+    before = memory_in_use()
     mx.reset_peak_memory()
     run(pairs)
     return mx.get_peak_memory() - before
-
-
-def _memory_in_use() -> int:
-    """Return the bytes of all arrays that something refers to."""
-    mx.clear_cache()
-    mx.synchronize()  # on a CPU, the thread that computes frees what it has read
-    return mx.get_active_memory()
 
 
 @contextmanager
@@ -184,22 +177,6 @@ def _frozen(layers: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, names in zip(modules, before, strict=True):
             module._no_grad = names
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Leave the model's mode, MLX's random numbers and its memory counters as if nothing had run
-    within the context."""
-    was_training = model.training
-    high, low = np.array(mx.random.state[0]).tolist()  # type: ignore[index]
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        # The state cannot be assigned to; seed(n) makes it [n >> 32, n & (2³² − 1)].
-        mx.random.seed((high << 32) | low)
-        mx.clear_cache()
-        mx.reset_peak_memory()
 
 
 def shorten(pair: EncodedPair, factor: float) -> EncodedPair:

@@ -21,7 +21,10 @@ from mlx_simpo.kernels.choice import BUILT_IN
 Capture = pytest.CaptureFixture[str]
 DEVICES = {"cpu": on_cpu, "gpu": on_gpu}
 IMPLEMENTATIONS = {"cpu": "mlx", "gpu": "kernel"}
-NOTES = {"cpu": "MLX's own operations, as MLX runs on the CPU", "gpu": "kernel, which agrees with"}
+NOTES = {
+    "cpu": "MLX's own operations (mlx-simpo's kernel needs a GPU)",
+    "gpu": "kernel, which agrees with",
+}
 CALIBRATION = Calibration(
     Figures(7, 700, 2**19, 2**20, "blocks", "measured in 1.0 s"), 1.0, 1e-3, 1e-4, 1e-4, 512, True
 )

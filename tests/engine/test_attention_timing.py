@@ -18,9 +18,9 @@ from mlx_simpo.engine.attention_timing import (
 )
 from mlx_simpo.engine.figures import CPU
 from mlx_simpo.engine.stopwatch import Stopwatch
-from mlx_simpo.engine.trial_shapes import Lengths
+from mlx_simpo.engine.trial_shapes import Lengths, Shape
 
-LENGTHS = Lengths(64, 128)
+SHAPE = Shape(1, Lengths(64, 128))
 
 
 class Watch(Stopwatch):
@@ -35,24 +35,24 @@ class Watch(Stopwatch):
         return super().once(work)._replace(seconds=1.0)
 
 
-def timed(model: Any, setting: Any = "auto", lengths: Lengths = LENGTHS) -> list[tuple]:
+def timed(model: Any, setting: Any = "auto", shape: Shape = SHAPE) -> list[tuple]:
     """The attentions that are timed, MLX's without tiles."""
-    timings = time_attention(Watch(), model, lengths, setting, TILES[0], 1.0)
+    timings = time_attention(Watch(), model, shape, setting, TILES[0], 1.0)
     return [(t.name, t.tile_scores) if t.name == "blocks" else (t.name,) for t in timings]
 
 
 def test_on_a_cpu_there_are_only_blocks_to_choose_from() -> None:
-    long = Lengths(256, 256)  # 2 rows of 256 queries and 512 keys in 4 heads: 2²⁰ scores
+    long = Shape(1, Lengths(256, 256))  # 2 rows of 256 queries and 512 keys in 4 heads: 2²⁰ scores
     with on_cpu():
         assert timed(tiny_model()) == []  # short: all sizes have one tile
-        assert timed(tiny_model(), lengths=long) == [("blocks", 2**19), ("blocks", 2**22)]
+        assert timed(tiny_model(), shape=long) == [("blocks", 2**19), ("blocks", 2**22)]
         assert timed(tiny_model(), "mlx", long) == []
 
 
 def test_of_sizes_that_make_the_same_tiles_the_built_in_one_stays() -> None:
     """Longer pairs may need the difference, and nothing was measured of it."""
     with fused_attention_stand_in():
-        timings = time_attention(Watch(), tiny_model(), LENGTHS, "auto", 2**23, 1.0)
+        timings = time_attention(Watch(), tiny_model(), SHAPE, "auto", 2**23, 1.0)
     assert [t.tile_scores for t in timings] == [2**23, 2**23]
 
 
@@ -81,7 +81,7 @@ def test_the_budget_is_never_exceeded(budget_s: float, count: int) -> None:
     """Each runs twice; the second is expected to take up to four times as long as the first."""
     with fused_attention_stand_in():
         watch = Watch(budget_s)
-        timings = time_attention(watch, tiny_model(), LENGTHS, "auto", TILES[0], 1.0)
+        timings = time_attention(watch, tiny_model(), SHAPE, "auto", TILES[0], 1.0)
         assert len(timings) == count
         assert watch.clock.now <= budget_s
 

@@ -22,11 +22,11 @@ from mlx_simpo.engine.calibration import (
     calibration_table,
 )
 from mlx_simpo.engine.choice import shared_prefix_engine
-from mlx_simpo.engine.figures import CPU, default_figures
+from mlx_simpo.engine.figures import CPU, GPU, Figures, default_figures
 from mlx_simpo.engine.head_timing import HeadCosts
 from mlx_simpo.engine.pass_timing import PassTiming
 from mlx_simpo.engine.stopwatch import Measurement, Stopwatch
-from mlx_simpo.engine.trial_shapes import Lengths, shape_of, typical_lengths
+from mlx_simpo.engine.trial_shapes import Lengths, Shape, shape_of, typical_lengths
 from mlx_simpo.model.adapters import flat_arrays
 
 LENGTHS = Lengths(16, 24)
@@ -115,6 +115,35 @@ def test_no_micro_batch_is_larger_than_the_run_allows(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "_gradient_work", recording)
     calibrate(model_with_lora(), step_config(max_tokens_per_step=300), LENGTHS, budget_s=3.0)
     assert max(shape.positions for shape in shapes) in range(200, 301)
+
+
+@pytest.mark.parametrize(
+    ("figures", "max_tokens_per_step", "lengths", "pairs"),
+    [
+        (CPU, None, LENGTHS, 8),  # of 64 positions each
+        (GPU, None, LENGTHS, 64),
+        (GPU, 300, LENGTHS, 4),
+        (GPU, 300, Lengths(300, 400), 1),
+    ],
+)
+def test_attention_is_timed_in_micro_batches_as_large_as_the_runs(
+    figures: Figures,
+    max_tokens_per_step: int | None,
+    lengths: Lengths,
+    pairs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes = []
+
+    def time_attention(watch: Any, model: Any, shape: Any, *_: Any) -> list[AttentionTiming]:
+        shapes.append(shape)
+        return []
+
+    monkeypatch.setattr(module, "default_figures", lambda: figures)
+    monkeypatch.setattr(module, "time_attention", time_attention)
+    config = step_config(max_tokens_per_step=max_tokens_per_step)
+    calibrate(model_with_lora(), config, lengths, 0.0, FakeClock())
+    assert shapes == [Shape(pairs, lengths)]
 
 
 def test_a_warm_up_that_takes_the_whole_budget_is_all_that_runs(

@@ -68,10 +68,11 @@ def test_on_a_cpu_the_numbers_are_those_that_runs_of_it_were_begun_with() -> Non
 
 def test_the_note_has_the_figures_and_where_they_come_from() -> None:
     assert FIGURES.note == (
-        "measured in 2.1 s: micro-batches of up to 1,312 tokens, and one more pass counts as 41; "
-        "attention of a layer: 3.1 ms"
+        "measured in 2.1 s: micro-batches of up to 1,312 tokens; one more forward pass costs as "
+        "much as 41 tokens; attention of a layer: 3.1 ms"
     )
     assert replace(CPU, evidence="").note == (
-        "built-in numbers for a CPU: micro-batches of up to 512 tokens, and one more pass counts "
-        "as 16"
+        "built-in numbers for a CPU: micro-batches of up to 512 tokens; one more forward pass "
+        "costs as much as 16 tokens"
     )
+    assert replace(CPU, pass_cost=1).note.endswith(" as much as 1 token")

@@ -7,17 +7,9 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import fused
 from helpers.devices import on_cpu
-from helpers.fused import (
-    MARK,
-    Defect,
-    failing,
-    fused_attention_stand_in,
-    not_a_number,
-    wrong_in_bfloat16,
-    wrong_keys,
-    wrong_with_fewer_queries,
-)
+from helpers.fused import MARK, Defect, fused_attention_stand_in
 
 from mlx_simpo.engine import fused_attention
 from mlx_simpo.engine.attention_shapes import AttentionShape
@@ -49,8 +41,7 @@ def test_the_cpu_has_none(dtype: mx.Dtype, head_size: int) -> None:
 def test_it_is_seen_in_the_graph() -> None:
     with fused_attention_stand_in(head_sizes=(8,)) as stand_in:
         assert has_fused_gradient(SHAPE)
-        # Asked with fewer queries than keys too, and with the model's heads.
-        assert {(75, 75, "causal"), (41, 107, "causal")} & set(stand_in.forward)
+        assert set(stand_in.forward) == {(*GRADIENT_LENGTHS[0], "causal")}  # one length is enough
         assert has_fused_gradient(SHAPE, (9, 40), None)
         assert not has_fused_gradient(SHAPE, (8, 40), None)  # too few queries
         assert not has_fused_gradient(SHAPE._replace(head_size=7))
@@ -60,6 +51,15 @@ def test_it_is_seen_in_the_graph() -> None:
         asked = len(stand_in.forward)
         assert has_fused_gradient(SHAPE, (9, 40), None)
         assert len(stand_in.forward) == asked  # remembered
+
+
+def test_any_of_the_lengths_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX may take more queries only, or as many as keys."""
+    fewest = {queries for queries, _ in GRADIENT_LENGTHS}
+    for least, expected in ((max(fewest), True), (max(fewest) + 1, False)):
+        monkeypatch.setattr(fused, "LEAST_QUERIES", least)
+        with fused_attention_stand_in():
+            assert has_fused_gradient(SHAPE) == expected
 
 
 def test_what_mlx_refuses_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +120,9 @@ def test_mlx_on_the_cpu_agrees(
 @pytest.mark.parametrize(
     ("defect", "where"),
     [
-        (wrong_keys, "^the gradient of keys with "),
-        (wrong_with_fewer_queries, "41 queries, 107 keys and |128 queries, 200 keys and "),
-        (not_a_number, "^the gradient of values with "),
+        (fused.wrong_keys, "^the gradient of keys with "),
+        (fused.wrong_with_fewer_queries, "41 queries, 107 keys and |128 queries, 200 keys and "),
+        (fused.not_a_number, "^the gradient of values with "),
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,7 +138,7 @@ def test_a_wrong_gradient_is_noticed(defect: Defect, where: str, dtype: mx.Dtype
 
 
 def test_a_gradient_that_is_wrong_in_one_dtype() -> None:
-    with fused_attention_stand_in(wrong_in_bfloat16):
+    with fused_attention_stand_in(fused.wrong_in_bfloat16):
         passed = [check_fused_attention(SHAPE._replace(dtype=dtype)).passed for dtype in DTYPES]
     assert dict(zip(DTYPES, passed, strict=True)) == {
         mx.float32: True,
@@ -148,7 +148,7 @@ def test_a_gradient_that_is_wrong_in_one_dtype() -> None:
 
 
 def test_a_kernel_that_does_not_run() -> None:
-    with fused_attention_stand_in(failing):
+    with fused_attention_stand_in(fused.failing):
         agreement = check_fused_attention(SHAPE)
     assert not agreement.passed
     assert agreement.failure == (

@@ -1,4 +1,4 @@
-"""Micro-batches to be timed: of the lengths that a run has, and of the passes that they name."""
+"""Random pairs; and micro-batches to time, of a run's lengths and of the passes that they name."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo.engine.collate_shared import collate_shared
-from mlx_simpo.engine.trial_shapes import Lengths, Shape, pairs_of, shape_of, typical_lengths
+from mlx_simpo.engine.trial_shapes import (
+    Lengths,
+    Shape,
+    pairs_of,
+    random_pairs,
+    shape_of,
+    typical_lengths,
+)
 
 TYPICAL = Lengths(64, 128)
 LENGTHS = st.builds(Lengths, st.integers(2, 300), st.integers(2, 300))
@@ -55,3 +62,19 @@ def test_random_tokens_are_not_drawn() -> None:
     state = np.random.get_state()[1].copy()  # type: ignore[union-attr]
     pairs_of(shape_of(512, TYPICAL))
     assert (np.random.get_state()[1] == state).all()  # type: ignore[union-attr]
+
+
+def test_random_pairs_share_their_prompt_and_are_the_same_each_time() -> None:
+    lengths = [(14, 6, 17), (2, 1, 2)]
+    pairs, again = random_pairs(50, lengths), random_pairs(50, lengths)
+    assert [pair.index for pair in pairs] == [0, 1]
+    for one, two, (prompt, *responses) in zip(pairs, again, lengths, strict=True):
+        sequences = one.chosen, one.rejected
+        assert [len(s.tokens) - prompt for s in sequences] == responses
+        assert {s.score_start for s in sequences} == {prompt}
+        before, repeated = (s.tokens[:prompt] for s in sequences)
+        np.testing.assert_array_equal(before, repeated)
+        assert all(s.tokens.min() >= 0 and s.tokens.max() < 50 for s in sequences)
+        for first, second in zip(sequences, (two.chosen, two.rejected), strict=True):
+            np.testing.assert_array_equal(first.tokens, second.tokens)
+    assert len({tuple(pair.chosen.tokens[:2]) for pair in pairs}) == 2

@@ -140,7 +140,7 @@ def test_address_spaces(rows: int, size: int, dtype: mx.Dtype, gradient: bool) -
 def test_on_a_cpu_mlx_operations_run(cpu: None) -> None:
     implementation = choice.choose_implementation()
     assert implementation.name == "mlx"
-    assert implementation.note == "MLX's own operations, as MLX runs on the CPU"
+    assert implementation.note == "MLX's own operations (mlx-simpo's kernel needs a GPU)"
     with pytest.raises(SimPOError, match=r"logps\.impl is kernel, but MLX runs on the CPU"):
         choice.choose_implementation("kernel")
 

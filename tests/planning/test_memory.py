@@ -20,7 +20,6 @@ from mlx_simpo.planning.memory import (
     MemoryForecast,
     check_weights,
     forecast_memory,
-    gigabytes,
     weight_bytes,
 )
 
@@ -198,15 +197,6 @@ def test_nine_tenths_of_the_limit_are_comfortable(peak: int, is_warned: bool) ->
 
 def test_one_pair_is_singular() -> None:
     assert "90 positions in 1 pair, " in replace(FORECAST, pairs=1, positions=90).figures
-
-
-def test_gigabytes_have_three_digits() -> None:
-    assert [gigabytes(n) for n in (1.2345e11, 1.2345e10, 1.2345e9, 1.2345e7)] == [
-        "123 GB",
-        "12.3 GB",
-        "1.23 GB",
-        "0.0123 GB",
-    ]
 
 
 # --- weights ---------------------------------------------------------------------------------

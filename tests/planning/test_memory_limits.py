@@ -14,6 +14,7 @@ from mlx_simpo.errors import InvalidSettingsError
 from mlx_simpo.planning.memory import limit_bytes
 from mlx_simpo.planning.memory_limits import (
     DEFAULT_CACHE_BYTES,
+    gigabytes,
     memory_limits,
     set_memory_limits,
 )
@@ -145,6 +146,15 @@ def test_the_forecast_compares_with_the_limit_that_is_set(monkeypatch: pytest.Mo
     monkeypatch.setattr("mlx_simpo.planning.memory.memory_limit_bytes", lambda: 11 * GB)
     assert limit_bytes(MemoryConfig()) == 11 * GB
     assert limit_bytes(MemoryConfig(limit_gb=2.5)) == 2_500_000_000
+
+
+def test_gigabytes_have_three_digits() -> None:
+    assert [gigabytes(n) for n in (1.2345e11, 1.2345e10, 1.2345e9, 1.2345e7)] == [
+        "123 GB",
+        "12.3 GB",
+        "1.23 GB",
+        "0.0123 GB",
+    ]
 
 
 def test_mlx_keeps_no_more_than_the_limit_of_its_cache() -> None:

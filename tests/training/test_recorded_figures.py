@@ -33,6 +33,8 @@ from mlx_simpo.training.resuming import PROGRESS, recorded_figures
 # What a pass costs in the first, second … measurement: each sequence in a pass of its own, and all
 # of a micro-batch in one.
 PASS_COSTS = (1, 500, 30, 250)
+# What is said of the first.
+FIRST = "micro-batches of up to 64 tokens; one more forward pass costs as much as 1 token"
 SETTINGS = (
     "logps.impl=mlx",
     "train.batch_size=4",
@@ -92,19 +94,13 @@ def test_a_resumed_run_is_the_same_bit_for_bit_though_others_would_be_measured(
     runs: Runs, measurements: Measurements
 ) -> None:
     whole = runs.begin("whole", *SETTINGS)
-    assert (
-        "; measured in 0.0 s: micro-batches of up to 64 tokens, and one more pass counts as 1"
-        in whole.text
-    )
+    assert f"; measured in 0.0 s: {FIRST}" in whole.text
     shutil.rmtree(calibration_folder())
     measurements.count = 0
     interrupt(runs, "parts")
     shutil.rmtree(calibration_folder())  # so that anything measured now would be different
     resumed = runs.resume("parts")
-    assert (
-        "; recorded by the run: micro-batches of up to 64 tokens, and one more pass counts as 1"
-        in resumed.text
-    )
+    assert f"; recorded by the run: {FIRST}" in resumed.text
     assert measurements.count == 1
     assert_same_run(runs.root / "parts", runs.root / "whole")
 
@@ -140,8 +136,7 @@ def test_a_second_run_takes_what_the_first_has_measured(
 ) -> None:
     runs.begin("one", *SETTINGS)
     two = runs.begin("two", *SETTINGS)
-    figures = "micro-batches of up to 64 tokens, and one more pass counts as 1"
-    assert f"; measured earlier on this machine: {figures}" in two.text
+    assert f"; measured earlier on this machine: {FIRST}" in two.text
     assert measurements.count == 1
     assert figures_of(runs.root / "one") == figures_of(runs.root / "two")
 

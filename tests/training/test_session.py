@@ -60,7 +60,7 @@ def test_the_chosen_implementation_is_noted(
 ) -> None:
     assert "as logps.impl=mlx asks" in new_session("logps.impl=mlx").engine.note
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
-    assert "as MLX runs on the CPU" in new_session().engine.note
+    assert "(mlx-simpo's kernel needs a GPU)" in new_session().engine.note
 
 
 @pytest.mark.parametrize("command", [prepare, evaluate])
