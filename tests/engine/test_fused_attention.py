@@ -49,8 +49,7 @@ def test_the_cpu_has_none(dtype: mx.Dtype, head_size: int) -> None:
 def test_it_is_seen_in_the_graph() -> None:
     with fused_attention_stand_in(head_sizes=(8,)) as stand_in:
         assert has_fused_gradient(SHAPE)
-        # Asked with fewer queries than keys too, and with the model's heads.
-        assert {(75, 75, "causal"), (41, 107, "causal")} & set(stand_in.forward)
+        assert stand_in.forward == [(75, 75, "causal")]  # of several lengths, one is enough
         assert has_fused_gradient(SHAPE, (9, 40), None)
         assert not has_fused_gradient(SHAPE, (8, 40), None)  # too few queries
         assert not has_fused_gradient(SHAPE._replace(head_size=7))
@@ -115,6 +114,7 @@ def test_mlx_on_the_cpu_agrees(
             assert least < error < TOLERANCES[dtype] / 2 or error == 0
             assert agreement.name == f"MLX's attention with head size {sizes[0]}"
             assert agreement.dtype == str(dtype).removeprefix("mlx.core.")
+        assert check_fused_attention(shape).gradient_error > least  # two ways to compute it
 
 
 @pytest.mark.parametrize(
