@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..device import is_gpu
+from ..engine.agreement import dtype_name
 from ..kernels.built_in import IGNORE_INDEX
 from ..kernels.choice import Implementation
 
@@ -66,7 +67,7 @@ def check(
     ]
     is_close = all(error <= limit for error, limit in zip(errors, limits, strict=True))
     return {
-        "dtype": str(dtype).removeprefix("mlx.core."),
+        "dtype": dtype_name(dtype),
         "vocabulary": size,
         "softcap": softcap,
         "error": errors[0],
@@ -151,7 +152,7 @@ def timings(implementation: Implementation) -> list[dict[str, Any]]:
             "method": name,
             "rows": shape[0],
             "vocabulary": shape[1],
-            "dtype": str(dtype).removeprefix("mlx.core."),
+            "dtype": dtype_name(dtype),
             "milliseconds": 1000 * (seconds := median_seconds(run)),
             "gb_per_second": bytes_moved / seconds / 1e9,
         }

@@ -76,13 +76,18 @@ def summarize(
         problem = " ".join(str(error).split())
     return Agreement(
         name=name,
-        dtype=str(dtype).removeprefix("mlx.core."),
+        dtype=dtype_name(dtype),
         value_error=worst[False].error,
         gradient_error=worst[True].error,
         tolerance=tolerance,
         problem=problem,
         where=max(worst.values(), key=_badness).where,
     )
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Return "float32" for mx.float32."""
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def relative_difference(actual: mx.array, expected: mx.array) -> float:

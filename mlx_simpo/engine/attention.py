@@ -1,10 +1,10 @@
 """Attention with a gradient that computes the scores one tile of query rows at a time.
 
-While it differentiates, MLX computes all scores [heads, T, S] at once, the masked half included,
-and keeps several arrays of their size (mlx 0.32.4: its fused kernels serve inference). Here a tile
-of query rows meets only the keys that it may see. The probabilities of a short sequence are saved
-for the backward pass; those of a long one are recomputed, so that memory grows with its length and
-not with its square.
+Where MLX has no fused gradient (`fused_attention` asks it), it computes all scores [heads, T, S] at
+once while it differentiates, the masked half included, and keeps several arrays of their size. Here
+a tile of query rows meets only the keys that it may see. The probabilities of a short sequence are
+saved for the backward pass; those of a long one are recomputed, so that memory grows with its
+length and not with its square.
 
 The backward pass (Dao et al., FlashAttention, 2022, appendix B.2), with P = softmax(scale · QKᵀ),
 O = PV, dP = dO Vᵀ and δ the row sums of P ∘ dP: dV = Pᵀ dO, dS = P ∘ (dP − δ), dQ = scale · dS K,

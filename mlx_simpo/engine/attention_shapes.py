@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 
 from ..randomness import seeded
+from .agreement import dtype_name
 from .operations import AttentionCall, Operations, patchable_modules, patched
 from .prefix_cache import PrefixCache, PrefixCacheList, PrefixKVCache, empty_caches
 from .trunk import run_trunk
@@ -99,8 +100,3 @@ def mask_kind(mask: mx.array | str | None) -> MaskKind:
     if not isinstance(mask, mx.array):
         return "causal"
     return "window" if mask.dtype == mx.bool_ and mask.ndim == 2 else "other"
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """Return "float32" for mx.float32."""
-    return str(dtype).removeprefix("mlx.core.")

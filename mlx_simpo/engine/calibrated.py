@@ -20,11 +20,10 @@ from ..data.encode import EncodedPair
 from ..device import is_gpu, memory_limit_bytes, processor
 from ..errors import SimPOError, one_line
 from ..files import read_json, write_durably
-from ..kernels.choice import choose_implementation
 from ..paths import cache_folder
 from ..version import __version__
 from .calibration import Calibration, calibrate
-from .choice import Engine, check_gradient, configured_engine, shared_prefix_engine
+from .choice import Engine, check_gradient, configured_engine
 from .figures import Figures
 from .trial_shapes import Lengths, typical_lengths
 
@@ -56,9 +55,8 @@ def run_engine(
     if engine.figures is None or is_fixed:
         return engine
     figures = load_or_calibrate(model, config, typical_lengths(pairs)).figures
-    implementation = choose_implementation(config.logps.impl)
-    # Not tried again: the operations that other figures choose are checked by themselves.
-    return shared_prefix_engine(model, implementation, config.engine.attention, figures)
+    # Tried again: the figures may choose other operations, and arrange pairs in another way.
+    return configured_engine(config, model, figures)
 
 
 def load_or_calibrate(model: Any, config: SimPOConfig, lengths: Lengths) -> Calibration:

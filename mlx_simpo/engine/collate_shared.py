@@ -84,15 +84,15 @@ def collate_shared(
     prefix_length = min(shared_prefix_length(pair) for pair in pairs)
     arranged = arrange(pairs, prefix_length, pass_cost, extends_prefix=extends_prefix)
     prefix_tokens = np.stack([p.chosen.tokens[:prefix_length] for p in pairs]).astype(np.int32)
-    if arranged.first:
-        prefix_tokens = _tokens_from(0, [sequences[s] for s in arranged.first])
     logp_indices = np.zeros((len(sequences), max(s.num_scored for s in sequences)), np.int32)
     groups, hidden_indices, targets = [], [], []
     num_hidden = num_logps = padding = 0
     passes = [(arranged.first, 0)] if arranged.first else []
     for members, start in passes + [(group, prefix_length) for group in arranged.groups]:
         tokens = _tokens_from(start, [sequences[s] for s in members])
-        if members is not arranged.first:
+        if members is arranged.first:
+            prefix_tokens = tokens
+        else:
             prefix_index = [s % len(pairs) for s in members]
             in_order = prefix_index == [*range(len(pairs))] * (len(members) // len(pairs))
             groups.append((mx.array(tokens), None if in_order else mx.array(prefix_index)))

@@ -16,8 +16,7 @@ from mlx_lm.models.gated_delta import gated_delta_ops
 
 from ..device import is_gpu
 from ..randomness import seeded
-from .agreement import Agreement, Difference, relative_difference, summarize
-from .attention_shapes import dtype_name
+from .agreement import Agreement, Difference, dtype_name, relative_difference, summarize
 from .delta_rule import CHUNK, chunked_delta_rule
 from .fused_attention import TOLERANCES, primitive_count
 from .operations import DeltaRule, Operations, patchable_modules, patched

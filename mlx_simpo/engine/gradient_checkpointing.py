@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
 from .operations import Patchable, current_operations, patchable_modules, patched
-from .prefix_cache import cache_arrays, is_prefix_cache, set_arrays, with_arrays
+from .prefix_cache import cache_arrays, is_prefix_cache, set_arrays, with_arrays, without_arrays
 
 _CACHE = "the cache"  # replaces the cache among a layer's arguments
 _MARK = "recomputes_itself"  # attribute of the subclass that a layer is given
@@ -78,12 +78,15 @@ def _recomputing(layer_class: type, keys: _DropoutKeys, modules: Sequence[Patcha
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         cache = next((a for a in (*args, *kwargs.values()) if is_prefix_cache(a)), None)
+        # MLX holds `run` as long as its results are not computed, which some never are. A cache in
+        # its closure would hold these results: a circle that no garbage collector sees.
+        kind = None if cache is None else without_arrays(cache)
         operations = current_operations()
 
         def run(parameters: dict, key: mx.array, prefix: Any, args: tuple, kwargs: dict) -> Any:
             self.update(parameters)
             keys.key = mx.stop_gradient(key)  # vjp is not defined for random bits
-            own_cache = None if cache is None else with_arrays(cache, prefix)
+            own_cache = None if kind is None else with_arrays(kind, prefix)
             args, kwargs = tree_map(lambda a: own_cache if a is _CACHE else a, (args, kwargs))
             # The second run comes with the backward pass, when the engine's own context has ended.
             with nullcontext() if own_cache is None else patched(modules, operations):

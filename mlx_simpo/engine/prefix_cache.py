@@ -106,6 +106,13 @@ def with_arrays(cache: PrefixCache, arrays: Any) -> PrefixCache:
     return PrefixCacheList(*(with_arrays(one, part) for one, part in inner))
 
 
+def without_arrays(cache: PrefixCache) -> PrefixCache:
+    """Return a new cache of the same kind that holds nothing."""
+    if isinstance(cache, PrefixCacheList):
+        return PrefixCacheList(*map(without_arrays, cache.caches))
+    return with_arrays(cache, {})
+
+
 def set_arrays(cache: PrefixCache, arrays: Any) -> None:
     """Let ``cache`` hold ``arrays``, as `cache_arrays` returns them."""
     if isinstance(cache, PrefixKVCache):

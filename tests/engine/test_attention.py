@@ -161,8 +161,8 @@ def test_memory_grows_with_the_length_and_not_with_its_square(
         gradients(partial(our_attention, "causal"), inputs)
         return mx.get_peak_memory() - mx.get_active_memory()
 
-    # MLX frees a tile's arrays a little sooner or later, as the machine has time.
-    assert peak(2048) < 3 * peak(1024)
+    # A busy machine frees a tile's arrays later, and never sooner: the least of some runs.
+    assert min(peak(4096) for _ in range(4)) < 2.2 * min(peak(2048) for _ in range(4))
 
 
 def test_one_tile_takes_six_products_and_three_steps_of_the_softmax() -> None:

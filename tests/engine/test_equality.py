@@ -396,8 +396,9 @@ def test_training_is_the_same(max_tokens: int | None) -> None:
 def test_evaluation_is_the_same() -> None:
     model = architecture_with_lora()
     actual, expected = (
-        evaluate_pairs(model, PAIRS, ObjectiveConfig(), 2, engine=engine)
+        # Of PAIRS alone the margins are near 0, and what is left of them is rounding.
+        evaluate_pairs(model, [*PAIRS, pair(3, 5, 4)], ObjectiveConfig(), 2, engine=engine)
         for engine in (shared_prefix_engine(model), REFERENCE)
     )
-    assert actual.metrics == pytest.approx(expected.metrics, rel=1e-5, abs=1e-6)
+    assert actual.metrics == pytest.approx(expected.metrics, rel=1e-5)
     np.testing.assert_allclose(actual.margins, expected.margins, atol=1e-5)

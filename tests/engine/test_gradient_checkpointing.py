@@ -1,5 +1,6 @@
 """Gradient checkpointing gives the same gradients as the plain backward pass, with dropout too."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -216,3 +217,25 @@ def test_a_lost_gradient_of_an_array_that_is_returned_twice_would_be_noticed(
     monkeypatch.setattr(mx, "depends", lambda arrays, on: arrays)
     with gradient_checkpointing(model):
         assert greatest_difference(engine_run(model, engine, pairs), expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon_h1"])
+def test_results_that_are_never_computed_hold_no_weights(name: str) -> None:
+    """An engine that is made within the context looks at the layers without computing anything."""
+
+    def bytes_left() -> int:
+        gc.collect()
+        mx.clear_cache()
+        return mx.get_active_memory()
+
+    def look_at_the_layers() -> int:
+        model = architecture_with_lora(name)
+        mx.eval(model.parameters())
+        with gradient_checkpointing(model):
+            shared_prefix_engine(model)
+        return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+    look_at_the_layers()  # what is cached for good is cached now
+    before = bytes_left()
+    size = look_at_the_layers()
+    assert bytes_left() - before < size / 10

@@ -1,6 +1,5 @@
 """Models for the memory forecast, and runs of a micro-batch whose memory is known exactly."""
 
-import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +27,6 @@ def trainable_bytes(model: nn.Module) -> int:
 
 def resident(model: nn.Module, copies: float) -> float:
     """Bytes in use, and so many copies of what trains."""
-    gc.collect()  # what tests before this one have left in reference cycles, as the forecast does
     mx.eval(model.parameters())
     mx.clear_cache()
     return mx.get_active_memory() + copies * trainable_bytes(model)

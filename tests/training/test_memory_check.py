@@ -62,8 +62,6 @@ def test_the_forecast_is_close_to_the_peak(train: dict[str, Any], lora: dict[str
 
 
 def test_twice_the_length_is_noticed() -> None:
-    gc.collect()
-    before = mx.get_active_memory()  # of other tests
     with on_cpu():
         model, config, engine = prepared({}, batch_size=1)
         short, long = (
@@ -72,7 +70,7 @@ def test_twice_the_length_is_noticed() -> None:
         )
     ratio = long.positions / short.positions
     assert 1.7 < ratio < 2.1  # sequences of similar length are padded
-    more = (long.peak - long.weights - before) / (short.peak - short.weights - before)
+    more = (long.peak - long.weights) / (short.peak - short.weights)
     # How far MLX's CPU back end allocates ahead depends on how busy the machine is.
     assert more == pytest.approx(ratio, rel=0.25)
 
