@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.architectures import architecture, architecture_with_lora
+from helpers.chunks import recorded_bounds
 from helpers.gradients import run
 from helpers.states import no_fork, overwrite
 from helpers.tiny import tiny_model
@@ -232,6 +233,9 @@ def test_other_errors_are_not_taken_for_a_missing_gradient(monkeypatch: pytest.M
         check_gradient(model, engine._replace(logps=failing))
 
 
+# --- in which ways the trial and the engine compute --------------------------------------------
+
+
 def test_the_trial_forks_prefixes_with_an_index_and_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -280,14 +284,7 @@ def test_an_engine_runs_prefixes_with_a_sequence_where_the_model_allows_it(exten
 def test_an_engine_computes_as_many_logits_at_once_as_its_figures_say(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bounds = []
-    original = shared_prefix.token_logps
-
-    def recording(*args: Any, chunk_logits: int, **options: Any) -> mx.array:
-        bounds.append(chunk_logits)
-        return original(*args, chunk_logits=chunk_logits, **options)
-
-    monkeypatch.setattr(shared_prefix, "token_logps", recording)
+    bounds = recorded_bounds(monkeypatch)
     model = tiny_model()
     engine = shared_prefix_engine(model, figures=replace(CPU, chunk_logits=777))
     engine.logps(model, engine.collate(PAIRS).arrays, training=True)

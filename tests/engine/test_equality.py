@@ -20,6 +20,7 @@ from helpers.architectures import (
     with_lora,
 )
 from helpers.chat_templates import template_tokenizer
+from helpers.chunks import recorded_sizes
 from helpers.gradients import greatest_difference, run
 from helpers.states import no_fork, overwrite
 from helpers.tiny import assistant, tiny_model, user
@@ -54,8 +55,10 @@ SIZE = st.integers(1, 50)
 BOTH_WAYS = (nullcontext, gradient_checkpointing)
 
 
-def run_shared(model: nn.Module, pairs: list[EncodedPair] = PAIRS) -> dict[str, np.ndarray]:
-    return run(model, shared_prefix_engine(model), pairs)
+def run_shared(
+    model: nn.Module, pairs: list[EncodedPair] = PAIRS, **options: Any
+) -> dict[str, np.ndarray]:
+    return run(model, shared_prefix_engine(model, **options), pairs)
 
 
 def assert_equal_to_the_reference(
@@ -181,6 +184,9 @@ def test_quantized_base_and_head(tied: bool) -> None:
     assert greatest_difference(run_shared(model), run(model, REFERENCE, PAIRS)) < 1e-4
 
 
+SMALLEST_CHUNKS = replace(CPU, chunk_logits=1)
+
+
 def model_with_trained_head(kind: str) -> Any:
     """A model whose head trains: as the tied embedding, as a matrix, through LoRA, or its norm."""
     model = with_lora(tiny_model("llama", tie_word_embeddings=kind == "tied"))
@@ -199,13 +205,15 @@ def model_with_trained_head(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["tied", "dense", "lora", "norm"])
 def test_a_head_that_trains_gets_its_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Several chunks, each of which adds its part to the weights' gradient.
-    monkeypatch.setattr(token_logps, "MAX_CHUNK_LOGITS", 1)
+    sizes = recorded_sizes(16, monkeypatch)
     model = model_with_trained_head(kind)
     assert not is_head_frozen(model)
     expected = run(model, REFERENCE, PAIRS)
     for checkpointing in BOTH_WAYS:
         with checkpointing(model):
-            assert greatest_difference(run_shared(model), expected) < 1e-4
+            actual = run_shared(model, figures=SMALLEST_CHUNKS)
+            assert greatest_difference(actual, expected) < 1e-4
+    assert max(sizes) <= 16
 
 
 def test_an_engine_stays_right_when_the_head_changes_after_the_choice() -> None:
@@ -231,11 +239,17 @@ def test_the_size_of_attentions_tiles_changes_nothing(
     assert_equal_to_the_reference(model, engine, [pair(20, 9, 15), pair(25, 11, 3)])
 
 
-def test_the_size_of_a_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_the_size_of_a_chunk_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = architecture_with_lora()
-    expected = run_shared(model)
-    monkeypatch.setattr(token_logps, "MAX_CHUNK_LOGITS", 1)
-    assert greatest_difference(run_shared(model), expected) < 1e-5
+    with monkeypatch.context() as whole:
+        sizes = recorded_sizes(1000, whole)
+        expected = run_shared(model)
+        assert sizes == [sum(p.chosen.num_scored + p.rejected.num_scored for p in PAIRS)]
+    sizes = recorded_sizes(rows, monkeypatch)
+    actual = run_shared(model, figures=SMALLEST_CHUNKS)
+    assert sizes[0] in range(1, rows + 1)
+    assert greatest_difference(actual, expected) < 1e-5
 
 
 # --- planted defects -------------------------------------------------------------------------

@@ -115,6 +115,7 @@ def test_mlx_on_the_cpu_agrees(
             assert least < error < TOLERANCES[dtype] / 2 or error == 0
             assert agreement.name == f"MLX's attention with head size {sizes[0]}"
             assert agreement.dtype == str(dtype).removeprefix("mlx.core.")
+        assert check_fused_attention(shape).gradient_error > least  # two ways to compute it
 
 
 @pytest.mark.parametrize(

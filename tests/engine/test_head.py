@@ -22,7 +22,6 @@ from mlx_simpo.engine.token_logps import token_logps
 
 GEMMA2, COHERE = ARCHITECTURES["gemma2"], ARCHITECTURES["cohere"]
 RECURRENT_GEMMA = ARCHITECTURES["recurrent_gemma"]
-GEMMA2 = {**GEMMA2, "final_logit_softcapping": 5.0}
 
 
 def without_softcap(logits: mx.array) -> mx.array:

@@ -99,6 +99,7 @@ def test_a_head_that_trains_is_timed_with_the_gradient_of_its_weights(trains: bo
             return super().once(work)
 
     time_head(Watch(1e5, FakeClock()), model, resolve_head(model), BUILT_IN, 0.0)
+    assert gradients
     for d_weights, d_hidden in gradients:
         assert float(mx.abs(d_hidden).max()) > 0
         trained = {n for n, d in flat_arrays(d_weights).items() if float(mx.abs(d).max()) > 0}

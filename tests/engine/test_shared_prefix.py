@@ -2,11 +2,11 @@
 alone; that the two engines agree, gradients included, is in test_equality.py."""
 
 from contextlib import nullcontext
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.chunks import recorded_bounds
 from helpers.tiny import tiny_model
 from helpers.tiny import token_pair as pair
 
@@ -70,14 +70,7 @@ def test_the_head_takes_no_more_than_the_trunk_lets_it(
 ) -> None:
     """Every layer's activations are in memory beside it, or those of one; and never more than the
     caller allows."""
-    bounds = []
-    original = shared_prefix.token_logps
-
-    def recording(*args: Any, chunk_logits: int, **options: Any) -> mx.array:
-        bounds.append(chunk_logits)
-        return original(*args, chunk_logits=chunk_logits, **options)
-
-    monkeypatch.setattr(shared_prefix, "token_logps", recording)
+    bounds = recorded_bounds(monkeypatch)
     model = tiny_model(num_hidden_layers=6)
     batch = collate_shared(PAIRS, 16)
     with gradient_checkpointing(model) if checkpointed else nullcontext():

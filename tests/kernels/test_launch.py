@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from metal_host.signature import signature
 from mlx.utils import tree_flatten
 
 from mlx_simpo import LoRAConfig, ObjectiveConfig, TrainConfig
-from mlx_simpo.engine import token_logps as logps
 from mlx_simpo.engine.choice import REFERENCE, shared_prefix_engine
+from mlx_simpo.engine.figures import GPU
 from mlx_simpo.engine.gradient_checkpointing import gradient_checkpointing
 from mlx_simpo.errors import SimPOError
 from mlx_simpo.kernels import choice, launch
@@ -296,19 +296,17 @@ def test_a_step_through_the_kernel_equals_the_reference(
             assert greatest_difference(run(model, kernel, pairs), expected) < 1e-4
 
 
-def test_micro_batches_and_chunks_through_the_kernel(
-    stand_in_gpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_micro_batches_and_chunks_through_the_kernel(stand_in_gpu: None) -> None:
     """One optimizer step of SimPO: pair by pair in small chunks, and all pairs at once."""
     model = tiny_model()
     attach_lora(model, LoRAConfig(rank=4), seed=0)
     pairs = [pair(12, 5, 90), pair(9, 70, 8), pair(4, 1, 1)]
-    gradients = []
+    gradients, implementation = [], choice.choose_implementation("kernel")
+    in_chunks = replace(GPU, chunk_logits=1)  # of 64 rows, fewer than a pair scores
     for engine, size in (
         (REFERENCE, 3),
-        (shared_prefix_engine(model, choice.choose_implementation("kernel")), 1),
+        (shared_prefix_engine(model, implementation, figures=in_chunks), 1),
     ):
-        monkeypatch.setattr(logps, "MAX_CHUNK_LOGITS", 1)
         step = collate_step(pairs, engine, TrainConfig(batch_size=size))
         function = GradientFunction(model, asdict(ObjectiveConfig()), engine, compiled=False)
         _, gradient = step_gradients(function, step)
