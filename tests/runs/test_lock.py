@@ -150,7 +150,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(end: signal.Signals, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("pid", [1, os.getpid()])
+@pytest.mark.parametrize("pid", [1, os.getpid()], ids=["1", "own"])
 def test_a_running_process_with_the_number_of_the_dead_one_does_not_matter(
     pid: int, tmp_path: Path
 ) -> None:

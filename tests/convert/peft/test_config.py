@@ -85,7 +85,7 @@ def test_rank_and_scale_of_a_layer(content: dict, path: str, expected: tuple[int
         ({"target_modules": ["lm_head"]}, {"lm_head"}),
         ({"target_modules": None}, set()),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "layers",
 )
 def test_the_layers_that_settings_name(content: dict, expected: set[str]) -> None:
     assert targeted(**content) == expected
