@@ -32,7 +32,15 @@ SWAPS = (
     ("train", "eval"),
     ("prompt", "response"),
 )
-OPENING = {"[": "]", "{": "}"}
+OPENING = ("[", "{")
+AUGMENTED = {
+    "+=": ("-=", "="),
+    "-=": ("+=", "="),
+    "*=": ("/=", "="),
+    "/=": ("*=", "="),
+    "|=": ("&=", "="),
+    "&=": ("|=", "="),
+}
 
 
 def replacement(code: str, prefix: str = " ") -> NodeOrLeaf:
@@ -216,15 +224,12 @@ class DropElement(Operator):
 class ChangeAugmented(Operator):
     """Take ``+=`` for ``-=``, ``*=`` for ``/=``, and each for ``=``."""
 
-    TWINS = {"+=": ("-=", "="), "-=": ("+=", "="), "*=": ("/=", "="), "/=": ("*=", "=")}
-    TWINS |= {"|=": ("&=", "="), "&=": ("|=", "=")}
-
     def mutation_positions(self, node: Any) -> Iterator[Position]:
-        for _ in self.TWINS.get(getattr(node, "value", ""), ()):
+        for _ in AUGMENTED.get(getattr(node, "value", ""), ()):
             yield node.start_pos, node.end_pos
 
     def mutate(self, node: Any, index: int) -> Any:
-        node.value = self.TWINS[node.value][index]
+        node.value = AUGMENTED[node.value][index]
         return node
 
     @classmethod
