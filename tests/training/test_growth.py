@@ -1,7 +1,6 @@
 """A run holds no more after many steps than after few. benchmarks/soak.py takes thousands."""
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,7 +9,7 @@ from helpers.commands import small_run
 from helpers.growth import SamplingDisplay, open_files, threads
 from helpers.tiny import some_pairs, write_jsonl
 
-from mlx_simpo import evaluation, load_config, train
+from mlx_simpo import load_config, train
 from mlx_simpo.training import watch
 
 # After so many steps, all that has an end has reached it: the watch over the steps remembers fewer.
@@ -33,16 +32,6 @@ def held() -> dict[str, int]:
     }
 
 
-@pytest.fixture
-def only_new_objects() -> Iterator[None]:
-    """Neither collected nor counted is what was there before: the libraries' million objects."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -56,8 +45,6 @@ def test_nothing_accumulates(
     settings: list[str], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a run with evaluations, checkpoints and responses every third step."""
-    # 10,000 resamples would be half of the test's time.
-    monkeypatch.setattr(evaluation, "bootstrap_interval", lambda values: (0.0, 1.0))
     monkeypatch.setattr(watch, "HISTORY", REMEMBERED)
     pairs = write_jsonl(tmp_path / "pairs.jsonl", some_pairs(30))
     often = [f"train.steps={FULL + STEPS + 1}", "train.eval_every=3", "train.save_every=3"]
