@@ -74,7 +74,7 @@ def _is_worth_a_test(name: str) -> bool:
 def positions(module: Path) -> dict[Any, list[Position]]:
     """Return what can be changed in a module, by kind of change and position in the text.
 
-    A position where one of several replacements can be made (``<`` by ``<=``, ``>`` …) is one entry.
+    A position where one of several replacements can be made (``<`` by ``<=``, ``>``) is one entry.
     """
     nodes = list(ast_nodes(get_ast(module.read_text(encoding="utf-8"))))
     choices: dict[Any, list[Position]] = defaultdict(list)
