@@ -85,7 +85,7 @@ class Encoder:
     """Encodes pairs by this module's rules, or by those of the official implementation.
 
     Args:
-        tokenizer: mlx-lm's or transformers' tokenizer.
+        tokenizer: mlx-lm's, which wraps transformers' own.
         config: chat_template, template_args, score, compat, max_length and max_prompt_length are
             read.
 

@@ -92,8 +92,7 @@ def tokenizer_identity(tokenizer: Any) -> list:
     Raises:
         NotCacheableError: it cannot be saved, or one of its classes is not defined in a file.
     """
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)  # mlx-lm's wrapper holds transformers' own
-    inner = inner if hasattr(inner, "save_pretrained") else tokenizer
+    inner = tokenizer._tokenizer  # mlx-lm's wrapper holds transformers' own
     classes = [*type(tokenizer).__mro__, *type(inner).__mro__]
     try:
         code = [f"{c.__module__}.{c.__qualname__} {code_sha256(c)}" for c in classes]

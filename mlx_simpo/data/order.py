@@ -94,10 +94,7 @@ def pairs_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> list[int]
     total = sum(weights)
     shares = [weight / total for weight in weights]
     length = min(size / share for size, share in zip(sizes, shares, strict=True))
-    # Rounding alone could not exceed a source's size, but for an error of the last digit.
-    return [
-        min(size, max(1, round(length * share))) for size, share in zip(sizes, shares, strict=True)
-    ]
+    return [max(1, round(length * share)) for share in shares]
 
 
 def steps_per_epoch(pairs: int, step_pairs: int) -> int:

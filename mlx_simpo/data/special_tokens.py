@@ -9,7 +9,7 @@ class SpecialTokens:
     """Puts special tokens around sequences, as a tokenizer has them.
 
     Args:
-        tokenizer: mlx-lm's or transformers' tokenizer.
+        tokenizer: mlx-lm's, which wraps transformers' own.
 
     Attributes:
         ends: ids of all tokens that end a turn.
@@ -22,7 +22,7 @@ class SpecialTokens:
         # Special tokens have three sources: transformers' named ones, mlx-lm's from the generation
         # config, and added tokens that are marked as special in tokenizer.json alone.
         self.ends = set(tokenizer.all_special_ids)
-        self.ends |= set(getattr(tokenizer, "eos_token_ids", ()))
+        self.ends |= set(tokenizer.eos_token_ids)
         self.ends |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.eos = tokenizer.eos_token_id
         # Whether it adds BOS cannot be read off a tokenizer's settings: they differ by class.

@@ -181,6 +181,20 @@ def test_a_source_is_drawn_anew_when_it_has_run_out() -> None:
     assert turns[0] != turns[1]
 
 
+def test_the_order_of_several_sources_is_that_of_the_first_version() -> None:
+    """Restated: runs that began with it go on with the same pairs."""
+    order = EpochOrder([np.array([5, 0, 3, 7, 2, 8]), np.array([1, 4, 6])], [1.0, 1.5], 9)
+    assert order.counts == [2, 3]
+    for number in range(7):
+        blocks = []
+        for source, (group, count) in enumerate(zip(order.groups, order.counts, strict=True)):
+            turn, block = divmod(number, len(group) // count)
+            drawn = np.random.default_rng([9, source, turn, 1]).permutation(group)
+            blocks.append(drawn[block * count :][:count])
+        expected = np.random.default_rng([9, number]).permutation(np.concatenate(blocks))
+        assert order.epoch(number).tolist() == expected.tolist()
+
+
 def test_the_sources_of_an_epoch_are_shuffled_together() -> None:
     """Every position is as likely to have a pair of one source as of the other."""
     first = Counter(int(mixed([40, 10], [1, 1], seed).epoch(0)[0]) >= 40 for seed in range(400))
