@@ -74,7 +74,10 @@ def source_identity(source: Source) -> list:
 
 
 def template_identity(encoder: Encoder) -> list:
-    """Return what decides a conversation's text apart from the tokenizer's files and settings."""
+    """Return what decides a conversation's text apart from the tokenizer's files.
+
+    These hold the tokenizer's own templates.
+    """
     renderer, tokenizer = encoder.renderer, encoder.tokenizer
     # mlx-lm has templates written in Python for some models: functions in its own modules.
     in_python = getattr(tokenizer, "_chat_template", None)
@@ -83,7 +86,7 @@ def template_identity(encoder: Encoder) -> list:
     # Llama 3's templates write today's date into each system turn.
     has_date = "strftime_now" in (renderer.text or "") + own
     today = datetime.now().astimezone().date().isoformat() if has_date else None
-    return [renderer.is_plain_text, renderer.text, own, name, today]
+    return [renderer.is_plain_text, renderer.text, name, today]
 
 
 def tokenizer_identity(tokenizer: Any) -> list:

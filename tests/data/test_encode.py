@@ -1,5 +1,6 @@
 """Scored are the response and the one token that ends it, never the prompt."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,27 @@ def test_the_response_and_one_end_token_are_scored(
         assert sequence.num_scored == len(ids(response)) + 1
 
 
-def test_no_eos_after_an_end_of_turn_token_of_the_generation_config() -> None:
-    """Generation configs name end-of-turn tokens that the tokenizer does not call special."""
-    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m.content }}!\n{% endfor %}")
-    tokenizer.add_eos_token(str(ids("!")[0]))
+@pytest.mark.parametrize(
+    ("end", "change", "written"),
+    [
+        # Generation configs name end-of-turn tokens that the tokenizer does not call special.
+        ("!", lambda tokenizer: tokenizer.add_eos_token(str(ids("!")[0])), "!"),
+        # Special in tokenizer.json alone: the tokenizer's EOS is </s> here.
+        ("<|im_end|>", lambda tokenizer: None, "<|im_end|>"),
+        # An added token that is not special is a word of the response.
+        ("<word>", lambda tokenizer: tokenizer._tokenizer.add_tokens(["<word>"]), "<word>\n</s>"),
+    ],
+    ids=["generation config", "special", "not special"],
+)
+def test_no_eos_after_another_end_of_turn_token(
+    end: str, change: Callable[[Any], Any], written: str
+) -> None:
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m.content }}" + end + "\n{% endfor %}")
+    change(tokenizer)
     encoded = Encoder(tokenizer, DataConfig()).encode(CHATS)
-    assert (response_text(encoded.chosen), response_text(encoded.rejected)) == ("Because.!", "No!")
+    for sequence, response in ((encoded.chosen, "Because."), (encoded.rejected, "No")):
+        tokens = sequence.tokens[sequence.score_start :].tolist()
+        assert tokenizer.decode(tokens) == response + written
 
 
 def test_white_space_at_the_end_of_a_response_is_scored() -> None:
@@ -220,6 +236,7 @@ def test_what_is_cut(sizes: tuple, limits: tuple, remaining: tuple, cuts: tuple)
     lengths = (encoded.chosen.score_start, encoded.chosen.num_scored, encoded.rejected.num_scored)
     assert lengths == remaining
     assert (encoded.cut_prompt, encoded.cut_response) == cuts
+    assert encoded.length == remaining[0] + max(remaining[1:])
 
 
 @given(st.tuples(*[st.integers(2, 20)] * 3), st.integers(1, 20), st.integers(1, 20), st.booleans())
@@ -248,8 +265,60 @@ def test_the_rule_of_truncation(sizes: tuple, max_prompt: int, more: int, bos: b
 
 def test_a_response_that_the_template_does_not_write_is_rejected() -> None:
     template = "q</s>{{ messages[1].content if messages[1] and messages[1].content != 'x' }}"
-    with pytest.raises(InvalidRecordError, match="no scored tokens left"):
-        make_encoder(template).encode(Pair("q", "x", "b"))
+    for pair in (Pair("q", "x", "b"), Pair("q", "b", "x")):
+        with pytest.raises(InvalidRecordError, match="no scored tokens left"):
+            make_encoder(template).encode(pair)
+
+
+NO_X = "{% for m in messages %}{{ '' if m.content == 'x' else m.content }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "pair", "config", "reason"),
+    [
+        (
+            NO_X,
+            Pair("q", "x", "b"),
+            {},
+            ("empty response", "the chat template writes nothing of chosen"),
+        ),
+        (
+            NO_X,
+            Pair("q", "b", "x"),
+            {},
+            ("empty response", "the chat template writes nothing of rejected"),
+        ),
+        (
+            CHATML,
+            Pair([Q], [assistant("<think>so</think> ")], [B]),
+            {"score": "after_thinking"},
+            ("empty response", "the chat template writes nothing of chosen after its thinking"),
+        ),
+        (
+            None,
+            Pair("the", " sky fox", " sky dog"),
+            {"max_length": 2, "max_prompt_length": 1},
+            ("identical responses", "after tokenization and truncation"),
+        ),
+        (
+            CHATML,
+            Pair([Q], [assistant("a", reasoning_content="so")], [assistant("a")]),
+            {},
+            (
+                "identical responses",
+                "after tokenization and truncation without the thinking, which the chat template "
+                "drops",
+            ),
+        ),
+    ],
+    ids=["chosen", "rejected", "thinking alone", "cut", "thinking dropped"],
+)
+def test_what_leaves_no_preference_is_rejected(
+    template: str | None, pair: Pair, config: dict, reason: tuple[str, str]
+) -> None:
+    with pytest.raises(InvalidRecordError) as caught:
+        make_encoder(template, config).encode(pair)
+    assert caught.value.args == reason
 
 
 def test_a_conversation_without_a_template_stops_the_run() -> None:
@@ -266,6 +335,16 @@ def test_encode_pairs_keeps_the_order_and_returns_quarantined_records() -> None:
     assert [(p.index, p.source) for p in encoded] == [(0, "f:0"), (2, "f:2")]
     assert [(q.source, q.reason) for q in quarantined] == [("f:1", "rejected by the chat template")]
     assert len(steps) == 3
+
+
+def test_what_the_model_reads_before_it_responds() -> None:
+    """The prompt of training: with tools and the header; plain text where there is no template."""
+    tools = [{"type": "function", "function": {"name": "sky"}}]
+    encoder = make_encoder("{{ tools[0].function.name if tools }}\n" + BARE)
+    for prompt in ([Q], "Why?"):
+        assert encoder.prompt_tokens(prompt, tools) == ids("sky\nuser: Why?\nassistant: ")
+        assert encoder.prompt_tokens(prompt) == ids("\nuser: Why?\nassistant: ")
+    assert make_encoder(None).prompt_tokens("Why?") == ids("Why?")
 
 
 def test_a_prompt_in_parts_is_the_text_that_they_say() -> None:

@@ -3,8 +3,10 @@
 import datetime
 import hashlib
 import json
+import pickle
 import shutil
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +103,32 @@ def test_a_template_file_counts_by_its_text(pairs: Source, tmp_path: Path) -> No
     assert len(distinct) == 2
 
 
+def named_templates(**templates: str) -> Any:
+    """A tokenizer with several templates, of which it chooses one itself."""
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.chat_template = templates
+    return tokenizer
+
+
+def template_in_python(template: Any) -> Any:
+    """A tokenizer whose template is a function, as mlx-lm has for some models."""
+    tokenizer = tiny_tokenizer(None)
+    tokenizer._chat_template = template
+    tokenizer.has_chat_template = True
+    return tokenizer
+
+
 def changed_tokenizers() -> dict[str, Any]:
     with_token, ends, unstripped = tiny_tokenizer(), tiny_tokenizer(), tiny_tokenizer()
     with_token._tokenizer.add_tokens(["<new>"])
     ends.add_eos_token("a")  # as generation configs do
     unstripped._tokenizer.backend_tokenizer.pre_tokenizer = None
     return {
+        "templates": named_templates(default=CHATML, tool_use=BARE),
+        "another of the templates": named_templates(default=CHATML, tool_use=INST),
+        "template in Python": template_in_python(json.dumps),
+        "another in Python": template_in_python(json.loads),
+        "of the same name": template_in_python(pickle.dumps),
         "template": tiny_tokenizer(BARE),
         "no template": tiny_tokenizer(None),
         "bos": tiny_tokenizer(bos="<s>"),
@@ -120,6 +142,38 @@ def changed_tokenizers() -> dict[str, Any]:
 def test_every_part_of_the_tokenizer_counts(pairs: Source) -> None:
     by_change = {name: key(pairs, tokenizer) for name, tokenizer in changed_tokenizers().items()}
     assert len({*by_change.values(), key(pairs)}) == len(by_change) + 1
+
+
+@pytest.mark.parametrize("change", [{"bos": [5]}, {"eos": 5}, {"ends": {5}}], ids=str)
+def test_the_tokens_around_a_sequence_count(pairs: Source, change: dict[str, Any]) -> None:
+    encoder = Encoder(tiny_tokenizer(), DataConfig())
+    vars(encoder.special).update(change)
+    assert token_key(encoder, pairs) != key(pairs)
+
+
+def test_plain_text_counts_where_there_is_no_one_template(pairs: Source) -> None:
+    """A tokenizer with several templates has no text of a template either."""
+    tokenizer = named_templates(default=CHATML, tool_use=BARE)
+    assert key(pairs, tokenizer, chat_template="none") != key(pairs, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["name_or_path", "is_local", "local_files_only", "_commit_hash"])
+def test_where_a_tokenizer_was_loaded_from_does_not_count(name: str, tmp_path: Path) -> None:
+    """But every other setting does, and the same words in another file."""
+
+    def hashed(file: str, settings: dict[str, Any]) -> str:
+        (tmp_path / file).write_text(json.dumps(settings), encoding="utf-8")
+        return keys.tokenizer_file_sha256(tmp_path / file)
+
+    plain = hashed("tokenizer_config.json", {"a": 1, "b": 2})
+    assert hashed("tokenizer_config.json", {name: "there", "b": 2, "a": 1}) == plain
+    assert hashed("tokenizer_config.json", {"a": 1, "b": 3}) != plain
+    assert hashed("x.json", {name: "there"}) != hashed("x.json", {name: "here"})
+
+
+def test_packages_that_are_not_installed_have_no_version() -> None:
+    assert keys.installed_version("no-such-package") is None
+    assert keys.installed_version("jinja2") == metadata.version("jinja2")
 
 
 def test_the_tokenizers_class_counts(pairs: Source) -> None:
@@ -180,11 +234,18 @@ def test_a_template_that_writes_the_date_has_a_new_key_each_day(
                 return datetime.datetime(2026, 1, day, 12)
 
         monkeypatch.setattr(keys, "datetime", Clock)
-        own = tiny_tokenizer(dated)
-        return key(pairs, own), key(pairs, chat_template=dated), key(pairs)
+        return (
+            key(pairs, tiny_tokenizer(dated)),
+            key(pairs, chat_template=dated),
+            key(pairs, named_templates(default=CHATML, tool_use=dated)),
+            key(pairs, named_templates(default=CHATML, tool_use=BARE)),
+            key(pairs, tiny_tokenizer(None)),
+            key(pairs),
+        )
 
     first, second = keys_on(1), keys_on(2)
-    assert [a == b for a, b in zip(first, second, strict=True)] == [False, False, True]
+    same = [a == b for a, b in zip(first, second, strict=True)]
+    assert same == [False, False, False, True, True, True]
     assert first == keys_on(1)
 
 
@@ -198,12 +259,13 @@ def test_a_new_format_or_new_rules_give_a_new_key(
 
 
 def test_the_version_of_each_package_counts(pairs: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = ("transformers", "tokenizers", "mlx-lm", "jinja2", "sentencepiece", "tiktoken")
     distinct, installed = {key(pairs)}, keys.installed_version
-    for package in keys.PACKAGES:
-        versions = {name: installed(name) for name in keys.PACKAGES} | {package: "0.0"}
+    for package in packages:
+        versions = {name: installed(name) for name in packages} | {package: "0.0"}
         monkeypatch.setattr(keys, "installed_version", versions.get)
         distinct.add(key(pairs))
-    assert len(distinct) == 1 + len(keys.PACKAGES)
+    assert len(distinct) == 1 + len(packages)
 
 
 def test_data_in_memory_has_no_key(pairs: Source) -> None:

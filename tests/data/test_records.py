@@ -185,9 +185,9 @@ MIXED = [
 OTHER = [
     (chats("The sky is blue", "The sky is red"), "missing prompt", "data.implicit_string_prompts"),
     (
-        chats("blue", "red", question="The sky?"),
+        chats("blue", "red", my_query="The sky?"),
         "missing prompt",
-        "strings without a prompt; if question is it, set data.columns.prompt=question",
+        "if my_query is it, set 'data.columns={prompt: my_query}'",
     ),
     *(
         (
