@@ -44,6 +44,13 @@ def mixed_model() -> nn.Module:
     return tiny_model("qwen3_moe", **{**ATTENTION["qwen3_moe"], "mlp_only_layers": [0]})
 
 
+def no_linear_layer() -> nn.Module:
+    """A model with something else in the place of a linear layer."""
+    model = tiny_model()
+    model.layers[0].self_attn.q_proj = nn.Identity()
+    return model
+
+
 def mixed_bits() -> nn.Module:
     """A model with one layer of 3 bits among layers of 4."""
     model = tiny_model(hidden_size=64, head_dim=16, intermediate_size=64)
@@ -276,6 +283,11 @@ def test_an_incomplete_adapter_is_rejected(tmp_path: Path) -> None:
         (phi3, {"target_modules": ("self_attn",)}, "'self_attn', which no adapted layer has"),
         (tiny_model, {"target_modules": ("q_proj", "wq")}, "names 'wq', which"),
         (tiny_model, {"num_layers": 3}, "num_layers is 3; the model has 2 layers"),
+        (
+            no_linear_layer,
+            {"target_modules": ("q_proj",)},
+            "attached: Can't convert layer of type Id",
+        ),
         (lambda: quantized(3), {"dora": True}, "3 bits"),
         (lambda: quantized(5), {"dora": True}, "5 bits"),
         (lambda: quantized(6), {"dora": True}, "6 bits"),
