@@ -136,9 +136,9 @@ def load_initial(model: nn.Module, adapter: dict[str, Any], folder: str) -> None
     """
     existing = read_adapter_config(folder)
     total = len(model.layers)  # type: ignore[arg-type]
-    num_layers = [
-        total if c.get("num_layers") == -1 else c.get("num_layers") for c in (existing, adapter)
-    ]
+    # mlx-lm takes every number that is not above 0 for all layers.
+    numbers = [c["num_layers"] for c in (existing, adapter)]
+    num_layers = [number if number > 0 else total for number in numbers]
     there, here = existing["lora_parameters"], adapter["lora_parameters"]
     settings = {
         "fine_tune_type": (existing.get("fine_tune_type", "lora"), adapter["fine_tune_type"]),

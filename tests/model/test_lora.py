@@ -54,7 +54,7 @@ def no_linear_layer() -> nn.Module:
 def mixed_bits() -> nn.Module:
     """A model with one layer of 3 bits among layers of 4."""
     model = tiny_model(hidden_size=64, head_dim=16, intermediate_size=64)
-    nn.quantize(model.layers[0], group_size=32, bits=3)
+    nn.quantize(model.layers[0].mlp, group_size=32, bits=3)
     nn.quantize(model, group_size=32, bits=4)
     return model
 
@@ -132,6 +132,12 @@ def test_layers_have_the_settings(dora: bool, kind: type) -> None:
     assert adapter["lora_parameters"]["dropout"] == 0.25
 
 
+def test_dora_beside_layers_that_have_none() -> None:
+    for model in (mixed_model(), mixed_bits()):
+        attach_lora(model, LoRAConfig(rank=4, dora=True, target_modules=("k_proj",)), seed=0)
+        assert {name.rpartition(".")[2] for name in trained(model)} == {"lora_a", "lora_b", "m"}
+
+
 def test_experts_are_adapted_too() -> None:
     model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
     attach_lora(model, LoRAConfig(rank=4), seed=0)
@@ -202,7 +208,7 @@ def test_initial_weights_follow_the_seed_and_the_published_range() -> None:
     "change",
     [
         {},
-        {"num_layers": 2},  # all, in another way of saying it
+        *({"num_layers": n} for n in (2, 0, -2)),  # all, in other ways of saying it
         {"fine_tune_type": None},
         {"keys": ["self_attn.v_proj", "self_attn.q_proj"]},  # the order means nothing
         {"keys": None},  # where it has all that mlx-lm can adapt
