@@ -5,8 +5,9 @@ import hashlib
 import json
 import pickle
 import shutil
+import sys
 from dataclasses import replace
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +177,32 @@ def test_packages_that_are_not_installed_have_no_version() -> None:
     assert keys.installed_version("jinja2") == metadata.version("jinja2")
 
 
-def test_the_tokenizers_class_counts(pairs: Source) -> None:
-    class Other(type(tiny_tokenizer())):
-        pass
-
+def test_the_code_of_a_tokenizer_counts(
+    pairs: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it comes with some models: its class, the classes that this one is of, and the wrapper."""
     tokenizer = tiny_tokenizer()
-    before = key(pairs, tokenizer)
-    tokenizer.__class__ = Other
-    assert key(pairs, tokenizer) != before
+    distinct = {key(pairs, tokenizer)}
+    monkeypatch.syspath_prepend(tmp_path)
+    code = {
+        "our_base": "from transformers import PreTrainedTokenizerFast\n"
+        "class Base(PreTrainedTokenizerFast): pass\n",
+        "our_own": "from our_base import Base\nclass Own(Base): pass\n",
+        "our_wrapper": "from mlx_lm.tokenizer_utils import TokenizerWrapper\n"
+        "class Wrapper(TokenizerWrapper): pass\n",
+    }
+    for name, text in code.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    own, wrapper = import_module("our_own").Own, import_module("our_wrapper").Wrapper
+    tokenizer._tokenizer.__class__ = own
+    distinct.add(key(pairs, tokenizer))
+    tokenizer.__class__ = wrapper
+    distinct.add(key(pairs, tokenizer))
+    for name, text in code.items():
+        (tmp_path / f"{name}.py").write_text(f"{text}# changed\n")
+        distinct.add(key(pairs, tokenizer))
+    assert len(distinct) == 3 + len(code)
 
 
 def test_a_copy_of_the_tokenizer_has_the_same_key(
@@ -227,11 +246,11 @@ def test_a_template_that_writes_the_date_has_a_new_key_each_day(
 ) -> None:
     dated = CHATML.replace("Be kind.", "Today is {{ strftime_now('%d %b %Y') }}.")
 
-    def keys_on(day: int) -> tuple[str, ...]:
+    def keys_on(day: int, hour: int = 12) -> tuple[str, ...]:
         class Clock(datetime.datetime):
             @classmethod
             def now(cls, tz: Any = None) -> datetime.datetime:
-                return datetime.datetime(2026, 1, day, 12)
+                return datetime.datetime(2026, 1, day, hour)
 
         monkeypatch.setattr(keys, "datetime", Clock)
         return (
@@ -246,7 +265,7 @@ def test_a_template_that_writes_the_date_has_a_new_key_each_day(
     first, second = keys_on(1), keys_on(2)
     same = [a == b for a, b in zip(first, second, strict=True)]
     assert same == [False, False, False, True, True, True]
-    assert first == keys_on(1)
+    assert first == keys_on(1, hour=9)
 
 
 @pytest.mark.parametrize("name", ["FORMAT", "RULES"])

@@ -66,6 +66,7 @@ def mixed_bits() -> nn.Module:
 
 def test_all_linear_adapts_every_linear_module_of_every_layer() -> None:
     model = tiny_model()
+    model.layers[0].table = nn.Embedding(4, 32)  # which is none
     adapter = attach_lora(model, LoRAConfig(rank=4), seed=0)
     names = {n.rpartition(".")[0].rpartition(".")[2] for n in trained(model)}
     assert names == set(LINEAR)
@@ -296,6 +297,7 @@ def test_an_incomplete_adapter_is_rejected(tmp_path: Path) -> None:
             "'v_proj'.* have down_proj, gate_up_proj, o_proj, q",
         ),
         (phi3, {"target_modules": ("attn.o_proj",)}, "'attn.o_proj', which no adapted layer has"),
+        (mixtral, {"target_modules": ("switch_mlp.up_proj",)}, "which no adapted layer has; they"),
         (phi3, {"target_modules": ("self_attn",)}, "'self_attn', which no adapted layer has"),
         (tiny_model, {"target_modules": ("q_proj", "wq")}, "names 'wq', which"),
         (tiny_model, {"num_layers": 3}, "num_layers is 3; the model has 2 layers"),
