@@ -82,9 +82,8 @@ def template_identity(encoder: Encoder) -> list:
     # mlx-lm has templates written in Python for some models: functions in its own modules.
     in_python = getattr(tokenizer, "_chat_template", None)
     name = f"{in_python.__module__}.{in_python.__qualname__}" if in_python else None
-    own = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True, default=str)
-    # Llama 3's templates write today's date into each system turn.
-    has_date = "strftime_now" in (renderer.text or "") + own
+    # Llama 3's templates write today's date into each system turn. A tokenizer may have several.
+    has_date = "strftime_now" in f"{renderer.text} {getattr(tokenizer, 'chat_template', None)}"
     today = datetime.now().astimezone().date().isoformat() if has_date else None
     return [renderer.is_plain_text, renderer.text, name, today]
 

@@ -26,10 +26,8 @@ class SpecialTokens:
         self.ends |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.eos = tokenizer.eos_token_id
         # Whether it adds BOS cannot be read off a tokenizer's settings: they differ by class.
-        with_special = tokenizer.encode("a", add_special_tokens=True)
-        without = tokenizer.encode("a", add_special_tokens=False)
-        adds_bos = with_special[:1] == [tokenizer.bos_token_id] != without[:1]
-        self.bos = [tokenizer.bos_token_id] if adds_bos else []
+        first = tokenizer.encode("a", add_special_tokens=True)[:1]
+        self.bos = first if first == [tokenizer.bos_token_id] else []
 
     def with_bos(self, tokens: list[int]) -> list[int]:
         """Return ``tokens`` with BOS first, if the tokenizer adds one and it is not there yet."""

@@ -303,6 +303,25 @@ def test_a_tokenizer_that_cannot_be_saved_has_no_key(pairs: Source) -> None:
         token_key(encoder, pairs)
 
 
+def test_every_file_of_a_tokenizer_counts(pairs: Source) -> None:
+    """With its name, in whatever order the disk lists them."""
+    encoder = Encoder(tiny_tokenizer(), DataConfig())
+
+    def key_with(files: dict[str, str]) -> str:
+        def save_pretrained(folder: str) -> None:
+            for name, text in files.items():
+                Path(folder, name).parent.mkdir(exist_ok=True)
+                Path(folder, name).write_text(text)
+
+        encoder.tokenizer._tokenizer.save_pretrained = save_pretrained
+        return token_key(encoder, pairs)
+
+    versions = ({"a": "x"}, {"b": "x"}, {"a": "y"}, {"a": "x", "more/b": "y"})
+    versions += ({"a": "x", "more/b": "z"}, {"a": "x", "b": "y", "c": "z"})
+    assert len({key_with(files) for files in versions}) == len(versions)
+    assert key_with({"c": "z", "b": "y", "a": "x"}) == key_with(versions[-1])
+
+
 def test_code_that_comes_with_a_model_counts() -> None:
     """Classes of PACKAGES count by their version, all others by the file that defines them."""
     assert keys.code_sha256(dict) == ""

@@ -72,7 +72,7 @@ def test_every_pair_is_equally_likely_in_the_first_step() -> None:
 
 
 def test_no_pairs_no_steps() -> None:
-    assert epoch(0, 4) == []
+    assert list(EpochOrder([np.arange(0)], None, 1).steps(4)) == []
     assert steps_per_epoch(0, 4) == 0
 
 
@@ -135,6 +135,8 @@ def test_the_pairs_of_an_epoch_by_hand(
 ) -> None:
     assert pairs_per_epoch(sizes, weights) == expected
     assert mixed(sizes, weights).counts == expected
+    with pytest.raises(ValueError, match="argument 2 is"):  # each source has its weight
+        pairs_per_epoch([*sizes, 3], weights)
 
 
 @given(SIZES_AND_WEIGHTS)

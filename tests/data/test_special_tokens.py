@@ -87,6 +87,12 @@ def test_one_token_ends_the_turn(tokens: list[int], with_eos: list, ended: list)
     assert without.end_turn([A, NEWLINE]) == [A, NEWLINE]
 
 
+def test_white_space_may_end_a_turn() -> None:
+    tokenizer = tiny_tokenizer(None)
+    tokenizer.add_eos_token(str(NEWLINE))
+    assert SpecialTokens(tokenizer).end_turn([A, NEWLINE, SPACE]) == [A, NEWLINE]
+
+
 @pytest.mark.parametrize(
     ("response", "is_empty"),
     [

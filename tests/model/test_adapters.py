@@ -330,6 +330,7 @@ NO_PARAMETERS = '{"lora_parameters": null, "num_layers": -1}'
         ({"adapters__safetensors": b""}, "not a valid safetensors file"),
         ({"adapter_config__json": "null"}, "must hold a JSON object"),
         ({"adapter_config__json": NO_PARAMETERS}, "adapter_config.json has no lora_parameters"),
+        ({"adapter_config__json": '{"fine_tune_type": "full"}'}, "fine_tune_type 'full'; it must"),
         (
             {"adapter_config__json": json.dumps({"fine_tune_type": "y" * 99})},
             f"fine_tune_type '{'y' * 40}'; it must be lora or dora",
@@ -396,17 +397,29 @@ def test_an_adapter_without_weights(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "problem"),
+    ("changes", "bits", "problem"),
     [
-        ({"num_hidden_layers": 1}, r"it has no model\.layers\.1\.mlp\.down_proj"),
+        ({"num_hidden_layers": 1}, 0, r"it has no model\.layers\.1\.mlp\.down_proj"),
+        (
+            {"hidden_size": 64, "intermediate_size": 64},
+            4,
+            r"its model\.layers\.0\.mlp\.down_proj has 64 outputs, and \S+down_proj\.lora_b the "
+            r"shape \(4, 32\)",
+        ),
         (
             {"intermediate_size": 64},
+            0,
             r"its model\.layers\.0\.mlp\.gate_proj has 64 outputs, and \S+gate_proj\.lora_b the "
             r"shape \(4, 48\)",
         ),
     ],
 )
-def test_an_adapter_of_another_model_does_not_fit(changes: dict, problem: str, saved: Path) -> None:
+def test_an_adapter_of_another_model_does_not_fit(
+    changes: dict, bits: int, problem: str, saved: Path
+) -> None:
+    model = tiny_model(**changes)
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
     message = f"the adapter in {saved} does not fit this model: {problem}; use the model that it"
     with pytest.raises(SimPOError, match=message):
-        check_fits(tiny_model(**changes), saved)
+        check_fits(model, saved)
