@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.chat_templates import template_tokenizer
 from helpers.tiny import BARE, CHATML, INST, assistant, system, tiny_tokenizer, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,6 +149,27 @@ def test_tokens_merged_across_the_boundary_are_scored(smollm2_folder: Path, row:
         encoder.special.eos,
     )
     assert encoded.boundary_tokens == boundary_tokens
+
+
+def test_tokens_that_the_template_writes_after_the_prompt_are_counted() -> None:
+    """Of the sequence that has more of them: Qwen3 writes an empty think block in one only."""
+    encoder = Encoder(template_tokenizer("qwen3"), DataConfig())
+    thinking, plain = [assistant("a", reasoning_content="so")], [B]
+    for pair in (Pair([Q], thinking, plain), Pair([Q], plain, thinking)):
+        encoded = encoder.encode(pair)
+        starts = sorted((encoded.chosen.score_start, encoded.rejected.score_start))
+        assert encoded.template_tokens == starts[1] - starts[0] == 4
+        assert encoded.boundary_tokens == 0
+
+
+def test_a_token_of_prompt_and_template_text_together_counts_for_the_template() -> None:
+    """The prompt ends with " a" here, and the template goes on with "nd:"."""
+    own = "{{ (' and:' if messages[1:] else ' a') if loop.first }}"
+    template = f"{{% for m in messages %}}{{{{ m.content }}}}{own}{{% endfor %}}"
+    assert len(ids(" and:")) == 2
+    encoded = make_encoder(template).encode(CHATS)
+    assert unscored_text(encoded.chosen) == "Why? and:"
+    assert (encoded.template_tokens, encoded.boundary_tokens) == (2, 0)
 
 
 TEXT = st.text(st.sampled_from("ab the.\n é🙂空1"), max_size=12)

@@ -130,6 +130,9 @@ def test_the_first_number_after_a_name_is_the_layers() -> None:
     for layer, is_named in ((3, True), (1, False)):
         assert config(target_modules=["w2"], layers_to_transform=layer).is_named(path) == is_named
     assert not config(target_modules=["w2"], layers_to_transform=[1]).is_named("mlp.w2")
+    whole = config(target_modules=["w2"], layers_to_transform=[3], layers_pattern="layers")
+    assert whole.is_named("layers.3.w2")
+    assert not whole.is_named("xlayers.3.w2")
 
 
 def test_all_linear_names_linear_layers_only() -> None:

@@ -38,7 +38,7 @@ def product(d: LoRADelta) -> np.ndarray:
 
 
 def written(*deltas: LoRADelta) -> list[Written]:
-    return [Written(Target(f"layers.{n}.q"), d, False) for n, d in enumerate(deltas)]
+    return [Written(Target(f"layers.{n}.q"), d) for n, d in enumerate(deltas)]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_lora_alpha_is_an_integer_and_b_holds_the_rest(
 ) -> None:
     source = delta(scale=scale)
     settings, (module,) = scale_settings(written(source), rslora=rslora)
-    assert settings.items() >= expected.items()
+    assert settings == {**expected, "rank_pattern": {}, "alpha_pattern": {}}
     root = math.sqrt(2) if settings["use_rslora"] else 2
     actual = settings["lora_alpha"] / root * np.array(module.delta.b)
     np.testing.assert_allclose(actual, scale * np.array(source.b), rtol=1e-6)
@@ -98,7 +98,7 @@ def test_one_module_of_another_rank_or_scale_excludes_rslora() -> None:
     ("value", "expected"),
     [
         *((4.0, 4), (4.0000000000000009, 4), (3.9999999999999996, 4), (4.001, None), (1.0, 1)),
-        *((0.0, None), (-4.0, None), (0.4, None), (0.9, None), (4.00000001, None)),
+        *((0.0, None), (-4.0, None), (0.4, None), (0.9, None), (4.0000000004, None)),
     ],
 )
 def test_integers_up_to_rounding(value: float, expected: int | None) -> None:
@@ -111,6 +111,7 @@ def test_integers_up_to_rounding(value: float, expected: int | None) -> None:
         (True, (2.0, 2.0), (0, 1), 3),
         (True, (2.0, 2.0), (1, 0), 3),
         (True, (2.0, 4.0), (0, 1), 6),  # the scale is one for all
+        (True, (4.0, 2.0), (0, 1), 6),
         (False, (2.0, 2.0), (0, 1), 6),
         (False, (2.0, 4.0), (1, 0), 6),
         (True, (2.0, 2.0), (0,), 3),  # only one of them is adapted
@@ -256,6 +257,59 @@ def test_experts_run_slowest_in_a_and_fastest_in_b(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         tensors[name.format("B")], np.stack(list(b), axis=-1).reshape(32, 8)
     )
+
+
+def stacked(rank: int, outputs: int, inputs: int) -> LoRADelta:
+    shapes = ((4, rank, inputs), (4, outputs, rank))
+    return LoRADelta(*(mx.random.normal(shape) for shape in shapes), scale=8 / math.sqrt(2))
+
+
+def test_the_parameters_of_one_module_wrap_each_other(tmp_path: Path) -> None:
+    """PEFT's order: the first, gate_up_proj, is inside where both are adapted, as in layer 0."""
+    up, down = stacked(2, 48, 32), stacked(2, 32, 48)
+    mlp = "model.layers.{}.block_sparse_moe.switch_mlp.{}_proj"
+    deltas = {mlp.format(0, "gate"): up, mlp.format(0, "up"): up, mlp.format(0, "down"): down}
+    deltas |= {mlp.format(1, "up"): up}
+    model = tiny_model("mixtral", **MIXTRAL)
+    write_peft(tmp_path, deltas, model, TABLE["mixtral"], **FOLDER)
+    tensors = arrays(tmp_path / "adapter_model.safetensors")
+    start = "base_model.model.model.layers.{}.mlp.experts"
+    gate_up = (f"{start.format(0)}.base_layer", (8, 32), (96, 8))  # both have the same A
+    only_up = (start.format(1), (8, 32), (96, 8))
+    expected = {
+        f"{name}.lora_{kind}.weight": shape
+        for name, *shapes in (gate_up, (start.format(0), (8, 48), (32, 8)), only_up)
+        for kind, shape in zip("AB", shapes, strict=True)
+    }
+    assert {name: array.shape for name, array in tensors.items()} == expected
+    b = np.array(up.b).transpose(1, 2, 0).reshape(48, 8)
+    inner, outer = (tensors[f"{name}.lora_B.weight"] for name in (gate_up[0], only_up[0]))
+    np.testing.assert_array_equal(inner, np.concatenate([b, b]))
+    np.testing.assert_array_equal(outer, np.concatenate([np.zeros_like(b), b]))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    paths = [f"model.layers.{n}.mlp.experts.{p}_proj" for n, p in ((0, "gate_up"), (0, "down"))]
+    assert sorted(config["target_parameters"]) == sorted(
+        [*paths, "model.layers.1.mlp.experts.gate_up_proj"]
+    )
+    assert (config["use_rslora"], config["lora_alpha"]) == (True, 8)
+
+
+def test_a_pair_of_matrices_for_each_expert(tmp_path: Path) -> None:
+    """Without rsLoRA, whose scale would be wrong where PEFT joins them."""
+    down = stacked(2, 32, 48)
+    path = "model.layers.0.block_sparse_moe.switch_mlp.down_proj"
+    model = tiny_model("mixtral", **MIXTRAL)
+    write_peft(tmp_path, {path: down}, model, TABLE["mixtral"], separate_experts=True, **FOLDER)
+    tensors = arrays(tmp_path / "adapter_model.safetensors")
+    names = [f"model.layers.0.block_sparse_moe.experts.{n}.w2" for n in range(4)]
+    assert len(tensors) == 2 * len(names)
+    for number, name in enumerate(names):
+        a, b = (tensors[f"base_model.model.{name}.lora_{kind}.weight"] for kind in "AB")
+        np.testing.assert_array_equal(a, np.array(down.a)[number])
+        np.testing.assert_allclose(b, np.array(down.b)[number] * down.scale, rtol=1e-6)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["use_rslora"], config["lora_alpha"]) == (False, 2)
+    assert "target_parameters" not in config
 
 
 @pytest.mark.parametrize(
