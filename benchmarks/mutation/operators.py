@@ -77,7 +77,8 @@ class DropKeyword(Operator):
         else:
             return
         for child in candidates:
-            if child.type == "argument" and child.children[1] == "=":
+            is_default = child.get_code(include_prefix=False) == "strict=False"  # of zip
+            if child.type == "argument" and child.children[1] == "=" and not is_default:
                 yield child
 
     @classmethod

@@ -91,6 +91,11 @@ def test_no_eos_after_another_end_of_turn_token(
         assert tokenizer.decode(tokens) == response + written
 
 
+def test_tokens_from_nowhere() -> None:
+    sequence = make_encoder().encode(CHATS).chosen
+    assert EncodedPair(sequence, sequence) == EncodedPair(sequence, sequence, 0, "", 0, 0, 0, 0, 0)
+
+
 def test_white_space_at_the_end_of_a_response_is_scored() -> None:
     encoded = make_encoder(BARE).encode(Pair("Why?", "Because \n", "No\n\n"))
     assert response_text(encoded.chosen).lstrip() == "Because \n\n</s>"

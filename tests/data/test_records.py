@@ -22,7 +22,8 @@ TOOLS = [{"type": "function", "function": {"name": "sky", "parameters": {}}}]
 
 
 def parse(record: Any, implicit: bool = False) -> Pair:
-    return parse_pair(Row(7, "pairs.jsonl:9", record), implicit)
+    row = Row(7, "pairs.jsonl:9", record)
+    return parse_pair(row, True) if implicit else parse_pair(row)
 
 
 def rejection(record: Any, implicit: bool = False) -> tuple[str, str]:
@@ -88,6 +89,10 @@ def test_accepted_forms(
     expected = Pair(prompt, chosen, rejected, 7, "pairs.jsonl:9", None, is_full)
     assert parse(record) == expected
     assert parse({**record, "score_chosen": 9.5, "id": "x", "messages": [Q, A]}) == expected
+
+
+def test_a_pair_from_nowhere() -> None:
+    assert Pair("q", "a", "b") == Pair("q", "a", "b", 0, "", None, False)
 
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])

@@ -4,6 +4,7 @@ same files: tests/parity. More that is rejected: test_hostile_adapters.py.)"""
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.architectures import OTHERWISE_BUILT
 from helpers.commands import load_arrays
 from helpers.mlx_folders import MIXTRAL
 from helpers.tiny import tiny_model
@@ -18,6 +20,7 @@ from helpers.tiny import tiny_model
 from mlx_simpo import SimPOError
 from mlx_simpo.convert.architectures import TABLE
 from mlx_simpo.convert.lora_delta import LoRADelta
+from mlx_simpo.convert.names import TEXT_PREFIXES
 from mlx_simpo.convert.peft.read import read_peft
 from mlx_simpo.convert.peft.write import write_peft
 
@@ -271,6 +274,47 @@ def single_experts(folder: Path, change: Callable[[Tensors], Any], **settings: A
     change(tensors)
     mx.save_safetensors(str(file), tensors, {"format": "pt"})
     config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("name", ["mlp.gate", "block_sparse_moe.gate"])
+def test_a_module_may_have_the_name_of_the_checkpoint(
+    name: str, prefix: str, tmp_path: Path
+) -> None:
+    """Of a module that transformers has renamed, where older adapters have it."""
+    module = f"model.layers.1.{name}".removeprefix(prefix)
+    a, b = mx.random.normal((2, 32)), mx.random.normal((4, 2))
+    tensors = {key(module, "A"): a, key(module, "B"): b}
+
+    def only_these(file: Tensors) -> None:
+        file.clear()
+        file.update(tensors)
+
+    folder = peft_folder(tmp_path, only_these, target_modules=["gate"])
+    rule = replace(TABLE["mixtral"], prefix=prefix)
+    deltas = read_peft(folder, tiny_model("mixtral", **MIXTRAL), rule)
+    (path,) = deltas
+    assert path == "model.layers.1.block_sparse_moe.gate"
+    assert mx.array_equal(deltas[path].a, a)
+
+
+@pytest.mark.parametrize("prefix", TEXT_PREFIXES)
+def test_the_text_part_has_three_names(prefix: str, tmp_path: Path) -> None:
+    def rename(tensors: Tensors) -> None:
+        for name in list(tensors):
+            own = name.removeprefix("base_model.model.model.")
+            tensors[f"base_model.model.{prefix}{own}"] = tensors.pop(name)
+
+    model = tiny_model("gemma3", **OTHERWISE_BUILT["gemma3"])
+    paths = [f"language_model.model.layers.{n}.self_attn.q_proj" for n in range(2)]
+    folder = peft_folder(tmp_path, rename, layers_to_transform=[0, 1])
+    assert sorted(read_peft(folder, model, TABLE["gemma3"])) == paths
+
+
+def test_layers_that_are_not_converted_are_rejected(tmp_path: Path) -> None:
+    rule = replace(TABLE["llama"], unadaptable={"q_proj": "it is split"})
+    with pytest.raises(SimPOError, match="q_proj cannot be converted for llama: it is split"):
+        read_peft(peft_folder(tmp_path), tiny_model(**UNTIED), rule)
 
 
 def test_experts_may_have_the_names_of_transformers_5(tmp_path: Path) -> None:

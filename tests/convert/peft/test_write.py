@@ -44,6 +44,7 @@ def written(*deltas: LoRADelta) -> list[Written]:
 @pytest.mark.parametrize(
     ("scale", "rslora", "expected"),
     [
+        (1.0, True, {"r": 4, "lora_alpha": 4, "use_rslora": False}),  # where both are possible
         (2.0, True, {"r": 2, "lora_alpha": 4, "use_rslora": False}),
         (8 / math.sqrt(2), True, {"r": 2, "lora_alpha": 8, "use_rslora": True}),
         (8 / math.sqrt(2), False, {"r": 2, "lora_alpha": 2, "use_rslora": False}),
@@ -55,10 +56,10 @@ def written(*deltas: LoRADelta) -> list[Written]:
 def test_lora_alpha_is_an_integer_and_b_holds_the_rest(
     scale: float, rslora: bool, expected: dict
 ) -> None:
-    source = delta(scale=scale)
+    source = delta(expected["r"], scale)
     settings, (module,) = scale_settings(written(source), rslora=rslora)
     assert settings == {**expected, "rank_pattern": {}, "alpha_pattern": {}}
-    root = math.sqrt(2) if settings["use_rslora"] else 2
+    root = math.sqrt(expected["r"]) if settings["use_rslora"] else expected["r"]
     actual = settings["lora_alpha"] / root * np.array(module.delta.b)
     np.testing.assert_allclose(actual, scale * np.array(source.b), rtol=1e-6)
     is_exact = math.isclose(settings["lora_alpha"] / root, scale)
@@ -67,21 +68,29 @@ def test_lora_alpha_is_an_integer_and_b_holds_the_rest(
 
 def test_other_ranks_and_scales_are_patterns() -> None:
     deltas = [delta(), delta(), delta(rank=3), delta(scale=5.0), delta(rank=4, scale=1.0)]
-    deltas += [delta(rank=3, scale=0.1), delta(scale=8 / math.sqrt(2))]
-    settings, modules = scale_settings(written(*deltas), rslora=True)
+    deltas += [delta(rank=3, scale=0.1), delta(scale=8 / math.sqrt(2)), delta(rank=1)]
+    before = written(*deltas)
+    before[-1] = Written(Target("experts", "down_proj"), deltas[-1])
+    settings, modules = scale_settings(before, rslora=True)
     assert settings == {
         "r": 2,
         "lora_alpha": 4,
         "use_rslora": False,  # which holds for all modules or none
-        "rank_pattern": {r"layers\.2\.q": 3, r"layers\.4\.q": 4, r"layers\.5\.q": 3},
+        "rank_pattern": {
+            r"layers\.2\.q": 3,
+            r"layers\.4\.q": 4,
+            r"layers\.5\.q": 3,
+            r"experts\.down_proj": 1,
+        },
         "alpha_pattern": {
             r"layers\.2\.q": 6,
             r"layers\.3\.q": 10,
             r"layers\.5\.q": 3,  # 0.3 is none: alpha is the rank, and B has the rest
             r"layers\.6\.q": 2,
+            r"experts\.down_proj": 2,
         },
     }
-    assert [module.delta.scale for module in modules] == [2.0, 2.0, 2.0, 5.0, 1.0, 1.0, 1.0]
+    assert [module.delta.scale for module in modules] == [2.0, 2.0, 2.0, 5.0, 1.0, 1.0, 1.0, 2.0]
     for module, source in zip(modules, deltas, strict=True):
         actual, expected = (d.scale * np.array(d.b) for d in (module.delta, source))
         np.testing.assert_allclose(actual, expected, rtol=1e-6)
