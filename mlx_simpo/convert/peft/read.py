@@ -47,7 +47,7 @@ def read_peft(folder: Path, model: nn.Module, architecture: Architecture) -> dic
     reader = Reader(config, tensors, model, architecture)
     reader.check_base_weights(base_weights)
     deltas = reader.deltas()
-    reader.check_complete()
+    reader.check_complete(deltas)
     for path, delta in deltas.items():
         check_adaptable(path, architecture)
         check_lora_delta(path, delta, reader.layers[path])
@@ -253,10 +253,13 @@ class Reader:
                 "that: mlx-simpo convert from-hf"
             )
 
-    def check_complete(self) -> None:
+    def check_complete(self, deltas: dict[str, LoRADelta]) -> None:
         """Check that tensors and configuration name the same modules.
 
         PEFT ignores either kind of difference, with a warning at most.
+
+        Args:
+            deltas: what was read, by path.
 
         Raises:
             SimPOError: the configuration names layers that have no tensors, or the file has
@@ -266,10 +269,9 @@ class Reader:
         embeddings = {m for m, p in ordinary.items() if isinstance(self.layers[p], EMBEDDING)}
         targeted = self.config.targeted(ordinary, set(ordinary) - embeddings, "lm_head")
         missing = {module for module in targeted if module not in self.tensors}
-        for target in self.targets.values():
-            if target.parameter is not None and self.config.is_target_parameter(target.path):
-                present = target.module in self.tensors
-                missing |= set() if present else {target.path}
+        for path, target in self.targets.items():
+            if self.is_parameter(target) and path not in deltas:
+                missing.add(target.path)
         for name in self.config.content.get("target_parameters") or []:
             if not any(t.path == name or ends_in(t.path, [name]) for t in self.targets.values()):
                 missing.add(name)

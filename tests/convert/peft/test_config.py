@@ -72,6 +72,11 @@ def test_rank_and_scale_of_a_layer(content: dict, path: str, expected: tuple[int
         ({"target_modules": ["proj"]}, set()),
         ({"target_modules": r".*\.1\.self_attn\.[qv]_proj"}, {"1.q", "1.v"}),
         ({"target_modules": r"\.1\.self_attn\.q_proj"}, set()),  # the whole path must match
+        ({"target_modules": r".*\.1\.self_attn\.q"}, set()),
+        (
+            {"target_modules": [LAYERS[0], LAYERS[4]], "exclude_modules": r".*\.0\.|.*\.1\..*"},
+            {"0.q"},
+        ),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 11]}, {"0.q", "11.q"}),
         ({"target_modules": ["q_proj"], "layers_to_transform": 3}, {"3.q"}),
         ({"target_modules": ["q_proj"], "layers_to_transform": []}, {f"{n}.q" for n in range(12)}),
@@ -149,6 +154,7 @@ def test_all_linear_names_linear_layers_only() -> None:
         ({"target_modules": ["k_proj"]}, True),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, True),
         ({"target_modules": "k.*"}, True),
+        ({"target_modules": ".*k"}, True),
         ({"target_modules": "m.*"}, False),
         ({"target_modules": None}, False),
         ({"target_modules": None, "exclude_modules": ["q_proj"]}, False),
@@ -326,7 +332,7 @@ def test_a_valid_configuration_is_read(tmp_path: Path) -> None:
             )
             for name, value, kind in (
                 ("target_modules", {"y": "y" * 99}, "str or list$"),
-                ("target_modules", [1], "str or list$"),
+                ("target_modules", ["q", 1], "str or list$"),
                 ("exclude_modules", 1, "str or list$"),
                 ("target_parameters", "q", "list$"),
                 ("layers_to_transform", "1", "int or list$"),

@@ -249,6 +249,46 @@ def test_the_base_models_own_weights_beside_an_adapter_are_ignored(
         read_peft(folder, model, TABLE["llama"])
 
 
+def test_every_weight_of_the_base_model_is_compared(tmp_path: Path) -> None:
+    model = tiny_model(**UNTIED)
+    name = "base_model.model.{}.base_layer.weight"
+    weights = {
+        "lm_head": model.lm_head.weight,
+        "model.embed_tokens": model.model.embed_tokens.weight,
+    }
+    for wrong in weights:
+        both = {name.format(n): -w if n == wrong else w for n, w in weights.items()}
+        with pytest.raises(
+            SimPOError, match=f"{wrong}.* is a weight of the base model and differs"
+        ):
+            read(peft_folder(tmp_path, lambda t, both=both: t.update(both)))
+
+
+@pytest.mark.parametrize("rule", ["llama", "granitemoe", "phimoe"])
+def test_models_whose_experts_are_never_single(rule: str, tmp_path: Path) -> None:
+    model = tiny_model("mixtral", **MIXTRAL)
+    assert sorted(read_peft(peft_folder(tmp_path), model, TABLE[rule])) == MODULES
+    single_experts(tmp_path, lambda t: None)
+    with pytest.raises(SimPOError, match=r"4 of its modules are not in this model"):
+        read_peft(tmp_path, model, TABLE[rule])
+
+
+def test_a_parameter_that_is_named_and_has_no_tensors(tmp_path: Path) -> None:
+    """Though the other parameter of its module has some."""
+    mlp = "model.layers.0.block_sparse_moe.switch_mlp."
+    deltas = {f"{mlp}up_proj": random_delta(2, *UP), f"{mlp}down_proj": random_delta(2, *DOWN)}
+    model = tiny_model("mixtral", **MIXTRAL)
+    write_peft(tmp_path, deltas, model, TABLE["mixtral"], base="x", revision=None)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_arrays(file)
+    mx.eval(tensors)
+    outer = {name: array for name, array in tensors.items() if ".base_layer" not in name}
+    mx.save_safetensors(str(file), outer, {"format": "pt"})
+    message = r"it names 1 layers that have no tensors in .*, e.g. model\.layers\.0.*gate_up_proj;"
+    with pytest.raises(SimPOError, match=message):
+        read_peft(tmp_path, model, TABLE["mixtral"])
+
+
 def test_why_a_module_is_not_in_this_model(tmp_path: Path) -> None:
     folder = peft_folder(
         tmp_path, lambda t: t.update({key("v.q_proj", k): mx.zeros((2, 2)) for k in "AB"})
@@ -277,11 +317,26 @@ def single_experts(folder: Path, change: Callable[[Tensors], Any], **settings: A
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
-@pytest.mark.parametrize("name", ["mlp.gate", "block_sparse_moe.gate"])
-def test_a_module_may_have_the_name_of_the_checkpoint(
-    name: str, prefix: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mlp.gate", {"target_modules": ["gate"], "rank_pattern": {"gate": 2}}),
+        ("block_sparse_moe.gate", {"target_modules": ["gate"], "rank_pattern": {"gate": 2}}),
+        (
+            "mlp.gate",
+            {
+                "target_modules": [],
+                "target_parameters": ["1.mlp.gate.weight"],
+                "rank_pattern": {"gate.weight": 2},
+            },
+        ),
+    ],
+    ids=["module", "older name", "parameter"],
+)
+def test_a_module_that_transformers_has_renamed(
+    name: str, settings: dict, prefix: str, tmp_path: Path
 ) -> None:
-    """Of a module that transformers has renamed, where older adapters have it."""
+    """It may have the checkpoint's name, or be named by its parameter; patterns match that."""
     module = f"model.layers.1.{name}".removeprefix(prefix)
     a, b = mx.random.normal((2, 32)), mx.random.normal((4, 2))
     tensors = {key(module, "A"): a, key(module, "B"): b}
@@ -290,7 +345,7 @@ def test_a_module_may_have_the_name_of_the_checkpoint(
         file.clear()
         file.update(tensors)
 
-    folder = peft_folder(tmp_path, only_these, target_modules=["gate"])
+    folder = peft_folder(tmp_path, only_these, **{"r": 9, **settings})
     rule = replace(TABLE["mixtral"], prefix=prefix)
     deltas = read_peft(folder, tiny_model("mixtral", **MIXTRAL), rule)
     (path,) = deltas
@@ -342,6 +397,14 @@ def test_experts_as_a_parameter_of_another_shape_are_rejected(tmp_path: Path) ->
         (
             ((8, 48), (40, 8)),
             "have shapes (8, 48) and (40, 8); this model has 48 inputs and 32 out",
+        ),
+        (
+            ((8, 56), (32, 8)),
+            "have shapes (8, 56) and (32, 8); this model has 48 inputs and 32 out",
+        ),
+        (
+            ((8, 48), (24, 8)),
+            "have shapes (8, 48) and (24, 8); this model has 48 inputs and 32 out",
         ),
         (((6, 48), (32, 6)), "which do not belong to rank 2 of 4 experts"),
     ):
