@@ -273,7 +273,7 @@ def common_prefix(*sequences: Sequence[int]) -> int:
     """Return the length of the longest prefix that all sequences share."""
     shared = 0
     for items in zip(*sequences, strict=False):
-        if any(item != items[0] for item in items):
+        if len(set(items)) > 1:
             break
         shared += 1
     return shared

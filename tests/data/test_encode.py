@@ -175,6 +175,8 @@ def test_a_token_of_prompt_and_template_text_together_counts_for_the_template() 
     encoded = make_encoder(template).encode(CHATS)
     assert unscored_text(encoded.chosen) == "Why? and:"
     assert (encoded.template_tokens, encoded.boundary_tokens) == (2, 0)
+    longer_than_the_prompt = template.replace("and:", " the dog:").replace("' a'", "''")
+    assert make_encoder(longer_than_the_prompt).encode(Pair("is", "a", "b")).template_tokens == 4
 
 
 TEXT = st.text(st.sampled_from("ab the.\n é🙂空1"), max_size=12)
