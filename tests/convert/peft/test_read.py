@@ -50,6 +50,16 @@ def peft_folder(
     return folder
 
 
+def only(tensors: Tensors) -> Callable[[Tensors], Any]:
+    """Return what leaves these tensors in a file, and no other."""
+
+    def change(file: Tensors) -> None:
+        file.clear()
+        file.update(tensors)
+
+    return change
+
+
 def read(folder: Path) -> dict[str, LoRADelta]:
     return read_peft(folder, tiny_model(**UNTIED), TABLE["llama"])
 
@@ -206,6 +216,7 @@ def test_what_is_written_is_read(
             {"target_parameters": ["mlp.experts.down_proj"]},
             "it names 1 layers that have no tensors in .*, e.g. mlp.experts.down_proj;",
         ),
+        (lambda t: None, {"target_parameters": [LONG]}, f"e.g. {LONG[:120]}; the adapter is incom"),
         (lambda t: None, {"target_modules": "all-linear"}, "it names 12 layers .*0.mlp.down_proj;"),
         (
             lambda t: t.update({key(m, "A"): mx.zeros((2, 7)) for m in MODULES}),
@@ -218,7 +229,7 @@ def test_what_is_written_is_read(
                     {f"base_model.model.{name}.base_layer.weight": mx.zeros(shape)}
                 ),
                 {},
-                f"{name[:60]}.* is a weight of the base model and differs from the one in this",
+                f"the weight of {name[:120]} in .* is the base model's and differs from the one",
             )
             for name, shape in (("lm_head", (512, 32)), ("lm_head", (9, 32)), (LONG, (2, 2)))
         ),
@@ -245,7 +256,7 @@ def test_the_base_models_own_weights_beside_an_adapter_are_ignored(
     folder = peft_folder(tmp_path, lambda t: t.update({name: weight}))
     assert sorted(read_peft(folder, model, TABLE["llama"])) == MODULES
     peft_folder(tmp_path, lambda t: t.update({name: weight[:, :16]}))
-    with pytest.raises(SimPOError, match="is a weight of the base model and differs"):
+    with pytest.raises(SimPOError, match="is the base model's and differs"):
         read_peft(folder, model, TABLE["llama"])
 
 
@@ -258,9 +269,7 @@ def test_every_weight_of_the_base_model_is_compared(tmp_path: Path) -> None:
     }
     for wrong in weights:
         both = {name.format(n): -w if n == wrong else w for n, w in weights.items()}
-        with pytest.raises(
-            SimPOError, match=f"{wrong}.* is a weight of the base model and differs"
-        ):
+        with pytest.raises(SimPOError, match=f"{wrong}.* is the base model's and differs"):
             read(peft_folder(tmp_path, lambda t, both=both: t.update(both)))
 
 
@@ -271,6 +280,15 @@ def test_models_whose_experts_are_never_single(rule: str, tmp_path: Path) -> Non
     single_experts(tmp_path, lambda t: None)
     with pytest.raises(SimPOError, match=r"4 of its modules are not in this model"):
         read_peft(tmp_path, model, TABLE[rule])
+
+
+def test_two_experts_are_called_experts(tmp_path: Path) -> None:
+    tensors = {key("model.layers.0.mlp.experts", kind): mx.zeros((3, 3)) for kind in "AB"}
+
+    folder = peft_folder(tmp_path, only(tensors), target_parameters=["experts.down_proj"])
+    model = tiny_model("mixtral", **{**MIXTRAL, "num_local_experts": 2})
+    with pytest.raises(SimPOError, match="belong to rank 2 of 2 experts"):
+        read_peft(folder, model, TABLE["mixtral"])
 
 
 def test_a_parameter_that_is_named_and_has_no_tensors(tmp_path: Path) -> None:
@@ -290,15 +308,16 @@ def test_a_parameter_that_is_named_and_has_no_tensors(tmp_path: Path) -> None:
 
 
 def test_why_a_module_is_not_in_this_model(tmp_path: Path) -> None:
-    folder = peft_folder(
-        tmp_path, lambda t: t.update({key("v.q_proj", k): mx.zeros((2, 2)) for k in "AB"})
-    )
+    vision = {key(f"v.{n}.q_proj", kind): mx.zeros((2, 2)) for n in (2, 1, 3) for kind in "AB"}
+    folder = peft_folder(tmp_path, lambda t: t.update(vision))
     for rule, why in (
         ("phimoe", "if they are single experts: PEFT does not join single experts of phimoe$"),
         ("mixtral", r"is it an adapter of another model\?$"),
         ("gemma3", "MLX runs only the text part, so an adapter on the vision tower cannot be conv"),
     ):
-        with pytest.raises(SimPOError, match=f"are not in this model, e.g. .*q_proj; {why}"):
+        with pytest.raises(
+            SimPOError, match=f"3 of its modules are not in this model, e.g. v.1.q_proj; {why}"
+        ):
             read_peft(folder, tiny_model(**UNTIED), TABLE[rule])
 
 
@@ -341,11 +360,7 @@ def test_a_module_that_transformers_has_renamed(
     a, b = mx.random.normal((2, 32)), mx.random.normal((4, 2))
     tensors = {key(module, "A"): a, key(module, "B"): b}
 
-    def only_these(file: Tensors) -> None:
-        file.clear()
-        file.update(tensors)
-
-    folder = peft_folder(tmp_path, only_these, **{"r": 9, **settings})
+    folder = peft_folder(tmp_path, only(tensors), **{"r": 9, **settings})
     rule = replace(TABLE["mixtral"], prefix=prefix)
     deltas = read_peft(folder, tiny_model("mixtral", **MIXTRAL), rule)
     (path,) = deltas
@@ -411,7 +426,7 @@ def test_experts_as_a_parameter_of_another_shape_are_rejected(tmp_path: Path) ->
         tensors = {key(parameter, kind): mx.zeros(s) for kind, s in zip("AB", shapes, strict=True)}
         peft_folder(
             tmp_path,
-            lambda t, tensors=tensors: (t.clear(), t.update(tensors)),
+            only(tensors),
             target_modules=[],
             target_parameters=["experts.down_proj"],
         )
@@ -420,9 +435,7 @@ def test_experts_as_a_parameter_of_another_shape_are_rejected(tmp_path: Path) ->
     with pytest.raises(
         SimPOError, match=r"1 of its modules are not in this model, e.g. .*experts;"
     ):
-        read_peft(
-            peft_folder(tmp_path, lambda t: (t.clear(), t.update(tensors))), model, TABLE["mixtral"]
-        )
+        read_peft(peft_folder(tmp_path, only(tensors)), model, TABLE["mixtral"])
 
 
 LAST = "model.layers.0.block_sparse_moe.experts.3.w2"
