@@ -4,7 +4,7 @@ import pytest
 from helpers.tiny import tiny_tokenizer
 from tokenizers import AddedToken
 
-from mlx_simpo.data.special_tokens import MAX_EMPTY, SpecialTokens
+from mlx_simpo.data.special_tokens import SpecialTokens
 
 TINY = tiny_tokenizer()
 NAMES = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -67,7 +67,7 @@ def test_there_is_one_bos(tokens: list[int], expected: list[int]) -> None:
     [
         ([], [EOS], [EOS]),
         ([A], [A, EOS], [A, EOS]),
-        ([A, EOS], [A, EOS], [A, EOS]),
+        *((ended, ended, ended) for ended in ([EOS], [A, EOS], [A, B, EOS])),
         ([A, EOS, NEWLINE], [A, EOS, NEWLINE, EOS], [A, EOS]),
         ([A, END, NEWLINE, SPACE], [A, END, NEWLINE, SPACE, EOS], [A, END]),
         ([A, END], [A, END, EOS], [A, END]),
@@ -98,8 +98,8 @@ def test_white_space_may_end_a_turn() -> None:
     [
         ([END], True),
         ([NEWLINE, END], True),
-        ([SPACE] * (MAX_EMPTY - 1) + [EOS], True),
-        ([SPACE] * MAX_EMPTY + [EOS], False),  # too long to be looked at
+        ([SPACE] * 3 + [EOS], True),
+        ([SPACE] * 4 + [EOS], False),  # too long to be looked at
         ([A, END], False),
         ([END, A], False),
         ([SPACE], True),

@@ -291,6 +291,14 @@ def test_two_experts_are_called_experts(tmp_path: Path) -> None:
         read_peft(folder, model, TABLE["mixtral"])
 
 
+def test_ranks_of_zeros_stay_where_nothing_shares_them(tmp_path: Path) -> None:
+    down = random_delta(2, *DOWN)
+    down = replace(down, b=down.b * mx.array([1.0, 0.0]))
+    model, path = tiny_model("mixtral", **MIXTRAL), f"{MLP}down_proj"
+    write_peft(tmp_path, {path: down}, model, TABLE["mixtral"], base="x", revision=None)
+    assert read_peft(tmp_path, model, TABLE["mixtral"])[path].rank == 2
+
+
 def test_a_parameter_that_is_named_and_has_no_tensors(tmp_path: Path) -> None:
     """Though the other parameter of its module has some."""
     mlp = "model.layers.0.block_sparse_moe.switch_mlp."
