@@ -165,6 +165,10 @@ def test_tokens_that_the_template_writes_after_the_prompt_are_counted() -> None:
         starts = sorted((encoded.chosen.score_start, encoded.rejected.score_start))
         assert encoded.template_tokens == starts[1] - starts[0] == 4
         assert encoded.boundary_tokens == 0
+    own = "{{ (' the dog:' if m.name else ':') if m.role == 'assistant' }}"
+    encoder = make_encoder(f"{{% for m in messages %}}{own}{{{{ m.content }}}}{{% endfor %}}")
+    for chosen, rejected in (([assistant("a", name="x")], [B]), ([A], [assistant("b", name="x")])):
+        assert encoder.encode(Pair([Q], chosen, rejected)).template_tokens == len(ids(" the dog:"))
 
 
 def test_a_token_of_prompt_and_template_text_together_counts_for_the_template() -> None:
