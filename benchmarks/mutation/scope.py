@@ -11,6 +11,8 @@ SCOPE = (
     "training/*.py",
     "evaluation.py",
     "data/encode.py",
+    "data/special_tokens.py",
+    "data/truncation.py",
     "data/records.py",
     "data/order.py",
     "data/keys.py",
@@ -21,6 +23,8 @@ SCOPE = (
 # Of a module without a test module of its own, and where a neighbour's tests are meant for it too.
 TESTS: dict[str, tuple[str, ...]] = {
     "engine/agreement.py": ("engine/test_choice.py", "engine/test_fused_attention.py"),
+    "data/encode.py": ("data/test_official.py", "data/test_scored_text.py"),
+    "data/truncation.py": ("data/test_encode.py",),
     "kernels/choice.py": ("kernels/test_launch.py",),
     "training/recording.py": ("training/test_session.py", "training/test_run.py"),
     "training/result.py": ("training/test_session.py", "training/test_run.py"),

@@ -55,7 +55,7 @@ def write_mlx(
             "from-hf"
         )
     if dora == {True}:
-        check_dora_support({path: layers[path] for path in deltas})
+        check_dora_support((path, layers[path]) for path in deltas)
         if any(isinstance(layers[path], EMBEDDING) for path in deltas):
             raise SimPOError(
                 "the adapter has DoRA on an embedding, which is not converted; merge it into its "

@@ -85,7 +85,7 @@ class Encoder:
     """Encodes pairs by this module's rules, or by those of the official implementation.
 
     Args:
-        tokenizer: mlx-lm's or transformers' tokenizer.
+        tokenizer: mlx-lm's, which wraps transformers' own.
         config: chat_template, template_args, score, compat, max_length and max_prompt_length are
             read.
 
@@ -273,7 +273,7 @@ def common_prefix(*sequences: Sequence[int]) -> int:
     """Return the length of the longest prefix that all sequences share."""
     shared = 0
     for items in zip(*sequences, strict=False):
-        if any(item != items[0] for item in items):
+        if len(set(items)) > 1:
             break
         shared += 1
     return shared

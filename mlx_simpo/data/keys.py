@@ -74,16 +74,18 @@ def source_identity(source: Source) -> list:
 
 
 def template_identity(encoder: Encoder) -> list:
-    """Return what decides a conversation's text apart from the tokenizer's files and settings."""
+    """Return what decides a conversation's text apart from the tokenizer's files.
+
+    These hold the tokenizer's own templates.
+    """
     renderer, tokenizer = encoder.renderer, encoder.tokenizer
     # mlx-lm has templates written in Python for some models: functions in its own modules.
     in_python = getattr(tokenizer, "_chat_template", None)
     name = f"{in_python.__module__}.{in_python.__qualname__}" if in_python else None
-    own = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True, default=str)
-    # Llama 3's templates write today's date into each system turn.
-    has_date = "strftime_now" in (renderer.text or "") + own
+    # Llama 3's templates write today's date into each system turn. A tokenizer may have several.
+    has_date = "strftime_now" in f"{renderer.text} {getattr(tokenizer, 'chat_template', None)}"
     today = datetime.now().astimezone().date().isoformat() if has_date else None
-    return [renderer.is_plain_text, renderer.text, own, name, today]
+    return [renderer.is_plain_text, renderer.text, name, today]
 
 
 def tokenizer_identity(tokenizer: Any) -> list:
@@ -92,8 +94,7 @@ def tokenizer_identity(tokenizer: Any) -> list:
     Raises:
         NotCacheableError: it cannot be saved, or one of its classes is not defined in a file.
     """
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)  # mlx-lm's wrapper holds transformers' own
-    inner = inner if hasattr(inner, "save_pretrained") else tokenizer
+    inner = tokenizer._tokenizer  # mlx-lm's wrapper holds transformers' own
     classes = [*type(tokenizer).__mro__, *type(inner).__mro__]
     try:
         code = [f"{c.__module__}.{c.__qualname__} {code_sha256(c)}" for c in classes]

@@ -75,11 +75,12 @@ class EpochOrder:
         # Sorting by length across steps would bias the gradients of each step. Within a step, whose
         # gradient is a mean over its pairs, the order does not matter: `engine.plan` sorts there.
         first, skipped = divmod(done, per_epoch)
+        begin = skipped * step_pairs
         for number in itertools.count(first):
             order = self.epoch(number)
-            begin = skipped * step_pairs if number == first else 0
             for start in range(begin, len(order), step_pairs):
                 yield order[start : start + step_pairs]
+            begin = 0
 
 
 def pairs_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -94,10 +95,7 @@ def pairs_per_epoch(sizes: Sequence[int], weights: Sequence[float]) -> list[int]
     total = sum(weights)
     shares = [weight / total for weight in weights]
     length = min(size / share for size, share in zip(sizes, shares, strict=True))
-    # Rounding alone could not exceed a source's size, but for an error of the last digit.
-    return [
-        min(size, max(1, round(length * share))) for size, share in zip(sizes, shares, strict=True)
-    ]
+    return [max(1, round(length * share)) for share in shares]
 
 
 def steps_per_epoch(pairs: int, step_pairs: int) -> int:

@@ -37,7 +37,7 @@ class Renderer:
     """Writes conversations as text with the template that ``data.chat_template`` selects.
 
     Args:
-        tokenizer: mlx-lm's or transformers' tokenizer.
+        tokenizer: mlx-lm's, which wraps transformers' own.
         chat_template: "auto", "none", a template file, or the text of a template.
         arguments: further arguments of the template (``data.template_args``), passed whenever it
             writes: prompts and whole conversations, in training, evaluation and generation.

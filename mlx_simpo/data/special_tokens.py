@@ -9,7 +9,7 @@ class SpecialTokens:
     """Puts special tokens around sequences, as a tokenizer has them.
 
     Args:
-        tokenizer: mlx-lm's or transformers' tokenizer.
+        tokenizer: mlx-lm's, which wraps transformers' own.
 
     Attributes:
         ends: ids of all tokens that end a turn.
@@ -22,14 +22,12 @@ class SpecialTokens:
         # Special tokens have three sources: transformers' named ones, mlx-lm's from the generation
         # config, and added tokens that are marked as special in tokenizer.json alone.
         self.ends = set(tokenizer.all_special_ids)
-        self.ends |= set(getattr(tokenizer, "eos_token_ids", ()))
+        self.ends |= set(tokenizer.eos_token_ids)
         self.ends |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.eos = tokenizer.eos_token_id
         # Whether it adds BOS cannot be read off a tokenizer's settings: they differ by class.
-        with_special = tokenizer.encode("a", add_special_tokens=True)
-        without = tokenizer.encode("a", add_special_tokens=False)
-        adds_bos = with_special[:1] == [tokenizer.bos_token_id] != without[:1]
-        self.bos = [tokenizer.bos_token_id] if adds_bos else []
+        first = tokenizer.encode("a", add_special_tokens=True)[:1]
+        self.bos = first if first == [tokenizer.bos_token_id] else []
 
     def with_bos(self, tokens: list[int]) -> list[int]:
         """Return ``tokens`` with BOS first, if the tokenizer adds one and it is not there yet."""

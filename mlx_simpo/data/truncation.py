@@ -29,9 +29,7 @@ def truncate(
             as the shorter one can spare.
         bos: id of the BOS token, or None.
     """
-    excess = max(len(tokens) for tokens, _ in sequences) - max_length
-    if excess <= 0:
-        return Truncated(sequences, (0, 0))
+    excess = max(0, max(len(tokens) for tokens, _ in sequences) - max_length)
     prompt_length = min(start for _, start in sequences)
     cut = min(excess, max(0, prompt_length - max_prompt_length))
     num_bos = 1 if cut and sequences[0][0][0] == bos else 0

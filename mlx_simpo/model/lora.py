@@ -1,5 +1,6 @@
 """Attach LoRA to an mlx-lm model, with mlx-lm's own LoRA layers."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -79,11 +80,13 @@ def target_keys(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     layers: list[nn.Module] = list(model.layers)  # type: ignore[arg-type]
     adapted = layers if config.num_layers == -1 else layers[-config.num_layers :]
-    # Some models mix layers: attention and recurrence, dense layers and mixtures of experts.
-    modules = {path: m for layer in adapted for path, m in layer.named_modules()}
-    linear = {path: m for path, m in modules.items() if isinstance(m, LINEAR)}
+    # Some models mix layers: attention and recurrence, dense layers and mixtures of experts, or
+    # quantized to more bits at the ends.
+    modules = [(path, m) for layer in adapted for path, m in layer.named_modules()]
+    modules = [(path, m) for path, m in modules if isinstance(m, LINEAR)]
+    linear = {path for path, _ in modules}
     if config.target_modules == "all-linear":
-        keys = set(linear)
+        keys = linear
     else:
         keys = set()
         for name in config.target_modules:
@@ -96,17 +99,17 @@ def target_keys(model: nn.Module, config: LoRAConfig) -> list[str]:
                 )
             keys |= matches
     if config.dora:
-        check_dora_support({path: linear[path] for path in keys})
+        check_dora_support((path, m) for path, m in modules if path in keys)
     return sorted(keys)
 
 
-def check_dora_support(modules: dict[str, nn.Module]) -> None:
-    """Check that mlx-lm has DoRA for all of these modules (by path).
+def check_dora_support(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Check that mlx-lm has DoRA for all of these modules, each with its path in a layer.
 
     Raises:
         SimPOError: one is of experts, or quantized to 3, 5 or 6 bits; mlx-lm fails on them later.
     """
-    for path, module in modules.items():
+    for path, module in modules:
         bits = getattr(module, "bits", 4)
         if isinstance(module, SwitchLinear | QuantizedSwitchLinear):
             raise SimPOError(
@@ -133,9 +136,9 @@ def load_initial(model: nn.Module, adapter: dict[str, Any], folder: str) -> None
     """
     existing = read_adapter_config(folder)
     total = len(model.layers)  # type: ignore[arg-type]
-    num_layers = [
-        total if c.get("num_layers") == -1 else c.get("num_layers") for c in (existing, adapter)
-    ]
+    # mlx-lm takes every number that is not above 0 for all layers.
+    numbers = [c["num_layers"] for c in (existing, adapter)]
+    num_layers = [number if number > 0 else total for number in numbers]
     there, here = existing["lora_parameters"], adapter["lora_parameters"]
     settings = {
         "fine_tune_type": (existing.get("fine_tune_type", "lora"), adapter["fine_tune_type"]),

@@ -1,9 +1,11 @@
 """Scored are the response and the one token that ends it, never the prompt."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.chat_templates import template_tokenizer
 from helpers.tiny import BARE, CHATML, INST, assistant, system, tiny_tokenizer, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,12 +68,32 @@ def test_the_response_and_one_end_token_are_scored(
         assert sequence.num_scored == len(ids(response)) + 1
 
 
-def test_no_eos_after_an_end_of_turn_token_of_the_generation_config() -> None:
-    """Generation configs name end-of-turn tokens that the tokenizer does not call special."""
-    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m.content }}!\n{% endfor %}")
-    tokenizer.add_eos_token(str(ids("!")[0]))
+@pytest.mark.parametrize(
+    ("end", "change", "written"),
+    [
+        # Generation configs name end-of-turn tokens that the tokenizer does not call special.
+        ("!", lambda tokenizer: tokenizer.add_eos_token(str(ids("!")[0])), "!"),
+        # Special in tokenizer.json alone: the tokenizer's EOS is </s> here.
+        ("<|im_end|>", lambda tokenizer: None, "<|im_end|>"),
+        # An added token that is not special is a word of the response.
+        ("<word>", lambda tokenizer: tokenizer._tokenizer.add_tokens(["<word>"]), "<word>\n</s>"),
+    ],
+    ids=["generation config", "special", "not special"],
+)
+def test_no_eos_after_another_end_of_turn_token(
+    end: str, change: Callable[[Any], Any], written: str
+) -> None:
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m.content }}" + end + "\n{% endfor %}")
+    change(tokenizer)
     encoded = Encoder(tokenizer, DataConfig()).encode(CHATS)
-    assert (response_text(encoded.chosen), response_text(encoded.rejected)) == ("Because.!", "No!")
+    for sequence, response in ((encoded.chosen, "Because."), (encoded.rejected, "No")):
+        tokens = sequence.tokens[sequence.score_start :].tolist()
+        assert tokenizer.decode(tokens) == response + written
+
+
+def test_tokens_from_nowhere() -> None:
+    sequence = make_encoder().encode(CHATS).chosen
+    assert EncodedPair(sequence, sequence) == EncodedPair(sequence, sequence, 0, "", 0, 0, 0, 0, 0)
 
 
 def test_white_space_at_the_end_of_a_response_is_scored() -> None:
@@ -132,6 +154,33 @@ def test_tokens_merged_across_the_boundary_are_scored(smollm2_folder: Path, row:
         encoder.special.eos,
     )
     assert encoded.boundary_tokens == boundary_tokens
+
+
+def test_tokens_that_the_template_writes_after_the_prompt_are_counted() -> None:
+    """Of the sequence that has more of them: Qwen3 writes an empty think block in one only."""
+    encoder = Encoder(template_tokenizer("qwen3"), DataConfig())
+    thinking, plain = [assistant("a", reasoning_content="so")], [B]
+    for pair in (Pair([Q], thinking, plain), Pair([Q], plain, thinking)):
+        encoded = encoder.encode(pair)
+        starts = sorted((encoded.chosen.score_start, encoded.rejected.score_start))
+        assert encoded.template_tokens == starts[1] - starts[0] == 4
+        assert encoded.boundary_tokens == 0
+    own = "{{ (' the dog:' if m.name else ':') if m.role == 'assistant' }}"
+    encoder = make_encoder(f"{{% for m in messages %}}{own}{{{{ m.content }}}}{{% endfor %}}")
+    for chosen, rejected in (([assistant("a", name="x")], [B]), ([A], [assistant("b", name="x")])):
+        assert encoder.encode(Pair([Q], chosen, rejected)).template_tokens == len(ids(" the dog:"))
+
+
+def test_a_token_of_prompt_and_template_text_together_counts_for_the_template() -> None:
+    """The prompt ends with " a" here, and the template goes on with "nd:"."""
+    own = "{{ (' and:' if messages[1:] else ' a') if loop.first }}"
+    template = f"{{% for m in messages %}}{{{{ m.content }}}}{own}{{% endfor %}}"
+    assert len(ids(" and:")) == 2
+    encoded = make_encoder(template).encode(CHATS)
+    assert unscored_text(encoded.chosen) == "Why? and:"
+    assert (encoded.template_tokens, encoded.boundary_tokens) == (2, 0)
+    longer_than_the_prompt = template.replace("and:", " the dog:").replace("' a'", "''")
+    assert make_encoder(longer_than_the_prompt).encode(Pair("is", "a", "b")).template_tokens == 4
 
 
 TEXT = st.text(st.sampled_from("ab the.\n é🙂空1"), max_size=12)
@@ -220,6 +269,7 @@ def test_what_is_cut(sizes: tuple, limits: tuple, remaining: tuple, cuts: tuple)
     lengths = (encoded.chosen.score_start, encoded.chosen.num_scored, encoded.rejected.num_scored)
     assert lengths == remaining
     assert (encoded.cut_prompt, encoded.cut_response) == cuts
+    assert encoded.length == remaining[0] + max(remaining[1:])
 
 
 @given(st.tuples(*[st.integers(2, 20)] * 3), st.integers(1, 20), st.integers(1, 20), st.booleans())
@@ -248,8 +298,60 @@ def test_the_rule_of_truncation(sizes: tuple, max_prompt: int, more: int, bos: b
 
 def test_a_response_that_the_template_does_not_write_is_rejected() -> None:
     template = "q</s>{{ messages[1].content if messages[1] and messages[1].content != 'x' }}"
-    with pytest.raises(InvalidRecordError, match="no scored tokens left"):
-        make_encoder(template).encode(Pair("q", "x", "b"))
+    for pair in (Pair("q", "x", "b"), Pair("q", "b", "x")):
+        with pytest.raises(InvalidRecordError, match="no scored tokens left"):
+            make_encoder(template).encode(pair)
+
+
+NO_X = "{% for m in messages %}{{ '' if m.content == 'x' else m.content }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "pair", "config", "reason"),
+    [
+        (
+            NO_X,
+            Pair("q", "x", "b"),
+            {},
+            ("empty response", "the chat template writes nothing of chosen"),
+        ),
+        (
+            NO_X,
+            Pair("q", "b", "x"),
+            {},
+            ("empty response", "the chat template writes nothing of rejected"),
+        ),
+        (
+            CHATML,
+            Pair([Q], [assistant("<think>so</think> ")], [B]),
+            {"score": "after_thinking"},
+            ("empty response", "the chat template writes nothing of chosen after its thinking"),
+        ),
+        (
+            None,
+            Pair("the", " sky fox", " sky dog"),
+            {"max_length": 2, "max_prompt_length": 1},
+            ("identical responses", "after tokenization and truncation"),
+        ),
+        (
+            CHATML,
+            Pair([Q], [assistant("a", reasoning_content="so")], [assistant("a")]),
+            {},
+            (
+                "identical responses",
+                "after tokenization and truncation without the thinking, which the chat template "
+                "drops",
+            ),
+        ),
+    ],
+    ids=["chosen", "rejected", "thinking alone", "cut", "thinking dropped"],
+)
+def test_what_leaves_no_preference_is_rejected(
+    template: str | None, pair: Pair, config: dict, reason: tuple[str, str]
+) -> None:
+    with pytest.raises(InvalidRecordError) as caught:
+        make_encoder(template, config).encode(pair)
+    assert caught.value.args == reason
 
 
 def test_a_conversation_without_a_template_stops_the_run() -> None:
@@ -266,6 +368,16 @@ def test_encode_pairs_keeps_the_order_and_returns_quarantined_records() -> None:
     assert [(p.index, p.source) for p in encoded] == [(0, "f:0"), (2, "f:2")]
     assert [(q.source, q.reason) for q in quarantined] == [("f:1", "rejected by the chat template")]
     assert len(steps) == 3
+
+
+def test_what_the_model_reads_before_it_responds() -> None:
+    """The prompt of training: with tools and the header; plain text where there is no template."""
+    tools = [{"type": "function", "function": {"name": "sky"}}]
+    encoder = make_encoder("{{ tools[0].function.name if tools }}\n" + BARE)
+    for prompt in ([Q], "Why?"):
+        assert encoder.prompt_tokens(prompt, tools) == ids("sky\nuser: Why?\nassistant: ")
+        assert encoder.prompt_tokens(prompt) == ids("\nuser: Why?\nassistant: ")
+    assert make_encoder(None).prompt_tokens("Why?") == ids("Why?")
 
 
 def test_a_prompt_in_parts_is_the_text_that_they_say() -> None:

@@ -3,8 +3,11 @@
 import datetime
 import hashlib
 import json
+import pickle
 import shutil
+import sys
 from dataclasses import replace
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +104,32 @@ def test_a_template_file_counts_by_its_text(pairs: Source, tmp_path: Path) -> No
     assert len(distinct) == 2
 
 
+def named_templates(**templates: str) -> Any:
+    """A tokenizer with several templates, of which it chooses one itself."""
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.chat_template = templates
+    return tokenizer
+
+
+def template_in_python(template: Any) -> Any:
+    """A tokenizer whose template is a function, as mlx-lm has for some models."""
+    tokenizer = tiny_tokenizer(None)
+    tokenizer._chat_template = template
+    tokenizer.has_chat_template = True
+    return tokenizer
+
+
 def changed_tokenizers() -> dict[str, Any]:
     with_token, ends, unstripped = tiny_tokenizer(), tiny_tokenizer(), tiny_tokenizer()
     with_token._tokenizer.add_tokens(["<new>"])
     ends.add_eos_token("a")  # as generation configs do
     unstripped._tokenizer.backend_tokenizer.pre_tokenizer = None
     return {
+        "templates": named_templates(default=CHATML, tool_use=BARE),
+        "another of the templates": named_templates(default=CHATML, tool_use=INST),
+        "template in Python": template_in_python(json.dumps),
+        "another in Python": template_in_python(json.loads),
+        "of the same name": template_in_python(pickle.dumps),
         "template": tiny_tokenizer(BARE),
         "no template": tiny_tokenizer(None),
         "bos": tiny_tokenizer(bos="<s>"),
@@ -122,14 +145,64 @@ def test_every_part_of_the_tokenizer_counts(pairs: Source) -> None:
     assert len({*by_change.values(), key(pairs)}) == len(by_change) + 1
 
 
-def test_the_tokenizers_class_counts(pairs: Source) -> None:
-    class Other(type(tiny_tokenizer())):
-        pass
+@pytest.mark.parametrize("change", [{"bos": [5]}, {"eos": 5}, {"ends": {5}}], ids=str)
+def test_the_tokens_around_a_sequence_count(pairs: Source, change: dict[str, Any]) -> None:
+    encoder = Encoder(tiny_tokenizer(), DataConfig())
+    vars(encoder.special).update(change)
+    assert token_key(encoder, pairs) != key(pairs)
 
+
+def test_plain_text_counts_where_there_is_no_one_template(pairs: Source) -> None:
+    """A tokenizer with several templates has no text of a template either."""
+    tokenizer = named_templates(default=CHATML, tool_use=BARE)
+    assert key(pairs, tokenizer, chat_template="none") != key(pairs, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["name_or_path", "is_local", "local_files_only", "_commit_hash"])
+def test_where_a_tokenizer_was_loaded_from_does_not_count(name: str, tmp_path: Path) -> None:
+    """But every other setting does, and the same words in another file."""
+
+    def hashed(file: str, settings: dict[str, Any]) -> str:
+        (tmp_path / file).write_text(json.dumps(settings), encoding="utf-8")
+        return keys.tokenizer_file_sha256(tmp_path / file)
+
+    plain = hashed("tokenizer_config.json", {"a": 1, "b": 2})
+    assert hashed("tokenizer_config.json", {name: "there", "b": 2, "a": 1}) == plain
+    assert hashed("tokenizer_config.json", {"a": 1, "b": 3}) != plain
+    assert hashed("x.json", {name: "there"}) != hashed("x.json", {name: "here"})
+
+
+def test_packages_that_are_not_installed_have_no_version() -> None:
+    assert keys.installed_version("no-such-package") is None
+    assert keys.installed_version("jinja2") == metadata.version("jinja2")
+
+
+def test_the_code_of_a_tokenizer_counts(
+    pairs: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it comes with some models: its class, the classes that this one is of, and the wrapper."""
     tokenizer = tiny_tokenizer()
-    before = key(pairs, tokenizer)
-    tokenizer.__class__ = Other
-    assert key(pairs, tokenizer) != before
+    distinct = {key(pairs, tokenizer)}
+    monkeypatch.syspath_prepend(tmp_path)
+    code = {
+        "our_base": "from transformers import PreTrainedTokenizerFast\n"
+        "class Base(PreTrainedTokenizerFast): pass\n",
+        "our_own": "from our_base import Base\nclass Own(Base): pass\n",
+        "our_wrapper": "from mlx_lm.tokenizer_utils import TokenizerWrapper\n"
+        "class Wrapper(TokenizerWrapper): pass\n",
+    }
+    for name, text in code.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    own, wrapper = import_module("our_own").Own, import_module("our_wrapper").Wrapper
+    tokenizer._tokenizer.__class__ = own
+    distinct.add(key(pairs, tokenizer))
+    tokenizer.__class__ = wrapper
+    distinct.add(key(pairs, tokenizer))
+    for name, text in code.items():
+        (tmp_path / f"{name}.py").write_text(f"{text}# changed\n")
+        distinct.add(key(pairs, tokenizer))
+    assert len(distinct) == 3 + len(code)
 
 
 def test_a_copy_of_the_tokenizer_has_the_same_key(
@@ -173,19 +246,26 @@ def test_a_template_that_writes_the_date_has_a_new_key_each_day(
 ) -> None:
     dated = CHATML.replace("Be kind.", "Today is {{ strftime_now('%d %b %Y') }}.")
 
-    def keys_on(day: int) -> tuple[str, ...]:
+    def keys_on(day: int, hour: int = 12) -> tuple[str, ...]:
         class Clock(datetime.datetime):
             @classmethod
             def now(cls, tz: Any = None) -> datetime.datetime:
-                return datetime.datetime(2026, 1, day, 12)
+                return datetime.datetime(2026, 1, day, hour)
 
         monkeypatch.setattr(keys, "datetime", Clock)
-        own = tiny_tokenizer(dated)
-        return key(pairs, own), key(pairs, chat_template=dated), key(pairs)
+        return (
+            key(pairs, tiny_tokenizer(dated)),
+            key(pairs, chat_template=dated),
+            key(pairs, named_templates(default=CHATML, tool_use=dated)),
+            key(pairs, named_templates(default=CHATML, tool_use=BARE)),
+            key(pairs, tiny_tokenizer(None)),
+            key(pairs),
+        )
 
     first, second = keys_on(1), keys_on(2)
-    assert [a == b for a, b in zip(first, second, strict=True)] == [False, False, True]
-    assert first == keys_on(1)
+    same = [a == b for a, b in zip(first, second, strict=True)]
+    assert same == [False, False, False, True, True, True]
+    assert first == keys_on(1, hour=9)
 
 
 @pytest.mark.parametrize("name", ["FORMAT", "RULES"])
@@ -198,12 +278,13 @@ def test_a_new_format_or_new_rules_give_a_new_key(
 
 
 def test_the_version_of_each_package_counts(pairs: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = ("transformers", "tokenizers", "mlx-lm", "jinja2", "sentencepiece", "tiktoken")
     distinct, installed = {key(pairs)}, keys.installed_version
-    for package in keys.PACKAGES:
-        versions = {name: installed(name) for name in keys.PACKAGES} | {package: "0.0"}
+    for package in packages:
+        versions = {name: installed(name) for name in packages} | {package: "0.0"}
         monkeypatch.setattr(keys, "installed_version", versions.get)
         distinct.add(key(pairs))
-    assert len(distinct) == 1 + len(keys.PACKAGES)
+    assert len(distinct) == 1 + len(packages)
 
 
 def test_data_in_memory_has_no_key(pairs: Source) -> None:
@@ -220,6 +301,25 @@ def test_a_tokenizer_that_cannot_be_saved_has_no_key(pairs: Source) -> None:
     encoder.tokenizer._tokenizer.save_pretrained = save_pretrained
     with pytest.raises(NotCacheableError, match=r"tokenizer cannot be saved \(no files\)"):
         token_key(encoder, pairs)
+
+
+def test_every_file_of_a_tokenizer_counts(pairs: Source) -> None:
+    """With its name, in whatever order the disk lists them."""
+    encoder = Encoder(tiny_tokenizer(), DataConfig())
+
+    def key_with(files: dict[str, str]) -> str:
+        def save_pretrained(folder: str) -> None:
+            for name, text in files.items():
+                Path(folder, name).parent.mkdir(exist_ok=True)
+                Path(folder, name).write_text(text)
+
+        encoder.tokenizer._tokenizer.save_pretrained = save_pretrained
+        return token_key(encoder, pairs)
+
+    versions = ({"a": "x"}, {"b": "x"}, {"a": "y"}, {"a": "x", "more/b": "y"})
+    versions += ({"a": "x", "more/b": "z"}, {"a": "x", "b": "y", "c": "z"})
+    assert len({key_with(files) for files in versions}) == len(versions)
+    assert key_with({"c": "z", "b": "y", "a": "x"}) == key_with(versions[-1])
 
 
 def test_code_that_comes_with_a_model_counts() -> None:

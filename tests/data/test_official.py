@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo import DataConfig, SimPOError
+from mlx_simpo.data.dropped import Dropped
 from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence
 from mlx_simpo.data.records import Pair
 from mlx_simpo.data.rows import InvalidRecordError
@@ -108,6 +109,13 @@ def test_no_empty_system_turn_beside_one_of_the_record() -> None:
     encoded = make_encoder().encode(Pair([system("s"), Q], [A], [B]))
     assert halves(encoded.chosen)[0] == f"<s><|im_start|>system\ns<|im_end|>\n{ASKED}"
     assert "Be kind." in halves(encoded.chosen)[1]
+
+
+def test_what_the_template_drops_of_either_response() -> None:
+    thinking = assistant("Because.", reasoning_content="Let me see.")
+    for chosen, rejected in ((thinking, B), (B, thinking)):
+        assert make_encoder().encode(Pair([Q], [chosen], [rejected])).dropped == Dropped.THINKING
+    assert make_encoder().encode(Pair([Q, thinking, Q], [A], [B])).dropped == 0
 
 
 def test_encoding_does_not_change_the_pair() -> None:

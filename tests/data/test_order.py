@@ -72,7 +72,7 @@ def test_every_pair_is_equally_likely_in_the_first_step() -> None:
 
 
 def test_no_pairs_no_steps() -> None:
-    assert epoch(0, 4) == []
+    assert list(EpochOrder([np.arange(0)], None, 1).steps(4)) == []
     assert steps_per_epoch(0, 4) == 0
 
 
@@ -135,6 +135,8 @@ def test_the_pairs_of_an_epoch_by_hand(
 ) -> None:
     assert pairs_per_epoch(sizes, weights) == expected
     assert mixed(sizes, weights).counts == expected
+    with pytest.raises(ValueError, match="argument 2 is"):  # each source has its weight
+        pairs_per_epoch([*sizes, 3], weights)
 
 
 @given(SIZES_AND_WEIGHTS)
@@ -179,6 +181,20 @@ def test_a_source_is_drawn_anew_when_it_has_run_out() -> None:
     assert sorted(i for block in turns[0] for i in block) == list(range(20))
     assert sorted(i for block in turns[1] for i in block) == list(range(20))
     assert turns[0] != turns[1]
+
+
+def test_the_order_of_several_sources_is_that_of_the_first_version() -> None:
+    """Restated: runs that began with it go on with the same pairs."""
+    order = EpochOrder([np.array([5, 0, 3, 7, 2, 8]), np.array([1, 4, 6])], [1.0, 1.5], 9)
+    assert order.counts == [2, 3]
+    for number in range(7):
+        blocks = []
+        for source, (group, count) in enumerate(zip(order.groups, order.counts, strict=True)):
+            turn, block = divmod(number, len(group) // count)
+            drawn = np.random.default_rng([9, source, turn, 1]).permutation(group)
+            blocks.append(drawn[block * count :][:count])
+        expected = np.random.default_rng([9, number]).permutation(np.concatenate(blocks))
+        assert order.epoch(number).tolist() == expected.tolist()
 
 
 def test_the_sources_of_an_epoch_are_shuffled_together() -> None:

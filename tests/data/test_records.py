@@ -1,6 +1,7 @@
 """Every accepted form becomes the right pair, every other record an error with its reason."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlx_simpo.data.messages import ROLES
 from mlx_simpo.data.records import Pair, parse_pair
-from mlx_simpo.data.rows import InvalidRecordError, Row
+from mlx_simpo.data.rows import InvalidRecordError, PythonNotation, Row
 
 Q, A, B = user("q"), assistant("a"), assistant("b")
 CALL = {"type": "function", "function": {"name": "sky", "arguments": {"at": "noon"}}}
@@ -21,7 +22,8 @@ TOOLS = [{"type": "function", "function": {"name": "sky", "parameters": {}}}]
 
 
 def parse(record: Any, implicit: bool = False) -> Pair:
-    return parse_pair(Row(7, "pairs.jsonl:9", record), implicit)
+    row = Row(7, "pairs.jsonl:9", record)
+    return parse_pair(row, True) if implicit else parse_pair(row)
 
 
 def rejection(record: Any, implicit: bool = False) -> tuple[str, str]:
@@ -89,13 +91,17 @@ def test_accepted_forms(
     assert parse({**record, "score_chosen": 9.5, "id": "x", "messages": [Q, A]}) == expected
 
 
+def test_a_pair_from_nowhere() -> None:
+    assert Pair("q", "a", "b") == Pair("q", "a", "b", 0, "", None, False)
+
+
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
 @pytest.mark.parametrize("record", [strings(), chats([Q, A], [Q, B])])
 def test_tools_as_list_and_as_json(record: dict, tools: Any) -> None:
     assert parse({**record, "tools": tools}).tools == TOOLS
 
 
-@pytest.mark.parametrize("tools", [None, [], "[]", "null"])
+@pytest.mark.parametrize("tools", [None, [], "[]", "null", " \n"])
 def test_no_tools(tools: Any) -> None:
     assert parse({**strings(), "tools": tools}).tools is None
 
@@ -105,6 +111,9 @@ NO_RECORD = [
     ("text", "not a JSON object", "it is a string"),
     (None, "not a JSON object", "it is null"),
     ({"prompt": "q", "completion": "a", "label": True}, "unpaired record", "KTO"),
+    ({"prompt": "q", "completion": "a"}, "missing response", "no chosen and no rejected"),
+    ({"prompt": "q", "label": True}, "missing response", "no chosen and no rejected"),
+    ({"chosen": "a", "completion": "a", "label": True}, "missing response", "no rejected"),
     ({}, "missing response", "no chosen and no rejected"),
     ({"prompt": "q", "chosen": "a"}, "missing response", "no rejected"),
     ({"prompt": "q", "chosen": None, "rejected": "b"}, "missing response", "no chosen"),
@@ -121,11 +130,14 @@ IDENTICAL_OR_EMPTY = [
     (chats([assistant([])], [A], prompt=[Q]), "empty response", "chosen"),
     (chats([assistant([{"type": "text"}])], [A], prompt=[Q]), "empty response", "chosen"),
     (chats([Q, A, Q, B], [Q, A]), "empty response", "rejected"),
+    (chats([Q, A], [Q, A, Q, B]), "empty response", "chosen"),
+    (chats([Q, A, B], [Q, A], prompt=[Q, A]), "empty response", "rejected"),
 ]
 FIRST = "the first user turn is different"
 DISAGREEING = [
     (chats([Q, A], [user("z"), B]), "conversations do not start the same way", ""),
     (chats([A], [B]), "conversations do not start the same way", ""),
+    (chats([Q, A], [user("z"), B], prompt="q"), "conversations do not start the same way", ""),
     (chats([system("s"), Q, A], [Q, B]), "conversations do not start the same way", ""),
     (chats([Q, A], [Q, B], prompt="z"), "prompt does not match the conversation", FIRST),
     (chats([Q, A], [Q, B], prompt=""), "prompt does not match the conversation", FIRST),
@@ -177,6 +189,25 @@ MIXED = [
 ]
 OTHER = [
     (chats("The sky is blue", "The sky is red"), "missing prompt", "data.implicit_string_prompts"),
+    (
+        chats("blue", "red", my_query="The sky?"),
+        "missing prompt",
+        "if my_query is it, set 'data.columns={prompt: my_query}'",
+    ),
+    *(
+        (
+            chats("a", "b", prompt="q") | {name: PythonNotation("[{'role': 'user'}]")},
+            "messages in Python's notation",
+            f"""{name} begins with "[{{'role': 'user'"; write the cell""",
+        )
+        for name in ("prompt", "chosen", "rejected")
+    ),
+    (strings() | {"system": 5}, "system is not text", "it is 5"),
+    (
+        chats([A], [B], prompt=[system("t"), Q], system="s"),
+        "two different system turns",
+        "the system column differs",
+    ),
     ({**strings(), "tools": "[{"}, "tools are not a JSON list", "line 1 column 3"),
     ({**strings(), "tools": "9" * 5000}, "tools are not a JSON list", "4300 digits"),
     ({**strings(), "tools": "[" * 100_000}, "tools are not a JSON list", "recursion depth"),
@@ -205,8 +236,8 @@ def test_an_unreadable_row_is_rejected_with_its_problem() -> None:
     ("record", "name"),
     [
         (chats([user("z"), A], [user("z"), B], prompt=[Q]), "chosen"),
-        (chats([Q, A], [B], prompt=[Q]), "chosen"),
-        (chats([A], [Q, B], prompt=[Q]), "rejected"),
+        (chats([Q, A], [A, B], prompt=[Q]), "chosen"),
+        (chats([A, B], [Q, B], prompt=[Q]), "rejected"),
         (chats([Q, A], [Q, B], prompt=[system("s"), Q]), "chosen"),
         (chats([system("s"), Q, A], [system("s"), user("z"), B]), "chosen"),
         (chats([Q, A], [Q, user("z"), B]), "rejected"),
@@ -339,6 +370,16 @@ def test_any_record_becomes_a_pair_or_is_rejected(record: Any, implicit: bool) -
 
 
 # --- what would be a wrong pair without a word ---------------------------------------------------
+
+
+@pytest.mark.parametrize("record", [strings(), chats([Q, A], [Q, B]), chats([A], [B], prompt=[Q])])
+def test_a_system_column_is_the_first_turn(record: dict) -> None:
+    """Everything else stays as it is; text without anything is no system turn."""
+    without = parse({**record, "tools": TOOLS})
+    for blank in (None, "", " \n"):
+        assert parse({**record, "tools": TOOLS, "system": blank}) == without
+    expected = replace(without, prompt=[system(" s"), Q], chosen=[A], rejected=[B])
+    assert parse({**record, "tools": TOOLS, "system": " s"}) == expected
 
 
 @pytest.mark.parametrize("turns", [[system("s")], [system(" s\n")], [system([*PARTS[:0], "s"])]])

@@ -1,6 +1,7 @@
 """Adapter folders: mlx-lm loads what is written; adapters of other models are rejected."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,19 @@ from helpers.tiny import tiny_config, tiny_folder, tiny_model
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_simpo import LoRAConfig, SimPOError
+from mlx_simpo.files import load_safetensors, read_header, save_safetensors
 from mlx_simpo.model import adapters as adapters_module
 from mlx_simpo.model.adapters import (
     CONFIG,
     WEIGHTS,
     check_adapter,
     check_fits,
+    check_parameters,
+    flat_arrays,
     load_adapter,
+    load_weights,
     save_adapter,
+    write_adapter,
 )
 from mlx_simpo.model.loading import load_model
 from mlx_simpo.model.lora import attach_lora
@@ -80,6 +86,9 @@ def test_mlx_lm_and_we_load_the_model_that_was_saved(
     np.testing.assert_allclose(logits(theirs), expected, rtol=1e-5, atol=1e-5)
     load_adapter(ours := load_model(folder).model, tmp_path)
     np.testing.assert_allclose(logits(ours), expected, rtol=1e-5, atol=1e-5)
+    assert not ours.training
+    assert flat_arrays(ours.trainable_parameters()).keys() == arrays(tmp_path / WEIGHTS).keys()
+    check_fits(load_model(folder).model, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +101,35 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_files_are_the_two_of_mlx_lm(saved: Path) -> None:
     names = {path.name for path in saved.iterdir()}
     assert names == {"adapters.safetensors", "adapter_config.json"}
+    assert read_header(saved / WEIGHTS).format == "mlx"
 
 
 def test_the_configuration_is_what_was_attached(saved: Path) -> None:
+    """As mlx-lm writes it, for people to read."""
     expected = attach_lora(tiny_model(), LoRAConfig(rank=4), seed=0)
-    assert json.loads((saved / CONFIG).read_text("utf-8")) == expected
+    text = json.dumps(expected, indent=4, sort_keys=True) + "\n"
+    assert (saved / CONFIG).read_text("utf-8") == text
     assert load_adapter(tiny_model(), saved) == expected
+
+
+def test_all_files_are_on_the_disk_before_one_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written in a folder beside the place that they are moved to, on the same disk."""
+    folder, names, synced = tmp_path / "new" / "a", {WEIGHTS, CONFIG, "notes.txt"}, []
+
+    def sync(path: Path) -> None:
+        synced.append(path)
+        if path != folder:
+            assert path.is_file()
+            assert path.parent.parent == folder
+            assert path.parent.name.startswith(".saving-")
+            assert not names & {file.name for file in folder.iterdir()}
+
+    monkeypatch.setattr(adapters_module, "sync", sync)
+    assert write_adapter(str(folder), {"a": mx.zeros(1)}, {}, {"notes.txt": "new"}) == folder
+    assert {path.name for path in synced[:-1]} == names == {path.name for path in folder.iterdir()}
+    assert synced[-1] == folder  # with their names
 
 
 def test_only_adapter_weights_are_written_in_float32(saved: Path) -> None:
@@ -185,8 +217,9 @@ def test_a_run_starts_from_an_existing_adapter(saved: Path) -> None:
 def test_settings_that_differ_from_the_weights(changes: dict, saved: Path, tmp_path: Path) -> None:
     text = json.dumps({**json.loads((saved / CONFIG).read_text("utf-8")), **changes})
     folder = changed_copy(saved, tmp_path / "wrong", adapter_config__json=text)
-    with pytest.raises(SimPOError, match=f"{folder}.*this model"):
+    with pytest.raises(SimPOError, match=f"{folder}.*this model") as error:
         load_adapter(tiny_model(), folder)
+    assert len(str(error.value).partition("does not fit this model: ")[2]) <= 300
 
 
 @pytest.mark.parametrize(
@@ -206,6 +239,83 @@ def test_the_adapter_of_another_model(model: dict, saved: Path) -> None:
         attach_lora(tiny_model(**model), LoRAConfig(rank=4, init_from=str(saved)), seed=0)
 
 
+A = "model.layers.0.mlp.down_proj.lora_a"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({A: None}, f"1 missing, e.g. {A};"),
+        ({A: None, A.replace("0", "1"): None}, f"2 missing, e.g. {A};"),
+        ({"x.lora_a": mx.zeros(2)}, "1 unknown, e.g. x.lora_a;"),
+        ({A: mx.zeros((4, 48))}, f"1 of another shape, e.g. {A};"),
+        ({A: mx.zeros((48, 4), mx.int32)}, f"1 not floating-point, e.g. {A};"),
+        (
+            {A: None, "x": mx.zeros(2), "y": mx.zeros(2, mx.uint8)},
+            f"1 missing, e.g. {A}; 2 unknown, e.g. x; 1 not floating-point, e.g. y;",
+        ),
+    ],
+    ids=range(6),
+)
+def test_weights_that_are_not_exactly_the_models(
+    changes: dict[str, mx.array | None], message: str, saved: Path, tmp_path: Path
+) -> None:
+    folder = changed_copy(saved, tmp_path / "a")
+    weights = load_safetensors([folder / WEIGHTS])
+    mx.eval(weights)
+    weights = {name: w for name, w in (weights | changes).items() if w is not None}
+    save_safetensors(folder / WEIGHTS, weights, "mlx")
+    attach_lora(model := tiny_model(), LoRAConfig(rank=4), seed=0)
+    before = logits(model)
+    with pytest.raises(SimPOError, match=re.escape(f"adapter of this model: {message} use the")):
+        load_weights(model, folder)
+    np.testing.assert_array_equal(logits(model), before)
+
+
+LONG = "x" * 99
+VALID = {"rank": 1, "scale": -0.5, "keys": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "num_layers", "message"),
+    [
+        ({}, -1, None),
+        ({"rank": 65_536, "scale": 1e6, "keys": None}, 2, None),
+        ({"rank": 65_536, "scale": -1_000_000, "keys": []}, 2, None),
+        ({"rank": 0}, 2, "rank is 0; it must be 1 to 65536"),
+        ({"rank": 65_537}, 2, "rank is 65537; it must"),
+        ({"rank": True}, 2, "rank is True; it must"),
+        ({"rank": 4.0}, 2, "rank is 4.0; it must"),
+        ({"rank": LONG}, 2, f"rank is {LONG[:40]}; it must"),
+        (
+            {"scale": 1.000001e6},
+            2,
+            "scale is 1000001.0; it must be a finite number of at most 1e+06",
+        ),
+        ({"scale": -1_000_001}, 2, "scale is -1000001; it must"),
+        ({"scale": float("nan")}, 2, "scale is nan; it must"),
+        ({"scale": True}, 2, "scale is True; it must"),
+        ({"scale": None}, 2, "scale is None; it must"),
+        ({"scale": LONG}, 2, f"scale is {LONG[:40]}; it must"),
+        ({}, True, "num_layers is True; it must be a whole number"),
+        ({}, None, "num_layers is None; it must"),
+        ({}, LONG, f"num_layers is {LONG[:40]}; it must"),
+        ({"keys": LONG}, 2, f"keys must be a list of names, not {LONG[:40]}"),
+        ({"keys": ["a", 1]}, 2, "keys must be a list of names, not ['a', 1]"),
+    ],
+    ids=str,
+)
+def test_the_settings_that_layers_are_built_from(
+    parameters: dict, num_layers: Any, message: str | None
+) -> None:
+    config = {"lora_parameters": VALID | parameters, "num_layers": num_layers}
+    if message is None:
+        check_parameters(config, "here")
+        return
+    with pytest.raises(SimPOError, match=f"^{re.escape(f'here: {message}')}(?!x)"):
+        check_parameters(config, "here")
+
+
 NO_PARAMETERS = '{"lora_parameters": null, "num_layers": -1}'
 
 
@@ -220,7 +330,12 @@ NO_PARAMETERS = '{"lora_parameters": null, "num_layers": -1}'
         ({"adapters__safetensors": None}, WEIGHTS),
         ({"adapters__safetensors": b""}, "not a valid safetensors file"),
         ({"adapter_config__json": "null"}, "must hold a JSON object"),
-        ({"adapter_config__json": NO_PARAMETERS}, "no lora_parameters"),
+        ({"adapter_config__json": NO_PARAMETERS}, "adapter_config.json has no lora_parameters"),
+        ({"adapter_config__json": '{"fine_tune_type": "full"}'}, "fine_tune_type 'full'; it must"),
+        (
+            {"adapter_config__json": json.dumps({"fine_tune_type": "y" * 99})},
+            f"fine_tune_type '{'y' * 40}'; it must be lora or dora",
+        ),
     ],
 )
 def test_a_broken_folder_is_named(files: dict, message: str, saved: Path, tmp_path: Path) -> None:
@@ -248,15 +363,13 @@ def test_a_valid_adapter_passes_and_fits(saved: Path) -> None:
     assert not any("lora" in name for name, _ in tree_flatten(model.parameters()))
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=str)
-@pytest.mark.parametrize("base", ["model_folder", "quantized_folder"])
-def test_every_kind_of_adapter_fits_its_model(
-    base: str, settings: dict, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    folder = str(request.getfixturevalue(base))
-    model = load_model(folder).model
-    save_adapter(tmp_path, model, moved(model, **settings))
-    check_fits(load_model(folder).model, tmp_path)
+def test_an_adapter_of_experts_fits_its_model(tmp_path: Path) -> None:
+    experts: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    model = tiny_model("mixtral", **experts)
+    save_adapter(tmp_path, model, moved(model, rank=4))
+    check_fits(tiny_model("mixtral", **experts), tmp_path)
+    with pytest.raises(SimPOError, match=r"it has no model\.layers\.0\.block_sparse_moe\.gate;"):
+        check_fits(tiny_model(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -285,17 +398,29 @@ def test_an_adapter_without_weights(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "problem"),
+    ("changes", "bits", "problem"),
     [
-        ({"num_hidden_layers": 1}, r"it has no model\.layers\.1\.mlp\.down_proj"),
+        ({"num_hidden_layers": 1}, 0, r"it has no model\.layers\.1\.mlp\.down_proj"),
+        (
+            {"hidden_size": 64, "intermediate_size": 64},
+            4,
+            r"its model\.layers\.0\.mlp\.down_proj has 64 outputs, and \S+down_proj\.lora_b the "
+            r"shape \(4, 32\)",
+        ),
         (
             {"intermediate_size": 64},
+            0,
             r"its model\.layers\.0\.mlp\.gate_proj has 64 outputs, and \S+gate_proj\.lora_b the "
             r"shape \(4, 48\)",
         ),
     ],
 )
-def test_an_adapter_of_another_model_does_not_fit(changes: dict, problem: str, saved: Path) -> None:
+def test_an_adapter_of_another_model_does_not_fit(
+    changes: dict, bits: int, problem: str, saved: Path
+) -> None:
+    model = tiny_model(**changes)
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
     message = f"the adapter in {saved} does not fit this model: {problem}; use the model that it"
     with pytest.raises(SimPOError, match=message):
-        check_fits(tiny_model(**changes), saved)
+        check_fits(model, saved)

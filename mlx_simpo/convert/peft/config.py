@@ -154,7 +154,7 @@ class PeftConfig:
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             if match := self.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
                 # The last group: the pattern may have groups of its own.
-                index = int(match[match.lastindex or 1])
+                index = int(match.groups()[-1])
                 return index == layers if isinstance(layers, int) else index in layers
         return False
 
@@ -224,7 +224,7 @@ def unsupported_settings(content: dict[str, Any]) -> Iterator[str]:
         yield f"peft_type is {str(content['peft_type'])[:40]}, only LORA is converted"
     if content.get("bias", "none") != "none":
         yield f"bias is {str(content['bias'])[:40]}, only none is converted"
-    initialization = content.get("init_lora_weights", True)
+    initialization = content.get("init_lora_weights")
     if isinstance(initialization, str) and initialization.lower().startswith(_CHANGE_BASE):
         yield f"init_lora_weights is {initialization[:40]}, which changes the base model"
     for name, value in content.items():

@@ -42,12 +42,12 @@ def read_peft(folder: Path, model: nn.Module, architecture: Architecture) -> dic
     """
     config = read_peft_config(folder)  # first: it tells pickled weights from missing ones
     weights = load_safetensors([folder / PEFT_WEIGHTS])
-    base_weights = {name: array for name, array in weights.items() if _BASE_WEIGHT.fullmatch(name)}
-    tensors = by_module({n: a for n, a in weights.items() if n not in base_weights}, config)
+    base = {name: match["module"] for name in weights if (match := _BASE_WEIGHT.fullmatch(name))}
+    tensors = by_module({n: a for n, a in weights.items() if n not in base}, config)
     reader = Reader(config, tensors, model, architecture)
-    reader.check_base_weights(base_weights)
+    reader.check_base_weights({module: weights[name] for name, module in base.items()})
     deltas = reader.deltas()
-    reader.check_complete()
+    reader.check_complete(deltas)
     for path, delta in deltas.items():
         check_adaptable(path, architecture)
         check_lora_delta(path, delta, reader.layers[path])
@@ -141,7 +141,7 @@ class Reader:
         a, b = kinds["A"], kinds["B"]
         if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank * experts:
             raise self.config.error(
-                f"A and B of {module[:120]} have shapes {a.shape} and {b.shape}, which do not "
+                f"A and B of {module} have shapes {a.shape} and {b.shape}, which do not "
                 f"belong to rank {rank}" + (f" of {experts} experts" if experts > 1 else "")
             )
         return LoRADelta(a, b, scale, kinds.get("magnitude_vector"))
@@ -234,29 +234,33 @@ class Reader:
         PEFT saves them beside an adapter on the embedding or the output layer. They differ from
         this model's if the vocabulary was resized, for example.
 
+        Args:
+            base_weights: by the module that they are the weights of.
+
         Raises:
             SimPOError: one of them is not that of this model.
         """
         paths = {target.module: path for path, target in self.targets.items()}
-        for name, array in base_weights.items():
-            match = _BASE_WEIGHT.fullmatch(name)
-            path = paths.get(match["module"]) if match else None
-            layer = self.layers.get(path or "")
+        for module, array in base_weights.items():
+            layer = self.layers.get(paths.get(module, ""))
             if layer is not None and layer_shape(layer) == array.shape:
                 weight = layer["weight"]
                 # Quantized weights differ in any case.
                 if "scales" in layer or mx.array_equal(weight.astype(array.dtype), array):
                     continue
             raise self.config.error(
-                f"{name[:120]} in {PEFT_WEIGHTS} is a weight of the base model and differs from "
-                "the one in this model; merge the adapter with PEFT (merge_and_unload) and convert "
-                "that: mlx-simpo convert from-hf"
+                f"the weight of {module[:120]} in {PEFT_WEIGHTS} is the base model's and differs "
+                "from the one in this model; merge the adapter with PEFT (merge_and_unload) and "
+                "convert that: mlx-simpo convert from-hf"
             )
 
-    def check_complete(self) -> None:
+    def check_complete(self, deltas: dict[str, LoRADelta]) -> None:
         """Check that tensors and configuration name the same modules.
 
         PEFT ignores either kind of difference, with a warning at most.
+
+        Args:
+            deltas: what was read, by path.
 
         Raises:
             SimPOError: the configuration names layers that have no tensors, or the file has
@@ -266,10 +270,9 @@ class Reader:
         embeddings = {m for m, p in ordinary.items() if isinstance(self.layers[p], EMBEDDING)}
         targeted = self.config.targeted(ordinary, set(ordinary) - embeddings, "lm_head")
         missing = {module for module in targeted if module not in self.tensors}
-        for target in self.targets.values():
-            if target.parameter is not None and self.config.is_target_parameter(target.path):
-                present = target.module in self.tensors
-                missing |= set() if present else {target.path}
+        for path, target in self.targets.items():
+            if self.is_parameter(target) and path not in deltas:
+                missing.add(target.path)
         for name in self.config.content.get("target_parameters") or []:
             if not any(t.path == name or ends_in(t.path, [name]) for t in self.targets.values()):
                 missing.add(name)
@@ -281,7 +284,7 @@ class Reader:
         if ignored := sorted(filter(self.is_ignored, self.tensors)):
             raise self.config.error(
                 f"{PEFT_WEIGHTS} has {len(ignored)} modules that this file does not name, e.g. "
-                f"{ignored[0][:120]}; PEFT would ignore them"
+                f"{ignored[0]}; PEFT would ignore them"
             )
 
     def is_ignored(self, module: str) -> bool:

@@ -34,7 +34,7 @@ class Written(NamedTuple):
 
     target: Target
     delta: LoRADelta
-    embedding: bool
+    embedding: bool = False
 
 
 def write_peft(
@@ -150,14 +150,14 @@ def written_modules(
             for expert in range(len(delta.a)):
                 single = LoRADelta(delta.a[expert], delta.b[expert], delta.scale)
                 name = single_expert_target(path, expert, architecture)
-                written.append(Written(name, single, False))
+                written.append(Written(name, single))
         else:
             part, count = target.part
             whole = target._replace(part=(0, count))
             parameters.setdefault(whole, {})[part] = delta
             outputs[whole] = layer_shape(layers[path])[-2]
     for target, parts in parameters.items():
-        written.append(Written(target, joined(target, parts, outputs[target]), False))
+        written.append(Written(target, joined(target, parts, outputs[target])))
     return written
 
 
