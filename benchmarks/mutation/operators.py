@@ -177,7 +177,7 @@ class DropElement(Operator):
     """Leave out one element of a list, set or dictionary that is written out."""
 
     def mutation_positions(self, node: Any) -> Iterator[Position]:
-        for span in self._elements(node):
+        for span in list(self._elements(node)):  # the visitor changes the node meanwhile
             yield span[0].start_pos, span[-1].end_pos
 
     def mutate(self, node: Any, index: int) -> Any:
