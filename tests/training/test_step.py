@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_simpo import TrainConfig
-from mlx_simpo.engine.choice import REFERENCE, choose_engine, shared_prefix_engine
-from mlx_simpo.training.step import NonFiniteError, check_finite, collate_step
+from mlx_simpo.engine.choice import REFERENCE, MicroBatch, choose_engine, shared_prefix_engine
+from mlx_simpo.training.step import (
+    GradientFunction,
+    NonFiniteError,
+    StepBatch,
+    check_finite,
+    collate_step,
+    step_gradients,
+)
 
 PAIRS = encoded_pairs()
 
@@ -74,12 +82,51 @@ def test_an_unweighted_mean_over_unequal_parts_would_be_noticed() -> None:
         assert_close(wrong, expected)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
-def test_compiled_equals_eager(loss_type: str) -> None:
-    model, parts = model_with_lora(), [PAIRS[:4], PAIRS[4:8], PAIRS[8:]]
-    expected = loss_and_gradients(model, parts, loss_type=loss_type)
-    actual = loss_and_gradients(model, parts, compiled=True, loss_type=loss_type)
-    assert_close(actual, expected, 1e-5)
+@pytest.mark.parametrize(
+    ("loss_type", "dropout"), [("sigmoid", 0.0), ("hinge", 0.0), ("sigmoid", 0.4)]
+)
+def test_compiled_equals_eager(loss_type: str, dropout: float) -> None:
+    """Of two parts with the same pairs, each draws its own dropout, though one trace serves both;
+    and what is drawn afterwards is the same, too."""
+    model, parts = model_with_lora(dropout=dropout), [PAIRS[:4], PAIRS[:4], PAIRS[8:]]
+    results = []
+    for compiled in (False, True):
+        mx.random.seed(3)
+        result = loss_and_gradients(model, parts, compiled=compiled, loss_type=loss_type)
+        results.append(result | {"drawn later": np.array(mx.random.normal((3,)))})
+    assert_close(results[1], results[0], 1e-5)
+
+
+def test_traces_are_counted() -> None:
+    """One for each shape, however often it comes; none without mx.compile."""
+    model = model_with_lora()
+    options = {"beta": 2.0, "gamma_beta_ratio": 0.5}
+    for compiled, expected in ((True, [1, 1, 2]), (False, [0, 0, 0])):
+        function = GradientFunction(model, options, REFERENCE, compiled=compiled)
+        traces = []
+        for part in (PAIRS[:4], PAIRS[:4], PAIRS[:3]):
+            step_gradients(function, collate_step(part, REFERENCE, TrainConfig(batch_size=4)))
+            traces.append(function.traces)
+        assert traces == expected
+
+
+def test_the_graph_of_a_micro_batch_is_built_while_the_one_before_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And not before the one before that is done, whose activations would be in memory, too."""
+    events: list[str] = []
+
+    def gradients_of_one(*batch: Any) -> tuple[dict, dict]:
+        events.append("build")
+        return {}, {"weight": mx.array(float(len(events)))}
+
+    monkeypatch.setattr(mx, "async_eval", lambda *_: events.append("submit"))
+    monkeypatch.setattr(mx, "eval", lambda *_: events.append("wait"))
+    batch = StepBatch(
+        PAIRS[:3], [MicroBatch((), 1, 1)] * 3, [mx.array([1])] * 3, (mx.array(3.0),) * 2
+    )
+    step_gradients(gradients_of_one, batch)  # type: ignore[arg-type]
+    assert events == ["build", "submit", *["build", "submit", "wait"] * 2]
 
 
 def test_the_gradient_is_the_derivative_of_the_loss() -> None:
