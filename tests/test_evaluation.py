@@ -17,6 +17,7 @@ from mlx_simpo import (
     ObjectiveConfig,
     SimPOError,
     evaluate_pairs,
+    evaluation,
 )
 from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence, encode_pairs
 from mlx_simpo.data.records import Pair
@@ -122,6 +123,16 @@ def test_the_bootstrap_interval_covers_the_true_mean() -> None:
     intervals = [bootstrap_interval(values, samples=400) for values in samples]
     covered = np.mean([low <= 0.6 <= high for low, high in intervals])
     assert 0.89 <= covered <= 0.99
+
+
+@pytest.mark.parametrize("drawn_at_once", [1, 60, 7 * 60 + 1])
+def test_the_bootstrap_interval_does_not_depend_on_how_much_is_drawn_at_once(
+    drawn_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(2).normal(size=60)
+    expected = bootstrap_interval(values, samples=100)
+    monkeypatch.setattr(evaluation, "DRAWN_AT_ONCE", drawn_at_once)
+    assert bootstrap_interval(values, samples=100) == expected
 
 
 def test_one_pair_is_enough() -> None:

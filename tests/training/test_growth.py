@@ -9,7 +9,7 @@ from helpers.commands import small_run
 from helpers.growth import SamplingDisplay, open_files, threads
 from helpers.tiny import some_pairs, write_jsonl
 
-from mlx_simpo import evaluation, load_config, train
+from mlx_simpo import load_config, train
 
 # After so many steps, all that has an end has reached it, such as `watch.HISTORY`.
 FULL = 57
@@ -39,12 +39,8 @@ def held() -> dict[str, int]:
     ],
     ids=["shared_prefix", "compiled", "checkpointing"],
 )
-def test_nothing_accumulates(
-    settings: list[str], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_accumulates(settings: list[str], model_folder: Path, tmp_path: Path) -> None:
     """In a run with evaluations, checkpoints and responses every third step."""
-    # 10,000 resamples would be half of the test's time.
-    monkeypatch.setattr(evaluation, "bootstrap_interval", lambda values: (0.0, 1.0))
     pairs = write_jsonl(tmp_path / "pairs.jsonl", some_pairs(30))
     often = [f"train.steps={FULL + STEPS + 1}", "train.eval_every=3", "train.save_every=3"]
     often += ["train.sample_prompts=[Why]", "train.sample_tokens=2"]
