@@ -19,7 +19,7 @@ from .objectives import simpo_loss
 
 # For an interval. All of 4 pairs are worse by chance one time in 16, all of 5 one time in 32.
 FEWEST_PAIRS = 5
-DRAWN_AT_ONCE = 2**20  # values of resamples, so that many pairs do not fill the memory
+RESAMPLED_AT_ONCE = 2**20  # values: as quick as more of them, in 16 MB
 SMALLEST_RISE = 0.01  # of the loss, relative; a smaller one is the same loss to a reader
 
 
@@ -195,7 +195,7 @@ def bootstrap_interval(values: np.ndarray, samples: int = 10_000) -> tuple[float
     """
     rng = np.random.default_rng(0)
     size = len(values)
-    at_once = max(1, DRAWN_AT_ONCE // size)
+    at_once = max(1, RESAMPLED_AT_ONCE // size)
     means = [
         values[rng.integers(0, size, (min(at_once, samples - done), size))].mean(axis=1)
         for done in range(0, samples, at_once)

@@ -104,7 +104,7 @@ def test_swapped_pairs_have_opposite_margins() -> None:
 def test_the_bootstrap_interval_of_zeros_and_ones_is_the_binomial_one(
     right: int, total: int
 ) -> None:
-    """To the ones of one pair at 10,000 resamples, whose quantiles have a standard error of 0.16 %."""
+    """Quantiles of 10,000 resamples have a standard error of 0.16 %."""
     values = np.array([1.0] * right + [0.0] * (total - right))
     low, high = bootstrap_interval(values)
     counts = range(total + 1)
@@ -131,7 +131,7 @@ def test_the_bootstrap_interval_does_not_depend_on_how_much_is_drawn_at_once(
 ) -> None:
     values = np.random.default_rng(2).normal(size=60)
     expected = bootstrap_interval(values, samples=100)
-    monkeypatch.setattr(evaluation, "DRAWN_AT_ONCE", drawn_at_once)
+    monkeypatch.setattr(evaluation, "RESAMPLED_AT_ONCE", drawn_at_once)
     assert bootstrap_interval(values, samples=100) == expected
 
 
