@@ -145,6 +145,7 @@ def test_the_metrics_of_a_pair() -> None:
         "logps/chosen": -1.5,
         "logps/rejected": -2.0,
     }
+    assert {value.dtype for value in metrics.values()} == {mx.float32}
 
 
 def test_the_defaults_are_those_of_the_configuration() -> None:

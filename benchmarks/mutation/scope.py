@@ -22,8 +22,7 @@ SCOPE = (
 TESTS: dict[str, tuple[str, ...]] = {
     "engine/agreement.py": ("engine/test_choice.py", "engine/test_fused_attention.py"),
     "kernels/choice.py": ("kernels/test_launch.py",),
-    "training/recording.py": ("training/test_session.py", "training/test_run.py"),
-    "training/result.py": ("training/test_session.py", "training/test_run.py"),
+    "training/trainer.py": ("training/test_state.py",),
 }
 
 
