@@ -92,7 +92,7 @@ def evaluate_pairs(
     check_token_ids(pairs, model)
     was_training = model.training
     model.eval()  # without dropout, also between two steps of a training
-    chosen, rejected = np.zeros(len(pairs), np.float32), np.zeros(len(pairs), np.float32)
+    chosen, rejected = np.full((2, len(pairs)), np.nan, np.float32)
     engine = engine or choose_engine("shared_prefix", model)
     for indices in engine.plan(pairs, batch_size, max_tokens):
         part = [pairs[index] for index in indices]

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +23,7 @@ from mlx_simpo import (
 )
 from mlx_simpo.data.encode import EncodedPair, Encoder, TokenizedSequence, encode_pairs
 from mlx_simpo.data.records import Pair
+from mlx_simpo.engine.choice import REFERENCE
 from mlx_simpo.engine.collate_stacked import collate_stacked
 from mlx_simpo.engine.reference import average_logps
 from mlx_simpo.evaluation import bootstrap_interval, has_collapsed, is_worse, summarize_logps
@@ -93,6 +96,18 @@ def test_batches_are_of_the_size_that_is_asked_for(options: dict, expected: list
     assert seen == expected
 
 
+def test_an_engine_is_told_that_no_gradient_follows() -> None:
+    seen: list[bool] = []
+
+    def logps(model: Any, arrays: tuple, training: bool) -> mx.array:
+        seen.append(training)
+        return REFERENCE.logps(model, arrays, training)
+
+    engine = REFERENCE._replace(logps=logps)
+    evaluate_pairs(MODEL, PAIRS[:1], ObjectiveConfig(), engine=engine)
+    assert seen == [False]
+
+
 def test_swapped_pairs_have_opposite_margins() -> None:
     swapped = [replace(p, chosen=p.rejected, rejected=p.chosen) for p in PAIRS]
     result = evaluate_pairs(MODEL, PAIRS, ObjectiveConfig())
@@ -129,10 +144,21 @@ def test_the_bootstrap_interval_covers_the_true_mean() -> None:
 def test_the_bootstrap_interval_does_not_depend_on_how_much_is_drawn_at_once(
     drawn_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """10,000 times as many values as there are."""
     values = np.random.default_rng(2).normal(size=60)
-    expected = bootstrap_interval(values, samples=100)
+    expected = bootstrap_interval(values)
+    draws: list[tuple[int, int]] = []
+    generator = np.random.default_rng(0)
+
+    def integers(low: int, high: int, shape: tuple[int, int]) -> np.ndarray:
+        draws.append(shape)
+        return generator.integers(low, high, shape)
+
     monkeypatch.setattr(evaluation, "RESAMPLED_AT_ONCE", drawn_at_once)
-    assert bootstrap_interval(values, samples=100) == expected
+    monkeypatch.setattr(np.random, "default_rng", lambda _: SimpleNamespace(integers=integers))
+    assert bootstrap_interval(values) == expected
+    assert sum(rows for rows, _ in draws) == 10_000
+    assert max(rows for rows, _ in draws) == max(1, drawn_at_once // 60)
 
 
 def test_one_pair_is_enough() -> None:
@@ -233,6 +259,14 @@ def test_few_pairs_must_all_be_far_worse(count: int) -> None:
     for first in (-0.1, 0.0):
         changes = np.where(np.arange(count) > 0, 8.0, first)
         assert not is_worse(evaluated(before), evaluated(before + changes))
+
+
+def test_far_worse_is_twice_the_loss_and_at_least_1_more() -> None:
+    for before, limit in ((0.25, 1.25), (1.0, 2.0), (4.0, 8.0)):
+        assert not is_worse(evaluated([before] * 3), evaluated([limit] * 3))
+        assert is_worse(evaluated([before] * 3), evaluated([limit, limit, limit + 0.5]))
+        # One of them may be only a little worse.
+        assert is_worse(evaluated([before] * 3), evaluated([before + 0.125, 99.0, 99.0]))
 
 
 def test_five_pairs_may_show_a_small_rise() -> None:
