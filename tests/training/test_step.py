@@ -10,6 +10,7 @@ import pytest
 from helpers.steps import encoded_pairs, loss_and_gradients, model_with_lora, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_simpo import TrainConfig
 from mlx_simpo.engine.choice import REFERENCE, MicroBatch, choose_engine, shared_prefix_engine
@@ -97,17 +98,37 @@ def test_compiled_equals_eager(loss_type: str, dropout: float) -> None:
     assert_close(results[1], results[0], 1e-5)
 
 
-def test_traces_are_counted() -> None:
-    """One for each shape, however often it comes; none without mx.compile."""
-    model = model_with_lora()
-    options = {"beta": 2.0, "gamma_beta_ratio": 0.5}
-    for compiled, expected in ((True, [1, 1, 2]), (False, [0, 0, 0])):
-        function = GradientFunction(model, options, REFERENCE, compiled=compiled)
-        traces = []
-        for part in (PAIRS[:4], PAIRS[:4], PAIRS[:3]):
-            step_gradients(function, collate_step(part, REFERENCE, TrainConfig(batch_size=4)))
-            traces.append(function.traces)
-        assert traces == expected
+@pytest.mark.parametrize(("compiled", "expected"), [(True, [1, 1, 2]), (False, [1, 2, 3])])
+def test_a_compiled_step_is_traced_once_for_each_shape(compiled: bool, expected: list[int]) -> None:
+    """An eager one calls the engine each time; both say that a gradient follows."""
+    calls: list[bool] = []
+
+    def logps(model: Any, arrays: tuple, training: bool) -> mx.array:
+        calls.append(training)
+        return REFERENCE.logps(model, arrays, training)
+
+    engine, options = REFERENCE._replace(logps=logps), {"beta": 2.0, "gamma_beta_ratio": 0.5}
+    function = GradientFunction(model_with_lora(), options, engine, compiled=compiled)
+    counts, traces = [], []
+    for part in (PAIRS[:4], PAIRS[:4], PAIRS[:3]):
+        step_gradients(function, collate_step(part, engine, TrainConfig(batch_size=4)))
+        counts.append(len(calls))
+        traces.append(function.traces)
+    assert counts == expected
+    assert traces == (expected if compiled else [0, 0, 0])
+    assert all(calls)
+
+
+def test_a_compiled_step_sees_the_weights_of_its_time() -> None:
+    model, options = model_with_lora(), {"beta": 2.0, "gamma_beta_ratio": 0.5}
+    function = GradientFunction(model, options, REFERENCE, compiled=True)
+    batch = collate_step(PAIRS[:4], REFERENCE, TrainConfig(batch_size=4))
+    for _ in range(2):
+        gradients = dict(tree_flatten(step_gradients(function, batch)[1]))
+        expected = loss_and_gradients(model, [PAIRS[:4]])
+        del expected["loss"]
+        assert_close({name: np.array(g) for name, g in gradients.items()}, expected, 1e-5)
+        model.update(tree_map(lambda p: 1.5 * p, model.trainable_parameters()))
 
 
 def test_the_graph_of_a_micro_batch_is_built_while_the_one_before_is_computed(
