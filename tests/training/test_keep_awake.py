@@ -87,6 +87,7 @@ def test_caffeinate_runs_as_long_as_the_run(
         number, arguments = mac.call()
         while not done.exists():
             time.sleep(0.01)
+        assert os.read(0, 9) == b"typed"
         assert is_running(number)
         assert os.getsid(number) != os.getsid(0)  # Ctrl-C in the terminal does not reach it
     assert arguments == f"-i -s -w {os.getpid()}"
