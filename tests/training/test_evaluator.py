@@ -32,8 +32,8 @@ class Run:
         progress: Progress | None = None,
         **train: Any,
     ) -> None:
-        options = TrainConfig(**({"eval_every": 1} | train))
-        self.config = SimPOConfig(model="m", train=options)
+        options: dict[str, Any] = {"eval_every": 1, **train}
+        self.config = SimPOConfig(model="m", train=TrainConfig(**options))
         display, self._text = captured_display()
         display.console.width = 1000
         self.saved: list[int] = []

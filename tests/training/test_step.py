@@ -143,9 +143,8 @@ def test_the_graph_of_a_micro_batch_is_built_while_the_one_before_is_computed(
 
     monkeypatch.setattr(mx, "async_eval", lambda *_: events.append("submit"))
     monkeypatch.setattr(mx, "eval", lambda *_: events.append("wait"))
-    batch = StepBatch(
-        PAIRS[:3], [MicroBatch((), 1, 1)] * 3, [mx.array([1])] * 3, (mx.array(3.0),) * 2
-    )
+    totals = (mx.array(3.0), mx.array(3.0))
+    batch = StepBatch(PAIRS[:3], [MicroBatch((), 1, 1)] * 3, [mx.array([1])] * 3, totals)
     step_gradients(gradients_of_one, batch)  # type: ignore[arg-type]
     assert events == ["build", "submit", *["build", "submit", "wait"] * 2]
 

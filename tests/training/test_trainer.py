@@ -72,6 +72,14 @@ def test_the_number_of_steps(train: dict, pairs: int, expected: int) -> None:
     assert [step.step for step in steps] == list(range(1, expected + 1))
 
 
+def test_a_training_that_is_done_has_no_steps() -> None:
+    model, config = model_with_lora(), step_config(steps=3)
+    for done in (3, 4):
+        state = TrainingState(model, config, 3)
+        state.step = done
+        assert list(train_steps(model, PAIRS, config, None, state)) == []
+
+
 def test_each_epoch_takes_every_pair_once_in_another_order() -> None:
     seen: list[int] = []
 
@@ -186,7 +194,7 @@ def test_the_metrics_of_a_step() -> None:
 
 
 def test_the_metrics_are_means_in_float64() -> None:
-    values = np.float32([-1.0, -1e-8, -1e-8, -1e-8] * 2)
+    values = np.array([-1.0, -1e-8, -1e-8, -1e-8] * 2, np.float32)
     engine = reference_with(lambda logps: mx.array(values) + 0.0 * logps)
     step = next(train_steps(model_with_lora(), PAIRS, step_config(), engine))
     assert step.metrics["logps/chosen"] == values[:4].mean(dtype=np.float64)
