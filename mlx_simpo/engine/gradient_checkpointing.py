@@ -25,10 +25,12 @@ class _Recomputing:
 
 
 class _DropoutKeys:
-    """Where the dropout layers within one layer of the model take their random keys from."""
+    """Where the dropout layers within one layer of the model take their random keys from.
 
-    def __init__(self) -> None:
-        self.key = mx.random.key(0)
+    key: from which the next ones are split; it is set before each run of the layer.
+    """
+
+    key: mx.array
 
     def next(self) -> mx.array:
         self.key, key = mx.random.split(self.key)
