@@ -287,6 +287,7 @@ def test_five_pairs_may_show_a_small_rise() -> None:
         (-5.5, -9.0, 512, False),
         # What is known is exactly 1, and exactly the half is left; both are of the good kind.
         (1.0, 0.0, 1, False),
+        (1.5, 0.7, 1, True),
         (4.0, 2.0, 1, False),
         (4.0, 1.9, 1, True),
     ],
