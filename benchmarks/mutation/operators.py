@@ -1,4 +1,4 @@
-"""Mistakes that Cosmic Ray does not make: a setting that is not passed on, a step that is left out,
+"""Mistakes that Cosmic Ray does not make: a setting that is not passed on, a step that is missing,
 chosen for rejected, a condition that always holds.
 
 Each is one of Cosmic Ray's operators, so its machinery applies them like its own.

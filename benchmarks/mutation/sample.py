@@ -72,12 +72,12 @@ def _is_worth_a_test(name: str) -> bool:
 
 
 def positions(module: Path) -> dict[Any, list[Position]]:
-    """Return what can be changed in a module, by kind of change and place in the text.
+    """Return what can be changed in a module, by kind of change and position in the text.
 
-    A place where one of several replacements can be made (``<`` by ``<=``, ``>`` …) is one entry.
+    A position where one of several replacements can be made (``<`` by ``<=``, ``>``) is one entry.
     """
     nodes = list(ast_nodes(get_ast(module.read_text(encoding="utf-8"))))
-    places: dict[Any, list[Position]] = defaultdict(list)
+    choices: dict[Any, list[Position]] = defaultdict(list)
     for operator in operators():
         kind = operator.__name__.partition("_")[0]
         occurrence = 0
@@ -86,9 +86,9 @@ def positions(module: Path) -> dict[Any, list[Position]]:
                 if not _is_annotation(node) and not _remembers(operator, node):
                     definition = ASTQuery(node).get_definition_name() or ""
                     at = Position(module, operator, occurrence, definition, start[0])
-                    places[kind, start, end].append(at)
+                    choices[kind, start, end].append(at)
                 occurrence += 1
-    return places
+    return choices
 
 
 def _is_annotation(node: Any) -> bool:
@@ -112,19 +112,19 @@ def _remembers(operator: type[Operator], node: Any) -> bool:
 
 
 def sample(root: Path, modules: list[Path], count: int | None, seed: int) -> list[Mutant]:
-    """Return ``count`` wrong versions (None: one at every place), in the order of the modules.
+    """Return ``count`` wrong versions (None: one at every position), in the order of the modules.
 
-    Every place has the same chance, and at a place every replacement.
+    Every position has the same chance, and at a position every replacement.
     """
     choose = random.Random(seed)
-    places = [choices for module in modules for choices in positions(module).values()]
-    order = list(range(len(places)))
+    every = [choices for module in modules for choices in positions(module).values()]
+    order = list(range(len(every)))
     choose.shuffle(order)
     chosen: list[tuple[int, Mutant]] = []
     for number in order:
         if count is not None and len(chosen) == count:
             break
-        mutant = _mutant(root, choose.choice(places[number]))
+        mutant = _mutant(root, choose.choice(every[number]))
         if mutant is not None:
             chosen.append((number, mutant))
     return [mutant for _, mutant in sorted(chosen, key=lambda item: item[0])]
