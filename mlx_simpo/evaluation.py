@@ -92,7 +92,7 @@ def evaluate_pairs(
     check_token_ids(pairs, model)
     was_training = model.training
     model.eval()  # without dropout, also between two steps of a training
-    chosen, rejected = np.zeros(len(pairs), np.float32), np.zeros(len(pairs), np.float32)
+    chosen, rejected = np.full((2, len(pairs)), np.nan, np.float32)
     engine = engine or choose_engine("shared_prefix", model)
     for indices in engine.plan(pairs, batch_size, max_tokens):
         part = [pairs[index] for index in indices]
@@ -186,21 +186,19 @@ def has_collapsed(before: Evaluation, after: Evaluation, vocab_size: int) -> boo
     return known > 1.0 and rest < known / 2
 
 
-def bootstrap_interval(
-    values: np.ndarray, samples: int = 10_000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Compute the percentile bootstrap interval of the mean of ``values`` [N].
+def bootstrap_interval(values: np.ndarray, samples: int = 10_000) -> tuple[float, float]:
+    """Compute the 95 % percentile bootstrap interval of the mean of ``values`` [N].
 
     Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979: the means of ``samples``
-    resamples of N values with replacement, and of those the quantiles (1 ± level) / 2.
+    resamples of N values with replacement, and of those the quantiles 2.5 % and 97.5 %. The same
+    values have the same interval.
     """
-    rng = np.random.default_rng(seed)
-    means: list[np.ndarray] = []
-    at_once = max(1, RESAMPLED_AT_ONCE // len(values))
-    for done in range(0, samples, at_once):
-        rows = min(at_once, samples - done)
-        drawn = rng.integers(0, len(values), (rows, len(values)))
-        means.append(values[drawn].mean(axis=1))
-    tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    rng = np.random.default_rng(0)
+    size = len(values)
+    at_once = max(1, RESAMPLED_AT_ONCE // size)
+    means = [
+        values[rng.integers(0, size, (min(at_once, samples - done), size))].mean(axis=1)
+        for done in range(0, samples, at_once)
+    ]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)

@@ -1,7 +1,9 @@
 """SimPO's loss against TRL's and Liger's recorded values, closed forms and properties."""
 
+import inspect
 import json
 import math
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from golden.objective_cases import CASES, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_simpo import simpo_loss
+from mlx_simpo import ObjectiveConfig, simpo_loss
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "objective.json").read_text())
 LOGPS = st.lists(st.floats(-20, -0.0078125, width=32), min_size=2, max_size=8)
@@ -131,11 +133,25 @@ def test_accuracy_is_per_pair_and_strict() -> None:
     assert tie["rewards/accuracies"].item() == 0
 
 
-def test_rewards_are_beta_times_logps_without_gamma() -> None:
+def test_the_metrics_of_a_pair() -> None:
+    """Rewards are beta · log-probability, without gamma."""
     _, metrics = simpo_loss(mx.array([-1.5]), mx.array([-2.0]), beta=10.0, gamma_beta_ratio=0.3)
-    assert metrics["rewards/chosen"].item() == -15.0
-    assert metrics["rewards/rejected"].item() == -20.0
-    assert metrics["rewards/margins"].item() == 5.0
+    assert {name: value.item() for name, value in metrics.items()} == {
+        "loss": pytest.approx(math.log1p(math.exp(-2.0)), rel=1e-6),
+        "rewards/chosen": -15.0,
+        "rewards/rejected": -20.0,
+        "rewards/margins": 5.0,
+        "rewards/accuracies": 1.0,
+        "logps/chosen": -1.5,
+        "logps/rejected": -2.0,
+    }
+    assert {value.dtype for value in metrics.values()} == {mx.float32}
+
+
+def test_the_defaults_are_those_of_the_configuration() -> None:
+    parameters = inspect.signature(simpo_loss).parameters
+    expected = asdict(ObjectiveConfig())
+    assert {name: parameters[name].default for name in expected} == expected
 
 
 @pytest.mark.parametrize("margin", [-1e4, 1e4])

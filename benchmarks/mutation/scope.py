@@ -26,8 +26,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "data/encode.py": ("data/test_official.py", "data/test_scored_text.py"),
     "data/truncation.py": ("data/test_encode.py",),
     "kernels/choice.py": ("kernels/test_launch.py",),
-    "training/recording.py": ("training/test_session.py", "training/test_run.py"),
-    "training/result.py": ("training/test_session.py", "training/test_run.py"),
+    "training/trainer.py": ("training/test_state.py",),
 }
 
 

@@ -92,11 +92,7 @@ class Mixture(StoredPairs):
     @property
     def sizes(self) -> dict[str, int]:
         """How many of these pairs each source has."""
-        return self.count_sources(self.source_numbers)
-
-    def count_sources(self, numbers: np.ndarray) -> dict[str, int]:
-        """Return how often each source occurs in ``numbers`` (see `source_numbers`)."""
-        counts = np.bincount(numbers, minlength=len(self.names)).tolist()
+        counts = np.bincount(self.source_numbers, minlength=len(self.names)).tolist()
         return dict(zip(self.names, counts, strict=True))
 
 

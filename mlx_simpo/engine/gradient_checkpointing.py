@@ -7,7 +7,7 @@ another mask than the loss (mlx 0.32.4; tests/engine/test_gradient_checkpointing
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -18,14 +18,19 @@ from .operations import Patchable, current_operations, patchable_modules, patche
 from .prefix_cache import cache_arrays, is_prefix_cache, set_arrays, with_arrays, without_arrays
 
 _CACHE = "the cache"  # replaces the cache among a layer's arguments
-_MARK = "recomputes_itself"  # attribute of the subclass that a layer is given
+
+
+class _Recomputing:
+    """What the class of a layer has that recomputes itself."""
 
 
 class _DropoutKeys:
-    """Where the dropout layers within one layer of the model take their random keys from."""
+    """Where the dropout layers within one layer of the model take their random keys from.
 
-    def __init__(self) -> None:
-        self.key = mx.random.key(0)
+    key: from which the next ones are split; it is set before each run of the layer.
+    """
+
+    key: mx.array
 
     def next(self) -> mx.array:
         self.key, key = mx.random.split(self.key)
@@ -70,7 +75,7 @@ def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
 def is_checkpointed(model: nn.Module) -> bool:
     """Return whether ``model`` is within `gradient_checkpointing`."""
     layers: Any = model.layers
-    return any(hasattr(type(layer), _MARK) for layer in layers)
+    return any(isinstance(layer, _Recomputing) for layer in layers)
 
 
 def _recomputing(layer_class: type, keys: _DropoutKeys, modules: Sequence[Patchable]) -> type:
@@ -89,12 +94,12 @@ def _recomputing(layer_class: type, keys: _DropoutKeys, modules: Sequence[Patcha
             own_cache = None if kind is None else with_arrays(kind, prefix)
             args, kwargs = tree_map(lambda a: own_cache if a is _CACHE else a, (args, kwargs))
             # The second run comes with the backward pass, when the engine's own context has ended.
-            with nullcontext() if own_cache is None else patched(modules, operations):
+            with patched(modules, operations):
                 out = layer_class.__call__(self, *args, **kwargs)
             arrays = {} if own_cache is None else cache_arrays(own_cache)
             # Of an array that is returned twice, as Gemma 4's keys are (they serve other layers
             # too), mx.checkpoint loses one gradient: new arrays of the same values.
-            return out, tree_map(lambda array: mx.depends([array], [array])[0], arrays)
+            return out, tree_map(lambda array: mx.depends(array, array), arrays)
 
         parameters = self.trainable_parameters()
         # An input of the checkpointed function, hence the same in both of its runs.
@@ -104,9 +109,8 @@ def _recomputing(layer_class: type, keys: _DropoutKeys, modules: Sequence[Patcha
         prefix = {} if cache is None else cache_arrays(cache)
         inputs = tree_map(lambda a: _CACHE if is_prefix_cache(a) else a, (args, kwargs))
         out, arrays = mx.checkpoint(run)(parameters, key, prefix, *inputs)
-        if cache is not None and arrays:
+        if cache is not None:
             set_arrays(cache, arrays)
-        self.update(parameters)
         return out
 
-    return type(layer_class.__name__, (layer_class,), {"__call__": call, _MARK: True})
+    return type(layer_class.__name__, (layer_class, _Recomputing), {"__call__": call})

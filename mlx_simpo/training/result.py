@@ -11,6 +11,7 @@ from ..data.mixing import SourceCounts
 from ..engine.vocabulary import vocabulary_size
 from ..evaluation import Evaluation
 from ..reporting import advice
+from .stopping import exit_status
 from .trainer import StepMetrics
 from .watch import CollapseWatch
 
@@ -70,7 +71,7 @@ class TrainResult:
     def exit_status(self) -> int:
         """The exit status of the command: 0, 3 if the model became worse, 128 + signal."""
         if self.signal is not None:
-            return 128 + self.signal
+            return exit_status(self.signal)
         return ENDED_WORSE if self.worse else 0
 
     def as_dict(self) -> dict[str, Any]:

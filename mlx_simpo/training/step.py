@@ -75,7 +75,7 @@ def micro_batch_loss(
         The loss, and the metrics per pair [B]; see `objectives.simpo_loss`.
     """
     logps = engine.logps(model, arrays, training=True)
-    half = chosen_tokens.shape[0]
+    half = len(chosen_tokens)
     return simpo_loss(
         logps[:half],
         logps[half:],

@@ -147,8 +147,7 @@ class _Listener:
             os.write(self._writing_end, bytes([number]))
             if current_fd >= 0:
                 signal.set_wakeup_fd(current_fd)
-        if number == signal.SIGHUP:
-            self._leave_closed_terminal()  # the thread may be later than this one's next line
+        self._leave_closed_terminal()  # the thread may be later than this one's next line
         if self._must_raise:
             self._must_raise = False
             raise KeyboardInterrupt
@@ -167,8 +166,7 @@ class _Listener:
             self._own_interrupts -= 1
             return
         self._received += 1
-        if number == signal.SIGHUP:
-            self._leave_closed_terminal()
+        self._leave_closed_terminal()
         if self._received == 1:
             self.request.signal = number
             # In a thread of its own: a second signal must not wait for a reader of this line.

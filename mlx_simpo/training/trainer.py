@@ -191,11 +191,10 @@ def step_batches(
     """Yield the batches of a run's first ``steps`` optimizer steps, without the first ``done``."""
     orders = epoch_order(pairs, config.seed).steps(config.train.step_pairs, done)
     mixture = pairs if isinstance(pairs, Mixture) and len(pairs.names) > 1 else None
-    numbers = None if mixture is None else mixture.source_numbers
     for order in itertools.islice(orders, max(0, steps - done)):
         batch = collate_step([pairs[i] for i in order], engine, config.train)
-        if mixture is not None and numbers is not None:
-            batch = batch._replace(sources=mixture.count_sources(numbers[order]))
+        if mixture is not None:
+            batch = batch._replace(sources=mixture.take(order).sizes)
         yield batch
 
 

@@ -77,27 +77,22 @@ class CollapseWatch:
             "grad_norm": self._check_grad_norm,
             "loss": self._check_loss,
         }
-        results = ((kind, *check()) for kind, check in checks.items())
-        return [
-            f"{warning}; the model may be degenerating: {COLLAPSE_REMEDY}"
-            for kind, warning, has_passed in results
-            if self._is_new(kind, warning, has_passed)
-        ]
+        warnings = []
+        for kind, check in checks.items():
+            result = check()
+            if isinstance(result, str):
+                if kind not in self._active:
+                    warnings.append(f"{result}; the model may be degenerating: {COLLAPSE_REMEDY}")
+                self._active.add(kind)
+            elif result:
+                self._active.discard(kind)
+        return warnings
 
-    def _is_new(self, kind: str, warning: str | None, has_passed: bool) -> bool:
-        """Whether to show a warning of this kind; notes which kinds have been shown."""
-        if warning is not None:
-            is_new = kind not in self._active
-            self._active.add(kind)
-            return is_new
-        if has_passed:
-            self._active.discard(kind)
-        return False
+    # Each check returns a warning, or whether an earlier one has been overcome.
 
-    def _check_chosen_logp(self) -> tuple[str | None, bool]:
-        """Return (warning or None, whether an earlier warning has been overcome)."""
+    def _check_chosen_logp(self) -> str | bool:
         if len(self._recent) < FEWEST_STEPS:
-            return None, False
+            return False
         begin = before_fall([step.chosen_logp for step in self._first])
         values = [step.chosen_logp for step in self._recent]
         last = values[-WINDOW:]
@@ -106,17 +101,17 @@ class CollapseWatch:
         limit = COLLAPSE_NATS + DEVIATIONS * noise
         if fall <= limit:
             # Half of it, or noise around the limit would warn again and again.
-            return None, fall < limit / 2
+            return fall < limit / 2
         return (
             f"the chosen responses have become {fall:.1f} nats per token less likely (logps/chosen "
             f"is {fmean(last):.1f} in the last {len(last)} steps and was {fmean(begin):.1f} at the "
             "beginning)"
-        ), False
+        )
 
-    def _check_grad_norm(self) -> tuple[str | None, bool]:
+    def _check_grad_norm(self) -> str | bool:
         norms = [step.grad_norm for step in self._recent]
         if len(norms) < WINDOW:
-            return None, False
+            return False
         # The first ones, too: when a run has learned its pairs, gradients are almost 0, and that of
         # a pair that it has not learned yet is many times greater.
         count = len(before_fall([step.chosen_logp for step in self._first]))
@@ -126,22 +121,22 @@ class CollapseWatch:
         limit += max(math.log(NORM_JUMP), NORM_DEVIATIONS * step_noise(logs))
         jumps = sum(log > limit for log in logs[-WINDOW:])
         if jumps < FEWEST_JUMPS:
-            return None, max(logs) <= limit
+            return max(logs) <= limit
         return (
             f"the gradient's norm has jumped to {max(norms[-WINDOW:]):.3g}, and was far above its "
             f"usual {usual:.3g} in {jumps} of the last {WINDOW} steps"
-        ), False
+        )
 
-    def _check_loss(self) -> tuple[str | None, bool]:
+    def _check_loss(self) -> str | bool:
         last = [step.loss for step in self._recent[-WINDOW:]]
         begin = fmean(step.loss for step in self._first)
-        limit = far_above(begin)
-        if len(last) < WINDOW or min(last) <= limit:
-            return None, max(last) <= limit
+        limit = far_above(begin)  # of fewer steps, the smallest loss is not above their mean
+        if min(last) <= limit:
+            return max(last) <= limit
         return (
             f"the loss has been above {limit:.2f} for {WINDOW} steps in a row, and was {begin:.2f} "
             "at the beginning"
-        ), False
+        )
 
     def state(self) -> dict[str, Any]:
         """Return everything that later warnings depend on, as JSON values."""

@@ -5,7 +5,10 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +52,22 @@ def mac(tmp_path: Path, monkeypatch: Patch) -> Mac:
     return Mac(tmp_path, monkeypatch)
 
 
+@contextmanager
+def standard_input_of(text: str) -> Iterator[None]:
+    """Let the process's standard input be a pipe with this text."""
+    saved = os.dup(0)
+    reading_end, writing_end = os.pipe()
+    os.write(writing_end, text.encode())
+    os.close(writing_end)
+    os.dup2(reading_end, 0)
+    os.close(reading_end)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+
+
 def is_running(number: int) -> bool:
     try:
         os.kill(number, 0)
@@ -58,10 +77,17 @@ def is_running(number: int) -> bool:
 
 
 @pytest.mark.parametrize("setting", [None, True])
-def test_caffeinate_runs_as_long_as_the_run(setting: bool | None, mac: Mac) -> None:
-    mac.install()
-    with keep_awake(setting, mac.notes.append):
+def test_caffeinate_runs_as_long_as_the_run(
+    setting: bool | None, mac: Mac, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And neither reads what is typed nor writes into the run's output."""
+    done = mac.folder / "done"
+    mac.install(f"cat; echo out; echo err >&2; touch {done}; exec sleep 600")
+    with standard_input_of("typed"), keep_awake(setting, mac.notes.append):
         number, arguments = mac.call()
+        while not done.exists():
+            time.sleep(0.01)
+        assert os.read(0, 9) == b"typed"
         assert is_running(number)
         assert os.getsid(number) != os.getsid(0)  # Ctrl-C in the terminal does not reach it
     assert arguments == f"-i -s -w {os.getpid()}"
@@ -69,6 +95,7 @@ def test_caffeinate_runs_as_long_as_the_run(setting: bool | None, mac: Mac) -> N
     (note,) = mac.notes
     assert note.startswith(AWAKE)
     assert "lid" in note
+    assert capfd.readouterr() == ("", "")
 
 
 def test_it_ends_with_a_run_that_fails(mac: Mac) -> None:
@@ -114,9 +141,11 @@ def test_without_a_terminal_it_must_be_asked_for(mac: Mac, monkeypatch: Patch) -
 def test_a_terminal_is_recognized() -> None:
     code = "from mlx_simpo.training.keep_awake import has_terminal as t; import sys; sys.exit(t())"
     ours, theirs = os.openpty()
-    for stdin, expected in ((subprocess.DEVNULL, 0), (theirs, 1)):
-        ended = subprocess.run([sys.executable, "-c", code], stdin=stdin, capture_output=True)
-        assert ended.returncode == expected
+    for terminal in (None, "stdin", "stdout", "stderr"):
+        streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        streams |= {terminal: theirs} if terminal else {}
+        ended = subprocess.run([sys.executable, "-c", code], **streams)
+        assert ended.returncode == (terminal is not None), terminal
     os.close(ours)
     os.close(theirs)
 

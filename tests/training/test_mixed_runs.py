@@ -166,19 +166,6 @@ def test_the_main_set_decides_when_to_stop_early(mixed: Mixed) -> None:
     assert result.last.step == 4
 
 
-def test_a_session_has_all_sets(mixed: Mixed) -> None:
-    session = prepare(mixed.config("sets", "data.valid_main=swapped"), captured_display()[0])
-    assert {name: len(pairs) for name, pairs in session.valid_sets.items()} == {
-        "held": 4,
-        "swapped": 5,
-    }
-    assert session.valid is session.valid_sets["swapped"]
-    results = session.evaluate_sets()
-    assert results.keys() == session.valid_sets.keys()
-    assert session.evaluate().metrics == results["swapped"].metrics
-    assert results["held"].metrics != results["swapped"].metrics
-
-
 def test_evaluate_has_all_pairs_of_all_sets(mixed: Mixed, whole: tuple[Ran, list[Path]]) -> None:
     """And not data.valid_max of them, as a training has."""
     result = whole[0].result

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from helpers.commands import captured_display
 from helpers.runs import raising
+from helpers.steps import model_with_lora, weights
 
 from mlx_simpo import SimPOError, TrainConfig
 from mlx_simpo.runs.checkpoints import list_checkpoints
@@ -118,15 +119,38 @@ def test_the_share_of_the_time_is_at_most_a_hundredth_whatever_a_save_costs(
         assert test.saver.seconds <= 0.0101 * (test.clock.seconds - started)
 
 
+@pytest.mark.parametrize(
+    ("each", "share"), [(10.0, "20%"), (0.5, "400%"), (0.0, "200000000000%"), (200.0, None)]
+)
 def test_a_cadence_in_steps_is_followed_even_if_it_is_expensive_and_says_so_once(
-    new: Callable[..., Trial],
+    each: float, share: str | None, new: Callable[..., Trial]
 ) -> None:
     test = new(save_every=1)
-    assert test.due(4, each=10.0, cost=2.0) == [1, 2, 3, 4]
+    assert test.due(4, each=each, cost=2.0) == [1, 2, 3, 4]
     assert test.text == (
-        "a checkpoint takes 2.0 s, 20% of the time since the last one; a larger train.save_every "
-        "costs less\n"
+        ""
+        if share is None
+        else f"a checkpoint takes 2.0 s, {share} of the time since the last one; a larger "
+        "train.save_every costs less\n"
     )
+
+
+@pytest.mark.parametrize(("eval_every", "adapters"), [(None, 1 + 3 * 3), (5, 2 + 3 * 4)])
+def test_the_space_for_all_that_a_run_keeps_is_checked(
+    eval_every: int | None,
+    adapters: int,
+    new: Callable[..., Trial],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The adapter itself, and two checkpoints and one that is being written, each of weights and
+    two moments; with evaluations, the best adapter in all of these places, too."""
+    checks: list[tuple] = []
+    monkeypatch.setattr(saver_module, "check_space", lambda *check: checks.append(check))
+    model = model_with_lora()
+    test = new(eval_every=eval_every, keep_checkpoints=2)
+    test.saver.check_space(model)
+    size = sum(array.nbytes for array in weights(model).values())
+    assert checks == [(test.saver.root, size * adapters, "a run that keeps 2 checkpoints")]
 
 
 # --- saving ----------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """A session: its data and model, its steps, and the adapter it saves after any of them."""
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +10,13 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from helpers.commands import arrays, assert_same_arrays, captured_display, small_run
+from helpers.commands import (
+    arrays,
+    assert_same_arrays,
+    captured_display,
+    changed_copy,
+    small_run,
+)
 from helpers.tiny import CHATML, some_pairs, tiny_folder, tiny_tokenizer, write_jsonl
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
@@ -17,6 +26,7 @@ from mlx_simpo import (
     DataConfig,
     Session,
     SimPOError,
+    blas,
     evaluate,
     evaluate_pairs,
     load_config,
@@ -26,6 +36,7 @@ from mlx_simpo import (
 )
 from mlx_simpo.data.encode import Encoder
 from mlx_simpo.reporting.display import Display
+from mlx_simpo.sampling.prompts import named, prompt_tokens
 from mlx_simpo.training import session as session_module
 
 TOKENS = mx.random.randint(0, 500, (2, 16), key=mx.random.key(3))
@@ -36,9 +47,9 @@ WEIGHTS = "adapters.safetensors"
 def new_session(model_folder: Path, pairs_file: Path, tmp_path: Path) -> Any:
     """A function that prepares the session of a small run with these settings."""
 
-    def create(*settings: str) -> Session:
+    def create(*settings: str, display: Display | None = None, **more: Any) -> Session:
         config = load_config(None, small_run(model_folder, pairs_file, tmp_path / "out", *settings))
-        return prepare(config, captured_display()[0])
+        return prepare(config, display or captured_display()[0], **more)
 
     return create
 
@@ -71,6 +82,59 @@ def test_a_kernel_that_cannot_run_is_an_error_before_anything_is_read(
     settings = ["model=nobody/nothing", "data.train=none.jsonl", "data.valid=none.jsonl"]
     with pytest.raises(SimPOError, match=r"logps\.impl is kernel, but MLX runs on the CPU"):
         command(load_config(None, [*settings, "logps.impl=kernel"]))
+
+
+def test_memory_limits_are_set_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits: list[Any] = []
+    monkeypatch.setattr(session_module, "set_memory_limits", limits.append)
+    settings = ["model=m", "data.train=none.jsonl", "memory.cache_limit_gb=0.5"]
+    config = load_config(None, settings)
+    with pytest.raises(SimPOError, match="no such file"):
+        prepare(config, captured_display()[0])
+    assert limits == [config.memory]
+
+
+def test_the_model_is_loaded_as_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, **options: Any) -> Any:
+        raise SimPOError(f"{name}: {options}")
+
+    monkeypatch.setattr(session_module, "load_model", load)
+    options = {"revision": "v2", "dtype": "float16", "trust_remote_code": True}
+    config = load_config({"model": "owner/name", **options})
+    with pytest.raises(SimPOError) as error:
+        session_module.load_base_model(config, captured_display()[0])
+    assert str(error.value) == f"owner/name: {options}"
+
+
+def test_the_tokens_of_all_pairs_and_sample_prompts_are_checked(
+    new_session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[tuple[int, str]] = []
+
+    def check(tokens: Any, model: Any, name: str) -> None:
+        checked.append((len(tokens), name))
+
+    monkeypatch.setattr(session_module, "check_token_ids", check)
+    monkeypatch.setattr(session_module, "check_prompt_ids", check)
+    sets = [
+        f"{name}: {write_jsonl(tmp_path / f'{name}.jsonl', some_pairs(count))}"
+        for name, count in (("a", 3), ("b", 5))
+    ]
+    prompts = ["Why?", "Why is the sky blue?"]
+    session = new_session(f"data.valid={{{', '.join(sets)}}}", f"train.sample_prompts={prompts}")
+    lengths = [len(prompt_tokens(session.encoder, prompt)) for prompt in named(prompts)]
+    assert checked == [(count, session.config.model) for count in (12, 3, 5, *lengths)]
+
+
+def test_evaluations_need_validation_pairs(new_session: Any) -> None:
+    with pytest.raises(SimPOError) as error:
+        new_session("data.valid_fraction=0", "train.eval_every=2")
+    assert str(error.value) == (
+        "train.eval_every is 2, but there are no validation pairs; set data.valid, or "
+        "data.valid_fraction above 0"
+    )
 
 
 def test_preparing_writes_nothing(new_session: Any, tmp_path: Path) -> None:
@@ -126,11 +190,47 @@ def test_a_half_precision_model_on_a_cpu_is_warned_about(
     model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    monkeypatch.setattr(blas, "missing", lambda: "it is a test")
     for dtype in ("bfloat16", "float32"):
         display, text = captured_display()
         settings = small_run(model_folder, pairs_file, tmp_path / "out", f"dtype={dtype}")
         prepare(load_config(None, settings), display)
+        assert "MLX runs without OpenBLAS, which is slow: it is a test" in text.getvalue()
         assert ("slow on a CPU" in text.getvalue()) == (dtype == "bfloat16")
+
+
+def test_a_window_that_is_shorter_than_the_pairs_may_be_is_warned_about(
+    new_session: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    content = json.loads((model_folder / "config.json").read_text())
+    changed = json.dumps(content | {"sliding_window": 64})
+    model = changed_copy(model_folder, tmp_path / "window", config__json=changed)
+    for length, is_longer in ((64, False), (65, True)):
+        display, text = captured_display()
+        settings = ("data.max_prompt_length=32", f"data.max_length={length}")
+        new_session(f"model={model}", *settings, display=display)
+        warning = "warning: the model has a sliding window of 64 tokens, which mlx-lm ignores"
+        assert (warning in text.getvalue()) == is_longer
+
+
+def test_an_adapter_of_another_template_is_warned_about_when_a_run_begins_from_it(
+    new_session: Any, bare_folder: Path, tmp_path: Path
+) -> None:
+    """And not read when a run goes on from its checkpoint."""
+    first = new_session()
+    next(first.steps())
+    adapter = first.save(tmp_path / "adapter")
+    settings = (f"model={bare_folder}", f"lora.init_from={adapter}")
+    display, text = captured_display()
+    session = new_session(*settings, display=display)
+    assert_same_arrays(weights(session), weights(first))
+    assert "warning: the adapter might not fit" in text.getvalue()
+    assert "template" in text.getvalue()
+    (adapter / "adapter_config.json").write_text("damaged")
+    display, text = captured_display()
+    resumed = new_session(*settings, display=display, resuming=True)
+    assert "might not fit" not in text.getvalue()
+    assert not all((weights(resumed)[n] == w).all() for n, w in weights(first).items())
 
 
 def test_data_is_read_before_the_model(
@@ -213,6 +313,53 @@ def test_evaluation_is_of_the_current_weights_on_the_validation_pairs(new_sessio
     assert after.metrics == pytest.approx(expected.metrics, rel=1e-5)
 
 
+@pytest.mark.parametrize(("setting", "main"), [((), "a"), (("data.valid_main=b",), "b")])
+def test_of_several_validation_sets_one_is_the_main_one(
+    setting: tuple[str, ...], main: str, new_session: Any, tmp_path: Path
+) -> None:
+    sets = [
+        f"{name}: {write_jsonl(tmp_path / f'{name}.jsonl', some_pairs(count))}"
+        for name, count in (("a", 3), ("b", 5))
+    ]
+    session = new_session(f"data.valid={{{', '.join(sets)}}}", *setting)
+    assert (session.valid_main, session.valid) == (main, session.valid_sets[main])
+    results = session.evaluate_sets()
+    assert {name: len(result.pairs) for name, result in results.items()} == {"a": 3, "b": 5}
+    assert session.evaluate().metrics == results[main].metrics
+
+
+class TitledDisplay(Display):
+    """Shows nothing, and remembers titles and numbers of progress bars."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(quiet=True))
+        self.bars: list[tuple[str, int, list[int]]] = []
+
+    @contextmanager
+    def progress(self, title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+        self.bars.append((title, total, []))
+        yield self.bars[-1][2].append
+
+
+def test_the_progress_of_evaluations_is_shown_and_checked_after_each_batch(
+    new_session: Any, tmp_path: Path
+) -> None:
+    """Whose sizes are those of the settings."""
+    display, checks = TitledDisplay(), []
+    valid = write_jsonl(tmp_path / "valid.jsonl", some_pairs(5))
+    session = new_session(f"data.valid={valid}", display=display)
+    display.bars.clear()
+    session.evaluate(check=lambda: checks.append(len(display.bars[0][2])))
+    assert display.bars == [("Evaluating", 5, [2, 2, 1])]
+    assert checks == [1, 2, 3]
+    session = new_session(
+        f"data.valid={{a: {valid}}}", "train.max_tokens_per_step=1", display=display
+    )
+    display.bars.clear()
+    session.evaluate_sets("Before")
+    assert display.bars == [("Before (a)", 5, [1] * 5)]
+
+
 def test_evaluating_needs_validation_pairs(new_session: Any) -> None:
     with pytest.raises(SimPOError, match=r"no validation pairs; set data\.valid, or data\.valid_f"):
         new_session("data.valid_fraction=0").evaluate()
@@ -253,6 +400,12 @@ def test_the_files_of_a_saved_adapter(new_session: Any, tmp_path: Path) -> None:
     names = {WEIGHTS, "adapter_config.json", "config.yaml", "chat_template.jinja"}
     assert {path.name for path in folder.iterdir()} == names
     assert load_config(folder / "config.yaml") == session.config
+    content = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    assert content == {
+        "model": session.config.model,
+        "mlx_simpo": session.record,
+        **session.adapter,
+    }
     assert (folder / "chat_template.jinja").read_text("utf-8") == CHATML
 
 

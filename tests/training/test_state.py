@@ -130,6 +130,18 @@ def test_the_random_state_is_that_of_the_seed_and_can_be_set_again(seed: int) ->
     np.testing.assert_array_equal(next_numbers, np.array(mx.random.normal((4,))))
 
 
+def test_a_skipped_update_counts_as_a_step_of_the_schedule() -> None:
+    state = begin(step_config(epochs=2.0))[1]
+    before = {name: np.array(array) for name, array in state.arrays().items()}
+    assert (state.step, state.skipped) == (0, 0)
+    for count in (1, 2):
+        state.skip_update()
+        assert state.skipped == count
+        after = {name: np.array(array) for name, array in state.arrays().items()}
+        assert after.pop("optimizer.step") == before["optimizer.step"] + count
+        assert all((after[name] == before[name]).all() for name in after)
+
+
 # --- errors ------------------------------------------------------------------------------------
 
 

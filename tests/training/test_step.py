@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -9,10 +10,18 @@ import pytest
 from helpers.steps import encoded_pairs, loss_and_gradients, model_with_lora, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_simpo import TrainConfig
-from mlx_simpo.engine.choice import REFERENCE, choose_engine, shared_prefix_engine
-from mlx_simpo.training.step import NonFiniteError, check_finite, collate_step
+from mlx_simpo.engine.choice import REFERENCE, MicroBatch, choose_engine, shared_prefix_engine
+from mlx_simpo.training.step import (
+    GradientFunction,
+    NonFiniteError,
+    StepBatch,
+    check_finite,
+    collate_step,
+    step_gradients,
+)
 
 PAIRS = encoded_pairs()
 
@@ -74,12 +83,70 @@ def test_an_unweighted_mean_over_unequal_parts_would_be_noticed() -> None:
         assert_close(wrong, expected)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
-def test_compiled_equals_eager(loss_type: str) -> None:
-    model, parts = model_with_lora(), [PAIRS[:4], PAIRS[4:8], PAIRS[8:]]
-    expected = loss_and_gradients(model, parts, loss_type=loss_type)
-    actual = loss_and_gradients(model, parts, compiled=True, loss_type=loss_type)
-    assert_close(actual, expected, 1e-5)
+@pytest.mark.parametrize(
+    ("loss_type", "dropout"), [("sigmoid", 0.0), ("hinge", 0.0), ("sigmoid", 0.4)]
+)
+def test_compiled_equals_eager(loss_type: str, dropout: float) -> None:
+    """Of two parts with the same pairs, each draws its own dropout, though one trace serves both;
+    and what is drawn afterwards is the same, too."""
+    model, parts = model_with_lora(dropout=dropout), [PAIRS[:4], PAIRS[:4], PAIRS[8:]]
+    results = []
+    for compiled in (False, True):
+        mx.random.seed(3)
+        result = loss_and_gradients(model, parts, compiled=compiled, loss_type=loss_type)
+        results.append(result | {"drawn later": np.array(mx.random.normal((3,)))})
+    assert_close(results[1], results[0], 1e-5)
+
+
+@pytest.mark.parametrize(("compiled", "expected"), [(True, [1, 1, 2]), (False, [1, 2, 3])])
+def test_a_compiled_step_is_traced_once_for_each_shape(compiled: bool, expected: list[int]) -> None:
+    """An eager one calls the engine each time; both say that a gradient follows."""
+    calls: list[bool] = []
+
+    def logps(model: Any, arrays: tuple, training: bool) -> mx.array:
+        calls.append(training)
+        return REFERENCE.logps(model, arrays, training)
+
+    engine, options = REFERENCE._replace(logps=logps), {"beta": 2.0, "gamma_beta_ratio": 0.5}
+    function = GradientFunction(model_with_lora(), options, engine, compiled=compiled)
+    counts, traces = [], []
+    for part in (PAIRS[:4], PAIRS[:4], PAIRS[:3]):
+        step_gradients(function, collate_step(part, engine, TrainConfig(batch_size=4)))
+        counts.append(len(calls))
+        traces.append(function.traces)
+    assert counts == expected
+    assert traces == (expected if compiled else [0, 0, 0])
+    assert all(calls)
+
+
+def test_a_compiled_step_sees_the_weights_of_its_time() -> None:
+    model, options = model_with_lora(), {"beta": 2.0, "gamma_beta_ratio": 0.5}
+    function = GradientFunction(model, options, REFERENCE, compiled=True)
+    batch = collate_step(PAIRS[:4], REFERENCE, TrainConfig(batch_size=4))
+    for _ in range(2):
+        gradients = dict(tree_flatten(step_gradients(function, batch)[1]))
+        expected = loss_and_gradients(model, [PAIRS[:4]])
+        del expected["loss"]
+        assert_close({name: np.array(g) for name, g in gradients.items()}, expected, 1e-5)
+        model.update(tree_map(lambda p: 1.5 * p, model.trainable_parameters()))
+
+
+def test_the_graph_of_a_micro_batch_is_built_while_the_one_before_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And not before the one before that is done, whose activations would be in memory, too."""
+    events: list[str] = []
+
+    def gradients_of_one(*batch: Any) -> tuple[dict, dict]:
+        events.append("build")
+        return {}, {"weight": mx.array(float(len(events)))}
+
+    monkeypatch.setattr(mx, "async_eval", lambda *_: events.append("submit"))
+    monkeypatch.setattr(mx, "eval", lambda *_: events.append("wait"))
+    totals = (mx.array(3.0), mx.array(3.0))
+    batch = StepBatch(PAIRS[:3], [MicroBatch((), 1, 1)] * 3, [mx.array([1])] * 3, totals)
+    step_gradients(gradients_of_one, batch)  # type: ignore[arg-type]
+    assert events == ["build", "submit", *["build", "submit", "wait"] * 2]
 
 
 def test_the_gradient_is_the_derivative_of_the_loss() -> None:

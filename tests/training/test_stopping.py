@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.growth import open_files
 
+from mlx_simpo.training import stopping
 from mlx_simpo.training.stopping import DEFAULT_HANDLERS, exit_status, stop_on_signals
 
 SIGINT, SIGTERM, SIGHUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -164,10 +167,13 @@ def test_handlers_and_file_descriptor_are_restored() -> None:
     os.set_blocking(writing_end, False)
     signal.set_wakeup_fd(writing_end)
     try:
+        files = open_files()
         with suppress(KeyError), stop_on_signals(print):
             assert signal.getsignal(SIGTERM) != before[SIGTERM]
-            assert "signals" in {thread.name for thread in threading.enumerate()}
+            (listening,) = (t for t in threading.enumerate() if t.name == "signals")
+            assert listening.daemon  # a process whose main thread has ended must end
             raise KeyError
+        assert open_files() == files
     finally:
         restored = signal.set_wakeup_fd(-1)
         os.close(reading_end)
@@ -175,6 +181,44 @@ def test_handlers_and_file_descriptor_are_restored() -> None:
     assert restored == writing_end
     assert {number: signal.getsignal(number) for number in DEFAULT_HANDLERS} == before
     assert "signals" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_what_is_said_of_a_signal_is_said_before_the_context_ends() -> None:
+    said: list[str] = []
+
+    def say_slowly(line: str) -> None:
+        time.sleep(0.1)
+        said.append(line)
+
+    with stop_on_signals(say_slowly) as request:
+        os.kill(os.getpid(), SIGTERM)
+    assert (request.signal, said) == (SIGTERM, [LINES[SIGTERM]])
+
+
+def test_a_handler_that_somebody_sets_meanwhile_stays() -> None:
+    before = signal.getsignal(SIGTERM)
+    try:
+        with stop_on_signals(print):
+            signal.signal(SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(SIGTERM, before)
+
+
+def test_a_call_into_c_is_not_interrupted() -> None:
+    """Code that writes a file need not expect that a system call ends without having done it."""
+    block = """
+    def act():
+        time.sleep(0.1)  # until the call has begun
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        while not request:
+            time.sleep(0.01)
+        os.write(writing_end, b"!")
+    threading.Thread(target=act).start()
+    print(ctypes.CDLL(None).read(reading_end, ctypes.create_string_buffer(1), 1), flush=True)
+"""
+    with started(program(block, "import ctypes; reading_end, writing_end = os.pipe()")) as process:
+        assert ended(process) == (0, "1\n15 True\n", LINES[SIGTERM] + "\n")
 
 
 def test_nohup_keeps_sighup_ignored() -> None:
@@ -210,11 +254,31 @@ signal.signal(signal.SIGUSR1, lambda number, frame: None)
 
 
 def test_an_event_loop_that_takes_the_descriptor_costs_nothing() -> None:
-    block = f"signal.set_wakeup_fd(-1); print('deaf', flush=True)\n{WAIT}"
+    block = f"signal.set_wakeup_fd(-1); print('deaf', flush=True)\n{WAIT}\n    {LONG_CALL}"
     with started(program(block)) as process:
         assert next_output(process) == "deaf"
         process.send_signal(SIGTERM)
-        assert ended(process) == (0, "15 True\n", LINES[SIGTERM] + "\n")
+        assert next_line(process) == LINES[SIGTERM]
+        process.send_signal(SIGTERM)
+        assert ended(process) == (143, "", "mlx-simpo: interrupted\n")
+
+
+def test_an_event_loop_that_begins_meanwhile_gets_its_signals_too() -> None:
+    block = f"""
+    reading_end, writing_end = os.pipe()
+    os.set_blocking(writing_end, False)
+    signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    signal.set_wakeup_fd(writing_end)
+    print("begun", flush=True)
+    {WAIT.strip()}
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print(os.read(reading_end, 9), signal.set_wakeup_fd(-1) == writing_end, flush=True)
+"""
+    with started(program(block)) as process:
+        assert next_output(process) == "begun"
+        process.send_signal(SIGTERM)
+        _, out, _ = ended(process)
+        assert out == f"{bytes([SIGTERM, signal.SIGUSR1])!r} True\n15 True\n"
 
 
 def test_within_another_context_the_request_is_the_same() -> None:
@@ -290,6 +354,52 @@ def test_in_a_notebook_a_second_sigterm_ends_the_process() -> None:
         assert process.wait() == 143
 
 
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[stopping._Listener, list[str]]]:
+    """A notebook's listener, and what it does besides listening."""
+    events: list[str] = []
+    monkeypatch.setattr(stopping, "end_at_once", lambda number: events.append(f"end {number}"))
+    monkeypatch.setattr(stopping._thread, "interrupt_main", lambda: events.append("interrupt"))
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    with stop_on_signals(lambda line: None):
+        assert stopping._Listener.active is not None
+        yield stopping._Listener.active, events
+
+
+def test_an_interrupt_that_a_listener_sends_itself_is_not_counted(
+    listener: tuple[stopping._Listener, list[str]],
+) -> None:
+    """It comes back through the pipe; every other one, and every other signal, is the user's."""
+    active, events = listener
+    for number in (SIGINT, SIGINT, SIGTERM, SIGINT, SIGINT, SIGHUP):
+        active._receive(number)
+    assert events == ["interrupt", "end 15", "interrupt", "end 1"]
+    with pytest.raises(KeyboardInterrupt):
+        active._handle(SIGINT, None)
+    active._handle(SIGINT, None)  # raised once
+
+
+def test_streams_whose_terminal_is_gone_lead_nowhere(
+    listener: tuple[stopping._Listener, list[str]],
+) -> None:
+    ours, theirs = pty.openpty()
+    other = os.dup(theirs)
+    try:
+        listener[0]._terminals = [theirs]
+        listener[0]._leave_closed_terminal()
+        assert os.isatty(theirs)
+        os.close(ours)
+        files = open_files()
+        listener[0]._leave_closed_terminal()
+        assert os.fstat(theirs).st_rdev == os.stat(os.devnull).st_rdev
+        assert os.write(theirs, b"lost") == 4
+        assert os.read(theirs, 9) == b""
+        assert open_files() == files
+    finally:
+        os.close(theirs)
+        os.close(other)
+
+
 # --- terminals -------------------------------------------------------------------------------
 
 
@@ -320,6 +430,21 @@ def in_a_terminal(code: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
         os.close(theirs)
         read_until(ours, b"ready")
         yield process, ours
+
+
+@pytest.mark.parametrize("terminal", [1, 2])
+def test_the_cursor_is_shown_again_in_the_terminal_of_stderr(
+    terminal: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[int, bytes]] = []
+    monkeypatch.setattr(os, "isatty", lambda number: number == terminal)
+    monkeypatch.setattr(os, "write", lambda *file_and_text: written.append(file_and_text))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as error:
+        stopping.end_at_once(SIGTERM)
+    assert error.value.code == 143
+    shown = b"\x1b[?25h\n" if terminal == 2 else b""
+    assert written == [(2, shown + b"mlx-simpo: interrupted\n")]
 
 
 def test_the_cursor_is_shown_again() -> None:

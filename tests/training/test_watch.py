@@ -206,12 +206,114 @@ def test_a_loss_that_begins_at_0_may_rise_to_1() -> None:
     )
 
 
+# --- the limits ------------------------------------------------------------------------------
+
+# Values that go up and down by so much have a noise of 0.2 by `step_noise`, whatever falls.
+SWING = 0.1 * 0.954
+
+
+def swinging(count: int, by: float = SWING) -> list[float]:
+    return [by if i % 2 else -by for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("swing", "limit"), [(0.0, 1.0), (SWING, 1.0 + 5 * 0.2 * math.sqrt(1 / 10 + 1 / 10))]
+)
+def test_a_fall_is_one_of_a_nat_and_five_deviations_of_the_means(
+    swing: float, limit: float
+) -> None:
+    for fall, expected in ((0.99 * limit, 0), (1.01 * limit, 1)):
+        levels = [-1.0] * 10 + [-1.0 - fall] * 10
+        steps = [(a + b,) for a, b in zip(levels, swinging(20, swing), strict=True)]
+        assert len(warnings_of(steps)) == expected
+
+
+def test_a_fall_has_passed_when_half_of_the_limit_is_left() -> None:
+    for left, expected in ((0.51, 1), (0.49, 2)):
+        levels = [-1.0, -3.0, -1.0 - left, -3.0]
+        assert len(warnings_of([(level,) for level in levels for _ in range(20)])) == expected
+
+
+def test_five_steps_are_enough_for_a_fall_and_four_are_not() -> None:
+    assert warnings_of([(-1.0,), (-1.0,), (-9.0,), (-9.0,)]) == []
+    ((step, warning),) = warnings_of([(-1.0,), (-1.0,), (-9.0,), (-9.0,), (-9.0,)])
+    assert step == 5
+    assert "5.8 in the last 5 steps and was -1.0 at the beginning" in warning
+
+
+@pytest.mark.parametrize(
+    ("noise", "limit"),
+    [
+        (0.0, 10.0),
+        (0.5, 10.0 * math.cosh(0.5 * 0.954 / 2)),
+        (1.0, math.exp(3.0) * math.cosh(0.954 / 2)),
+    ],
+)
+def test_a_norm_jumps_by_ten_times_or_three_deviations_of_its_logarithm(
+    noise: float, limit: float
+) -> None:
+    """Three times within ten steps; of an even number of norms the median is between two."""
+    usual = [math.exp(log) for log in swinging(50, noise * 0.954 / 2)]
+    for jump, at, expected in (
+        (0.95 * limit, (31, 37, 39), 0),
+        (1.05 * limit, (31, 37, 39), 1),
+        (1.05 * limit, (29, 37, 39), 0),
+        (1.05 * limit, (37, 39), 0),
+    ):
+        norms = [jump if number in at else norm for number, norm in enumerate(usual)]
+        assert len(warnings_of([(-1.0, 1.3, norm) for norm in norms])) == expected, (jump, at)
+
+
+def test_norms_that_are_zero_have_a_usual_one_all_the_same() -> None:
+    for jump, expected in ((9e-12, 0), (1.1e-11, 1)):
+        norms = [0.0] * 20 + [jump] * 3
+        assert len(warnings_of([(-1.0, 1.3, norm) for norm in norms])) == expected
+
+
+def test_jumps_are_warned_about_again_when_the_history_has_none() -> None:
+    jumps = [(-1.0, 1.3, 100.0)] * 3
+    for between, expected in ((49, 1), (50, 2)):
+        steps = [(-1.0, 1.3, 1.0)] * 20 + jumps + [(-1.0, 1.3, 2.0)] * between + jumps
+        warnings = warnings_of(steps)
+        assert len(warnings) == expected
+        assert warnings[0][1].startswith(
+            "the gradient's norm has jumped to 100, and was far above its usual 1 in 3 of the last "
+            "10 steps; "
+        )
+
+
+def test_a_run_degenerates_as_long_as_a_warning_has_not_passed() -> None:
+    watch, states = CollapseWatch(), []
+    for level in (-1.0, -3.0, -1.0):
+        for _ in range(20):
+            watch.add_step(metrics_of(level))
+        states.append(watch.is_degenerating)
+    assert states == [False, True, False]
+
+
+def test_the_usual_norm_is_of_the_steps_before_a_sudden_fall() -> None:
+    """Four steps of a norm of 1, after which the model is destroyed and its gradients are huge."""
+    steps = [(-1.0, 1.3, 1.0)] * 4 + [(-9.0, 1.3, 1e-6)] * 30 + [(-9.0, 1.3, 11.0)] * 3
+    assert [warning[:20] for _, warning in warnings_of(steps)][1:] == ["the gradient's norm "]
+
+
+def test_a_loss_is_far_above_the_first_ones_when_it_is_more_than_twice_as_high() -> None:
+    levels = [1.5, 3.0, 3.125, 3.0, 3.125, 2.0, 3.125]
+    steps = [(-1.0, level) for level in levels for _ in range(10)]
+    assert [step for step, _ in warnings_of(steps)] == [30, 50, 70]
+    # Nine steps are not enough, for a warning and for its end.
+    assert [step for step, _ in warnings_of(steps[:29] + steps[30:50])] == [49]
+    assert [step for step, _ in warnings_of(steps[:39] + steps[40:50])] == [30]
+
+
 # --- its parts -------------------------------------------------------------------------------
 
 
 def test_the_beginning_ends_at_a_sudden_fall_that_lasts() -> None:
     assert before_fall([-1.0, -1.2, -9.0, -8.0]) == [-1.0, -1.2]
     assert before_fall([-1.0, -1.2, -9.0, -1.1]) == [-1.0, -1.2, -9.0, -1.1]
+    assert before_fall([-1.0, -4.0]) == [-1.0, -4.0]
+    assert before_fall([-1.0, -4.125]) == [-1.0]
     assert before_fall([-1.0]) == [-1.0]
 
 
@@ -258,13 +360,11 @@ def test_a_restored_watch_does_not_repeat_itself() -> None:
     assert [second.add_step(metrics_of(*step)) for step in RATE_OF_1E6[8:]] == [[]] * 6
 
 
-def test_the_state_does_not_grow() -> None:
-    watch = CollapseWatch()
-    sizes = set()
-    for step in range(300):
-        watch.add_step(metrics_of(-1.0))
-        sizes |= {len(json.dumps(watch.state()))} if step >= 50 else set()
-    assert len(sizes) == 1
+def test_the_state_has_ten_first_steps_and_the_last_fifty() -> None:
+    watch, steps = CollapseWatch(), [[-1.0, 1.3, 1.0 + i / 100] for i in range(70)]
+    for step in steps:
+        watch.add_step(metrics_of(*step))
+    assert watch.state() == {"first": steps[:10], "recent": steps[-50:], "active": []}
 
 
 @pytest.mark.parametrize(
