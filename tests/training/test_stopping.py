@@ -184,15 +184,15 @@ def test_handlers_and_file_descriptor_are_restored() -> None:
 
 
 def test_what_is_said_of_a_signal_is_said_before_the_context_ends() -> None:
-    said: list[str] = []
+    lines: list[str] = []
 
     def say_slowly(line: str) -> None:
         time.sleep(0.1)
-        said.append(line)
+        lines.append(line)
 
     with stop_on_signals(say_slowly) as request:
         os.kill(os.getpid(), SIGTERM)
-    assert (request.signal, said) == (SIGTERM, [LINES[SIGTERM]])
+    assert (request.signal, lines) == (SIGTERM, [LINES[SIGTERM]])
 
 
 def test_a_handler_that_somebody_sets_meanwhile_stays() -> None:
