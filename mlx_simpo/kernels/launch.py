@@ -72,11 +72,9 @@ def kernel_response_logps(
             f"{rows} rows of {size} logits are too many; a launch takes at most {MOST_ROWS} rows "
             f"and {MOST_ELEMENTS} logits: pass fewer rows at a time"
         )
-    name = backend()
     threads = _threads_per_row(size, raw_logits.itemsize)
-    outputs = _kernel(
-        name, gradient
-    )(
+    kernel = _kernel(backend(), gradient)
+    outputs = kernel(
         inputs=[raw_logits, targets, mx.array([scale, softcap], mx.float32)],
         template=[("T", raw_logits.dtype)],
         grid=(threads, rows, 1),  # counts threads, not threadgroups
@@ -89,8 +87,7 @@ def kernel_response_logps(
 
 def _threads_per_row(size: int, itemsize: int) -> int:
     """Return one thread per 16 bytes of a row, in whole simdgroups of 32, at most 1024."""
-    reads = size * itemsize / 16
-    return min(max(32, -(-int(reads) // 32) * 32), 1024)
+    return 32 * min(-(-size * itemsize // 512), 32)
 
 
 @cache

@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.devices import on_cpu, on_gpu, on_stand_in_gpu
+from helpers.devices import on_gpu, on_stand_in_gpu
 from helpers.gradients import greatest_difference, run
-from helpers.logit_rows import DTYPES, Case, assert_correct, case, hard_rows
+from helpers.logit_rows import DTYPES, SHAPES, Case, assert_correct, case, hard_rows
 from helpers.tiny import tiny_model
 from helpers.tiny import token_pair as pair
 from metal_host import MetalError
@@ -29,12 +29,6 @@ from mlx_simpo.model.lora import attach_lora
 from mlx_simpo.training.step import GradientFunction, collate_step, step_gradients
 
 KERNEL = Path(launch.__file__).with_name("response_logps.metal")
-
-
-@pytest.fixture
-def cpu() -> Iterator[None]:
-    with on_cpu():
-        yield
 
 
 @pytest.fixture
@@ -69,20 +63,17 @@ def assert_same(actual: Sequence[mx.array | None], expected: Sequence[mx.array |
         assert mx.array_equal(one, other, equal_nan=True)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (0.3, 5.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("size", "rows"),
-    [
-        *[(2, 1), (2, 7), (31, 7), (33, 63), (33, 64), (33, 65)],
-        *[(1027, 7), (32_000, 3), (151_936, 1), (262_144, 1)],
-    ],
-)
+@pytest.mark.parametrize(("size", "rows"), SHAPES)
 def test_values_and_gradients(
-    size: int, rows: int, dtype: mx.Dtype, softcap: float, gpu: None
+    size: int, rows: int, dtype: mx.Dtype, scale: float, softcap: float, gpu: None
 ) -> None:
-    inputs = case(size, rows, dtype, 1 / 16 if rows == 7 else 1.0, softcap)
+    inputs = case(size, rows, dtype, scale, softcap)
     outputs = launched(inputs)
+    assert outputs[0].dtype == mx.float32
+    assert outputs[1] is not None
+    assert outputs[1].dtype == dtype
     assert_correct(outputs, inputs)
     only_values = launched(inputs, gradient=False)
     assert only_values[1] is None
@@ -90,10 +81,11 @@ def test_values_and_gradients(
     assert_same(launched(inputs), outputs)
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (0.5, 30.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [2, 33, 1027])
-def test_hard_rows(size: int, dtype: mx.Dtype, gpu: None) -> None:
-    inputs = hard_rows(size, dtype)
+@pytest.mark.parametrize("size", [2, 1027])
+def test_hard_rows(size: int, dtype: mx.Dtype, scale: float, softcap: float, gpu: None) -> None:
+    inputs = hard_rows(size, dtype, scale, softcap)
     assert_correct(launched(inputs), inputs)
 
 
@@ -134,42 +126,7 @@ def test_address_spaces(rows: int, size: int, dtype: mx.Dtype, gradient: bool) -
     assert address_spaces(kernel_signature, definition["source"], definition["header"]) == ""
 
 
-# --- the choice ------------------------------------------------------------------------------
-
-
-def test_on_a_cpu_mlx_operations_run(cpu: None) -> None:
-    implementation = choice.choose_implementation()
-    assert implementation.name == "mlx"
-    assert implementation.note == "MLX's own operations (mlx-simpo's kernel needs a GPU)"
-    with pytest.raises(SimPOError, match=r"logps\.impl is kernel, but MLX runs on the CPU"):
-        choice.choose_implementation("kernel")
-
-
-@pytest.mark.parametrize("name", ["auto", "kernel"])
-def test_on_a_gpu_the_kernel_runs_once_it_is_checked(
-    name: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checked = []
-    monkeypatch.setattr(choice, "check_kernel", checked.append)
-    implementation = choice.choose_implementation(name)
-    assert implementation.name == "kernel"
-    assert implementation.response_logps is launch.kernel_response_logps
-    assert checked == [launch.backend()]
-    assert f"the {launch.backend()} kernel" in implementation.note
-
-
-def test_the_kernel_passes_its_check(gpu: None) -> None:
-    choice.check_kernel.cache_clear()
-    assert choice.choose_implementation().name == "kernel"
-    assert choice.check_kernel.cache_info().currsize == 1
-
-
-@pytest.mark.parametrize("device", [on_cpu, on_gpu])
-def test_mlx_operations_run_wherever_they_are_asked_for(device: Any) -> None:
-    with device():
-        implementation = choice.choose_implementation("mlx")
-    assert implementation.response_logps is choice.BUILT_IN.response_logps
-    assert implementation.note == "MLX's own operations, as logps.impl=mlx asks"
+# --- a wrong kernel --------------------------------------------------------------------------
 
 
 def replace_in_kernel(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,24 +137,11 @@ def replace_in_kernel(old: str, new: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(launch, "_FOLDER", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("exp_minus_max(value, total.max_value)", "exp_minus_max(value, 0.0f)", "is off by"),
-        ("T(0.0f)", "T(1.0f)", "is off by"),
-        ("return {max_value,", "return {max_valve,", "does not run"),
-    ],
-)
-def test_a_wrong_kernel_is_an_error(
-    old: str,
-    new: str,
-    words: str,
-    stand_in_gpu: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_kernel_that_does_not_compile_is_an_error(
+    stand_in_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace_in_kernel(old, new, tmp_path, monkeypatch)
-    with pytest.raises(SimPOError, match=f"(?s)the Metal kernel .*{words}.*logps.impl=mlx"):
+    replace_in_kernel("return {max_value,", "return {max_valve,", tmp_path, monkeypatch)
+    with pytest.raises(SimPOError, match="(?s)the Metal kernel .*does not run.*max_valve"):
         choice.choose_implementation()
 
 
