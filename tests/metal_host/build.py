@@ -57,6 +57,10 @@ THREADGROUP_ARRAYS = re.compile(
 )
 # Any other declaration of one: g++ would make it a variable of each thread.
 STRAY = re.compile(r"\bthreadgroup\s+[A-Za-z_][\w:]*(\s*<[^;(){}]*?>)?\s+[A-Za-z_]\w*\s*[\[=;,]")
+# The function between the runtime and the kernel.
+CALL_KERNEL = (
+    "MSL_UNCHECKED void metal_host::call_kernel(void* const* buffers, const Attributes& thread_)"
+)
 
 
 class MetalError(RuntimeError):
@@ -127,7 +131,7 @@ def host_text(signature: Signature, source: str, header: str) -> str:
 #line 1 "source"
 {body}
 }}
-MSL_UNCHECKED void metal_host::call_kernel(void* const* buffers, const Attributes& thread_) {{
+{CALL_KERNEL} {{
   {signature.name}{signature.arguments}({", ".join(arguments)});
 }}
 """
