@@ -3,14 +3,13 @@
 import re
 from collections.abc import Iterator
 
-from clang.cindex import Cursor, CursorKind, Diagnostic, Index, TranslationUnit
+from clang.cindex import Cursor, CursorKind, TranslationUnit
 
-from .build import CALL_KERNEL, HERE, host_text
+from .build import CALL_KERNEL, host_text
+from .clang import FILE, errors, parse
 from .signature import Signature
 
-FILE = "kernel.cpp"  # in memory
-FLAGS = ["-x", "c++", "-std=gnu++17", "-target", "x86_64-linux-gnu", "-DMSL_ADDRESS_SPACES"]
-FLAGS += ["-Wno-everything", "-nostdinc", f"-I{HERE / 'freestanding'}", f"-I{HERE}"]
+FLAGS = ["-x", "c++", "-target", "x86_64-linux-gnu", "-DMSL_ADDRESS_SPACES"]
 # float4(…) or vec<T, 4>(…), not float4 f(…) or a.float4(…).
 CONSTRUCTORS = re.compile(
     r"""(?<![\w.])
@@ -20,7 +19,6 @@ CONSTRUCTORS = re.compile(
     re.VERBOSE,
 )
 CASTS = (CursorKind.CSTYLE_CAST_EXPR, CursorKind.CXX_FUNCTIONAL_CAST_EXPR)
-LINE = re.compile(r'#line (\d+) "(\w+)"')
 
 
 def address_spaces(kernel_signature: Signature, source: str, header: str = "") -> str:
@@ -29,28 +27,11 @@ def address_spaces(kernel_signature: Signature, source: str, header: str = "") -
     Inputs under eight elements are ``constant``, so check signatures for both sizes.
     """
     text = CONSTRUCTORS.sub(r"msl_make<\1>(", host_text(kernel_signature, source, header))
-    unit = _parse(text)
-    if errors := _errors(unit, text):
-        return errors
+    unit = parse(text, FLAGS)
+    if problems := errors(unit, text):
+        return problems
     text = _with_checked_casts(text, unit)
-    return _errors(_parse(text), text)
-
-
-def _parse(text: str) -> TranslationUnit:
-    return Index.create().parse(FILE, FLAGS, [(FILE, text)])
-
-
-def _errors(unit: TranslationUnit, text: str) -> str:
-    errors = [d for d in unit.diagnostics if d.severity >= Diagnostic.Error]
-    return "\n".join(f"{_position(e.location.line, text)}: {e.spelling}" for e in errors)
-
-
-def _position(line: int, text: str) -> str:
-    """Return the line of header or source by the #line directive before it: "header:12"."""
-    for back, before in enumerate(reversed(text.split("\n")[: line - 1])):
-        if directive := LINE.match(before):
-            return f"{directive[2]}:{int(directive[1]) + back}"
-    return f"{FILE}:{line}"
+    return errors(parse(text, FLAGS), text)
 
 
 def _with_checked_casts(text: str, unit: TranslationUnit) -> str:
