@@ -3,6 +3,7 @@
 # make check   formatting, lint, types
 # make parity  compare with transformers, PEFT, TRL and Liger (installs torch)
 # make bench   time a step of ours and of six other libraries (installs them)
+# make mutants test the tests: which of 400 wrong versions of the code do they notice?
 # make doctor  show the machine, and whether the kernel is right on it
 # make doctor-full   check and time everything on it (MODEL=… on a model of yours)
 # make wheel   build and check the wheel and the source distribution
@@ -23,7 +24,7 @@ PIP_FLAGS := --disable-pip-version-check
 # Of the comparisons: TORCH=torch==2.13.0+cpu takes PyTorch's CPU index, where pip is told of it.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test check parity golden bench doctor doctor-full wheel wheel-test model clean
+.PHONY: help demo test check parity golden bench doctor doctor-full mutants wheel wheel-test model clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -31,8 +32,10 @@ help:
 demo: $(VENV)/.installed
 	@$(BIN)/python examples/demo.py
 
+# One process a core and one thread each: most tests are too small to use more.
+TEST_JOBS ?= 2
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest -q --ignore tests/parity
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --ignore tests/parity
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
@@ -54,6 +57,11 @@ BENCH ?= --shapes natural --batches 2
 bench: $(BENCH_VENV)/.installed
 	@env $$($(BENCH_VENV)/bin/python -m mlx_simpo.blas) $(BENCH_VENV)/bin/python benchmarks/step.py \
 		--model "$$($(BENCH_VENV)/bin/python examples/smollm2.py)" --data $(BENCH_PAIRS) $(BENCH)
+
+# Another sample, or one module: make mutants MUTANTS="engine/head --seed 7"
+MUTANTS ?= --count 400
+mutants: $(VENV)/.mutation
+	@$(BIN)/python benchmarks/mutants.py $(MUTANTS)
 
 doctor: $(VENV)/.installed
 	@$(BIN)/mlx-simpo doctor
@@ -91,6 +99,10 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 
 $(VENV)/.test: $(VENV)/.installed
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -q -e ".[test]"
+	@touch $@
+
+$(VENV)/.mutation: $(VENV)/.test
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -q -e ".[mutation]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test

@@ -7,7 +7,7 @@ MODULE is engine/head, or engine for all of a room; without one, everything that
 expression each. Every wrong version is put into a private copy of the working tree, and the tests
 of its module are run until one fails. Survivors are listed with their line, and those that cannot
 change any result are listed in mutation/equivalent with a reason. --record writes
-benchmarks/results/mutants.json.
+benchmarks/results/mutants.json; --at-least ends with status 1 below that score.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from typing import Any, Self
 sys.path.insert(0, str(Path(__file__).parent))
 
 from mutation.equivalents import reason
+from mutation.operators import check_operators
 from mutation.sample import Mutant, sample
 from mutation.scope import ROOT, modules, short, tests_of
 from provenance import provenance, write_result
@@ -176,8 +177,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=400, help="how many; 0: one at every place")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="processes at the same time")
+    parser.add_argument("--at-least", type=float, default=0.0, metavar="PERCENT")
     parser.add_argument("--record", action="store_true", help="write results/mutants.json")
     arguments = parser.parse_args()
+    check_operators()
     start = time.monotonic()
     mutants = sample(ROOT, modules(arguments.modules), arguments.count or None, arguments.seed)
     print(f"{len(mutants)} wrong versions", file=sys.stderr)
@@ -197,6 +200,7 @@ def main() -> None:
             **record,
         }
         print(write_result("mutants", record))
+    sys.exit(record["total"]["score_percent"] < arguments.at_least)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 from mlx_simpo import LoRAConfig, load_config, load_model, train
 
 # isort: split
+import gc
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,20 @@ USERS_CACHE = cache_folder()
 # of the tests, and the processes that they start, would never receive theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_finish() -> None:
+    """Runs collect garbage, which would look at a million objects of the libraries each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cut() -> Iterator[None]:
+    """No test can cut the power: what is synced is on the disk a few milliseconds later, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import parso
+from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.operator import Example, Operator
 from parso.tree import BaseNode, NodeOrLeaf
 
@@ -245,3 +246,19 @@ OWN_OPERATORS: tuple[type[Operator], ...] = (
     DropElement,
     ChangeAugmented,
 )
+
+
+def check_operators() -> None:
+    """Make sure that ours do what their examples say.
+
+    Raises:
+        SystemExit: one does not.
+    """
+    for operator in OWN_OPERATORS:
+        for example in operator.examples():
+            code = mutate_code(example.pre_mutation_code, operator(), example.occurrence)
+            if code != example.post_mutation_code:
+                raise SystemExit(
+                    f"{operator.__name__}: {example.pre_mutation_code!r} becomes {code!r} "
+                    f"instead of {example.post_mutation_code!r}"
+                )

@@ -1,5 +1,6 @@
 """Launches the kernel of response_logps.metal: on Metal as it is, on CUDA behind cuda.h."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ _CUDA = {
     "position": "{threadIdx.x, blockDim.x, threadIdx.x % 32, threadIdx.x / 32, blockDim.x / 32}",
     "null": "(T*)nullptr",
 }
+# CUDA has none. As empty macros they would empty CUDA's own: __device__ is __attribute__((device)).
+_ADDRESS_SPACES = re.compile(r"\b(constant|device|threadgroup) (?=\w)")
 
 
 def backend() -> str | None:
@@ -107,7 +110,7 @@ def kernel_definition(backend: str | None, *, gradient: bool) -> dict[str, Any]:
     )
     header = (_FOLDER / "response_logps.metal").read_text(encoding="utf-8")
     if backend == "CUDA":
-        header = (_FOLDER / "cuda.h").read_text(encoding="utf-8") + header
+        header = (_FOLDER / "cuda.h").read_text(encoding="utf-8") + _ADDRESS_SPACES.sub("", header)
     return {
         # MLX caches compiled kernels by name, so each source needs a name of its own.
         "name": "mlx_simpo_response_logps" + ("_and_gradient" if gradient else ""),

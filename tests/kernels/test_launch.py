@@ -9,13 +9,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.devices import on_gpu, on_stand_in_gpu
+from helpers.devices import on_gpu, on_stand_in_cuda, on_stand_in_gpu
 from helpers.gradients import greatest_difference, run
 from helpers.logit_rows import DTYPES, SHAPES, Case, assert_correct, case, hard_rows
 from helpers.tiny import tiny_model
 from helpers.tiny import token_pair as pair
 from metal_host import MetalError
 from metal_host.address_spaces import address_spaces
+from metal_host.cuda import cuda_errors, cuda_signature
 from metal_host.signature import signature
 from mlx.utils import tree_flatten
 
@@ -35,6 +36,10 @@ KERNEL = Path(launch.__file__).with_name("response_logps.metal")
 def gpu() -> Iterator[None]:
     with on_gpu():
         yield
+
+
+# Where the kernel runs: the machine's GPU (or Metal's text on the CPU), and CUDA's text on the CPU.
+BACKENDS = {"GPU": on_gpu, "CUDA": on_stand_in_cuda}
 
 
 @pytest.fixture
@@ -65,28 +70,37 @@ def assert_same(actual: Sequence[mx.array | None], expected: Sequence[mx.array |
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (0.3, 5.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "rows"), SHAPES)
+@pytest.mark.parametrize(
+    ("backend", "size", "rows"),
+    [*(("GPU", *shape) for shape in SHAPES), ("CUDA", 33, 7), ("CUDA", 1030, 7), ("CUDA", 9001, 2)],
+)
 def test_values_and_gradients(
-    size: int, rows: int, dtype: mx.Dtype, scale: float, softcap: float, gpu: None
+    backend: str, size: int, rows: int, dtype: mx.Dtype, scale: float, softcap: float
 ) -> None:
     inputs = case(size, rows, dtype, scale, softcap)
-    outputs = launched(inputs)
+    with BACKENDS[backend]():
+        outputs = launched(inputs)
+        only_values = launched(inputs, gradient=False)
     assert outputs[0].dtype == mx.float32
     assert outputs[1] is not None
     assert outputs[1].dtype == dtype
     assert_correct(outputs, inputs)
-    only_values = launched(inputs, gradient=False)
     assert only_values[1] is None
     assert mx.array_equal(only_values[0], outputs[0], equal_nan=True)
-    assert_same(launched(inputs), outputs)
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (0.5, 30.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [2, 1027])
-def test_hard_rows(size: int, dtype: mx.Dtype, scale: float, softcap: float, gpu: None) -> None:
+@pytest.mark.parametrize(("backend", "size"), [("GPU", 2), ("GPU", 1027), ("CUDA", 1027)])
+def test_hard_rows(backend: str, size: int, dtype: mx.Dtype, scale: float, softcap: float) -> None:
     inputs = hard_rows(size, dtype, scale, softcap)
-    assert_correct(launched(inputs), inputs)
+    with BACKENDS[backend]():
+        assert_correct(launched(inputs), inputs)
+
+
+def test_the_same_bits_again(gpu: None) -> None:
+    inputs = case(9001, 65)
+    assert_same(launched(inputs), launched(inputs))
 
 
 def test_rows_of_a_larger_array(gpu: None) -> None:
@@ -102,17 +116,61 @@ def test_a_wrong_shape_or_dtype_is_an_error() -> None:
         (inputs.raw_logits.astype(mx.int32), inputs.targets, "logits are .*int32"),
         (inputs.raw_logits, inputs.targets.astype(mx.int64), "targets .*int64"),
         (mx.zeros((1025, 2)), mx.zeros((1025,), mx.int32), "1025 rows of 2 logits are too many"),
+        (mx.zeros((2, 2**30)), mx.zeros((2,), mx.int32), "2 rows of 1073741824 logits are too"),
     ):
         with pytest.raises(ValueError, match=words):
             launched(inputs._replace(raw_logits=raw_logits, targets=targets))
+
+
+def test_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows and logits as a launch takes; threads in whole simdgroups, one for 16 bytes of a
+    row while a threadgroup has so many. Nothing is evaluated."""
+    launches = []
+    monkeypatch.setattr(launch, "_kernel", lambda *_: lambda **call: launches.append(call) or [0, 1])
+    for rows, size, dtype, threads in (
+        (1024, 2, mx.float32, 32),
+        (1, 2**31 - 1, mx.bfloat16, 1024),
+        (3, 128, mx.float32, 32),
+        (3, 129, mx.float32, 64),
+        (3, 1027, mx.float32, 288),
+        (3, 1030, mx.float32, 288),
+        (3, 1030, mx.float16, 160),
+        (3, 3968, mx.float32, 992),
+        (3, 3969, mx.float32, 1024),
+        (3, 4097, mx.float32, 1024),
+    ):
+        outputs = launched(Case(mx.zeros((rows, size), dtype), mx.zeros((rows,), mx.int32), 2, 3))
+        assert outputs == (0, 1)
+        assert launches[-1]["grid"] == (threads, rows, 1)
+        assert launches[-1]["threadgroup"] == (threads, 1, 1)
+        assert launches[-1]["output_shapes"] == [(rows,), (rows, size)]
+        assert launches[-1]["output_dtypes"] == [mx.float32, dtype]
+        assert launches[-1]["inputs"][2].tolist() == [2.0, 3.0]
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(("rows", "size"), [(1, 2), (3, 33), (9, 1027)])
 def test_address_spaces(rows: int, size: int, gradient: bool) -> None:
     """MLX puts small inputs into ``constant``; a pointer to ``device`` would not compile there."""
-    definition = launch.kernel_definition("Metal", gradient=gradient)
-    kernel_signature = signature(
+    definition, kernel_signature = signed("Metal", rows, size, gradient)
+    assert address_spaces(kernel_signature, definition["source"], definition["header"]) == ""
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_cuda_text_is_cuda(gradient: bool) -> None:
+    """Of the device's functions alone, which g++ cannot tell from the host's."""
+    definition, kernel_signature = signed("CUDA", 3, 33, gradient)
+    source, header = definition["source"], definition["header"]
+    assert cuda_errors(kernel_signature, source, header) == ""
+    on_host = header.replace("METAL_FUNC __device__", "METAL_FUNC")
+    assert "no matching function" in cuda_errors(kernel_signature, source, on_host)
+
+
+def signed(backend: str, rows: int, size: int, gradient: bool) -> tuple[dict[str, Any], Any]:
+    """Return what the kernel is defined by, and its signature for bfloat16."""
+    definition = launch.kernel_definition(backend, gradient=gradient)
+    function = cuda_signature if backend == "CUDA" else signature
+    return definition, function(
         definition["name"],
         definition["source"],
         definition["input_names"],
@@ -121,7 +179,6 @@ def test_address_spaces(rows: int, size: int, gradient: bool) -> None:
         [mx.float32, mx.bfloat16][: 1 + gradient],
         [("T", mx.bfloat16)],
     )
-    assert address_spaces(kernel_signature, definition["source"], definition["header"]) == ""
 
 
 # --- a wrong kernel --------------------------------------------------------------------------

@@ -6,9 +6,11 @@
 typedef _Float16 half;
 
 #ifdef __CUDA__
-#define __device__ __attribute__((device))
-#define __global__ __attribute__((global))
-#define __shared__ __attribute__((shared))
+// As in CUDA: a macro called "device" would get in between.
+#define __location__(a) __attribute__((a))
+#define __device__ __location__(device)
+#define __global__ __location__(global)
+#define __shared__ __location__(shared)
 #define __grid_constant__
 #define MSL_THREADGROUP(name, ...) __shared__ msl_type<__VA_ARGS__> name
 template <class T>
