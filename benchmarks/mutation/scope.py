@@ -20,6 +20,9 @@ SCOPE = (
 )
 # Of a module without a test module of its own, and where a neighbour's tests are meant for it too.
 TESTS: dict[str, tuple[str, ...]] = {
+    # The kernel's text (metal_mutants.py), whose suffixes are .metal and .h.
+    "kernels/cuda.py": ("kernels/test_launch.py",),
+    "kernels/response_logps.py": ("kernels/test_launch.py",),
     "engine/agreement.py": ("engine/test_choice.py", "engine/test_fused_attention.py"),
     "training/recording.py": ("training/test_session.py", "training/test_run.py"),
     "training/result.py": ("training/test_session.py", "training/test_run.py"),

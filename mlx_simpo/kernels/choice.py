@@ -15,7 +15,7 @@ Name = Literal["auto", "kernel", "mlx"]
 
 # What the check before first use covers: rows, vocabulary and softcap. The vocabularies are less than
 # one read of 16 bytes; no multiple of a read; more than a threadgroup reads at once (the slowest).
-CASES = ((10, 3, 5.0), (10, 1030, 0.0), (10, 1030, 5.0), (3, 8201, 0.0))
+CASES = ((11, 3, 5.0), (11, 1030, 0.0), (11, 1030, 5.0), (3, 8201, 0.0))
 SCALE = 0.5
 # How far rows are from 0: a row's max must start at −∞, and be subtracted before the logarithm is.
 OFFSETS = (0, -1e4, -200, 1e4)
@@ -91,7 +91,7 @@ def choose_implementation(name: Name = "auto") -> Implementation:
 def check_kernel(gpu: str) -> None:
     """Compare the kernel with MLX operations on small inputs of every kind; once per process.
 
-    Takes 16 launches of ten rows at most, and compiles the kernel four times: for each dtype, and
+    Takes 16 launches of eleven rows at most, and compiles the kernel four times: for each dtype, and
     without a gradient.
 
     Args:
@@ -119,12 +119,12 @@ def check_kernel(gpu: str) -> None:
 
 
 def _sample(dtype: mx.Dtype, rows: int, size: int) -> tuple[mx.array, mx.array]:
-    """Return raw logits [rows, size] and targets; in ten rows of every kind."""
-    raw_logits = 4 * mx.random.normal((10, size), key=mx.random.key(size))
+    """Return raw logits [rows, size] and targets; in eleven rows of every kind."""
+    raw_logits = 4 * mx.random.normal((11, size), key=mx.random.key(size))
     raw_logits[: len(OFFSETS)] += mx.array(OFFSETS)[:, None]
     raw_logits[4, 1:] = -mx.inf  # a masked vocabulary
     raw_logits[5, -1] = mx.nan  # must not look like a number
-    tokens, no_tokens = [0, size - 1, size // 2, 1, 0, 0, 1], [IGNORE_INDEX, -1, size]
+    tokens, no_tokens = [0, size - 1, size // 2, 1, 0, 0, 1], [IGNORE_INDEX, IGNORE_INDEX - 1, -1, size]
     targets = mx.array(tokens + no_tokens, mx.int32)
     return raw_logits[:rows].astype(dtype), targets[:rows]
 

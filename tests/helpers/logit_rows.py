@@ -11,7 +11,7 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 # (1030); more than a threadgroup reads at once; GPT-2's, which is odd, and the widest there is.
 SHAPES = [(2, 1), (2, 7), (31, 7), (33, 65), (1027, 7), (1030, 7), (9001, 7), (50_257, 2)]
 SHAPES += [(262_144, 1)]
-SETTINGS = [(1.0, 0.0), (0.3, 0.0), (1.0, 30.0), (0.3, 5.0)]  # scale and softcap
+SETTINGS = [(1.0, 0.0), (2.0, 0.0), (1.0, 30.0), (0.3, 5.0)]  # scale and softcap
 
 
 class Case(NamedTuple):
@@ -33,11 +33,11 @@ class Expected(NamedTuple):
 def case(
     size: int, rows: int = 7, dtype: mx.Dtype = mx.float32, scale: float = 1.0, softcap: float = 0.0
 ) -> Case:
-    """Return ordinary rows whose targets are the first and the last token, an ignored one, two
+    """Return ordinary rows whose targets are the first and the last token, an ignored one, three
     invalid ones and random tokens (the last row always has a random token)."""
     rng = np.random.default_rng(size + rows)
     targets = rng.integers(0, size, rows)
-    special = (0, size - 1, IGNORE_INDEX, -1, size)[: rows - 1]
+    special = (0, size - 1, IGNORE_INDEX, -1, size, IGNORE_INDEX - 1)[: rows - 1]
     targets[: len(special)] = special
     raw_logits = mx.array(4 * rng.normal(size=(rows, size)), mx.float32).astype(dtype)
     return Case(raw_logits, mx.array(targets.astype(np.int32)), scale, softcap)

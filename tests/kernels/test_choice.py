@@ -130,13 +130,19 @@ WRONG_KERNELS = {
     "no softcap": with_settings(softcap=0.0),
     "another softcap": with_settings(softcap=5.1),
     "number for NaN": number_for_nan,
-    "NaN for a number": off_by(lambda x: x.shape[0] == 10, np.nan),
+    "NaN for a number": off_by(lambda x: x.shape[0] == 11, np.nan),
     "gradient in bfloat16": in_gradient(
         lambda gradient, _: gradient * (1.03 if gradient.dtype == mx.bfloat16 else 1)
     ),
     "gradient of ignored rows": in_gradient(lambda gradient, y: gradient + 1e-3 * (y == -100)),
     "number for NaN in the gradient": in_gradient(
         lambda gradient, y: mx.where(y == -1, 0.0, gradient)
+    ),
+    "every negative target ignored": in_gradient(
+        lambda gradient, y: mx.where(y == -101, 0.0, gradient)
+    ),
+    "target beyond the vocabulary": in_gradient(
+        lambda gradient, y: mx.where(y == gradient.shape[1], 0.0, gradient)
     ),
     "last token's gradient": in_gradient(lambda gradient, _: gradient.at[:, -1].add(1e-2)),
 }

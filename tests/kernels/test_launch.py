@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers.devices import on_gpu, on_stand_in_cuda, on_stand_in_gpu
 from helpers.gradients import greatest_difference, run
+from helpers.kernel_mutants import MUTANTS
 from helpers.logit_rows import DTYPES, SHAPES, Case, assert_correct, case, hard_rows
 from helpers.tiny import tiny_model
 from helpers.tiny import token_pair as pair
@@ -99,7 +100,7 @@ def test_hard_rows(backend: str, size: int, dtype: mx.Dtype, scale: float, softc
 
 
 def test_the_same_bits_again(gpu: None) -> None:
-    inputs = case(9001, 65)
+    inputs = case(9001)
     assert_same(launched(inputs), launched(inputs))
 
 
@@ -126,7 +127,9 @@ def test_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many rows and logits as a launch takes; threads in whole simdgroups, one for 16 bytes of a
     row while a threadgroup has so many. Nothing is evaluated."""
     launches = []
-    monkeypatch.setattr(launch, "_kernel", lambda *_: lambda **call: launches.append(call) or [0, 1])
+    monkeypatch.setattr(
+        launch, "_kernel", lambda *_: lambda **call: launches.append(call) or [0, 1]
+    )
     for rows, size, dtype, threads in (
         (1024, 2, mx.float32, 32),
         (1, 2**31 - 1, mx.bfloat16, 1024),
@@ -201,52 +204,6 @@ def test_a_kernel_that_does_not_compile_is_an_error(
 
 
 # --- mutants ---------------------------------------------------------------------------------
-
-LOOP = "start < size;\n       start += int(position.count) * READS) {\n    float"
-
-# What is changed in the kernel, and which kinds of problem the executor must report for it; none
-# where only the numbers show it. (Some of those that are reported give the right numbers.)
-MUTANTS = {
-    "no barrier": (
-        "  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);\n",
-        "",
-        {"race", "uninitialised-read"},
-    ),
-    "barrier for other memory": ("mem_flags::mem_threadgroup", "mem_flags::mem_device", {"race"}),
-    "tail not guarded": (
-        "start + i < size ? logit(float(raw_logits[start + i]), scale, softcap) : -INFINITY",
-        "logit(float(raw_logits[start + i]), scale, softcap)",
-        {"out-of-bounds"},
-    ),
-    "gradient beyond the row": (
-        "v < start + READS && v < size",
-        "v < start + READS",
-        {"out-of-bounds", "race"},
-    ),
-    "tail not read": (LOOP, LOOP.replace("start < size", "start + READS <= size"), set()),
-    "absent simdgroups read": (
-        "position.lane < position.simdgroups",
-        "true",
-        {"uninitialised-read"},
-    ),
-    "only one simdgroup": (
-        "position.lane < position.simdgroups",
-        "position.lane < 1",
-        set(),
-    ),
-    "barrier that some threads skip": (
-        "  if (position.lane == 0) {\n",
-        "  if (position.lane != 0) return own; {\n",
-        {"divergent-barrier"},
-    ),
-    "row not written": (
-        "    return;\n  }\n\n  MaxAndSum total",
-        "    return;\n  }\n  if (target == 0) return;\n  MaxAndSum total",
-        {"unwritten-output"},
-    ),
-    "ignored row not written": ("      *logp = 0.0f;\n", "", {"unwritten-output"}),
-    "next token's logit": ("raw_logits[target]", "raw_logits[target + 1]", set()),
-}
 
 
 @pytest.mark.parametrize(("old", "new", "kinds"), MUTANTS.values(), ids=MUTANTS)

@@ -56,7 +56,9 @@ THREADGROUP_ARRAYS = re.compile(
     re.VERBOSE,
 )
 # Any other declaration of one: g++ would make it a variable of each thread.
-STRAY = re.compile(r"\b(?:threadgroup|__shared__)\s+[A-Za-z_][\w:]*(\s*<[^;(){}]*?>)?\s+[A-Za-z_]\w*\s*[\[=;,]")
+STRAY = re.compile(
+    r"\b(?:threadgroup|__shared__)\s+[A-Za-z_][\w:]*(\s*<[^;(){}]*?>)?\s+[A-Za-z_]\w*\s*[\[=;,]"
+)
 # The function between the runtime and the kernel.
 CALL_KERNEL = (
     "MSL_UNCHECKED void metal_host::call_kernel(void* const* buffers, const Attributes& thread_)"
