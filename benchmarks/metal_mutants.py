@@ -114,7 +114,9 @@ def main() -> None:
             results.append((mutant, result))
             where = f"{Path(mutant.module).name}:{mutant.line} {mutant.operator}"
             how = " ".join((result["by"], *result["reported"]))
-            print(f"{where:44} {result['outcome']:7} {result['seconds']:6} s {how}", file=sys.stderr)
+            print(
+                f"{where:44} {result['outcome']:7} {result['seconds']:6} s {how}", file=sys.stderr
+            )
     record = report(results)
     show(record)
     noticed = [result for _, result in results if result["outcome"] != "passed"]

@@ -124,7 +124,10 @@ def _sample(dtype: mx.Dtype, rows: int, size: int) -> tuple[mx.array, mx.array]:
     raw_logits[: len(OFFSETS)] += mx.array(OFFSETS)[:, None]
     raw_logits[4, 1:] = -mx.inf  # a masked vocabulary
     raw_logits[5, -1] = mx.nan  # must not look like a number
-    tokens, no_tokens = [0, size - 1, size // 2, 1, 0, 0, 1], [IGNORE_INDEX, IGNORE_INDEX - 1, -1, size]
+    tokens, no_tokens = (
+        [0, size - 1, size // 2, 1, 0, 0, 1],
+        [IGNORE_INDEX, IGNORE_INDEX - 1, -1, size],
+    )
     targets = mx.array(tokens + no_tokens, mx.int32)
     return raw_logits[:rows].astype(dtype), targets[:rows]
 
