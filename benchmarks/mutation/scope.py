@@ -22,10 +22,12 @@ SCOPE = (
 )
 # Of a module without a test module of its own, and where a neighbour's tests are meant for it too.
 TESTS: dict[str, tuple[str, ...]] = {
+    # The kernel's text (metal_mutants.py), whose suffixes are .metal and .h.
+    "kernels/cuda.py": ("kernels/test_launch.py",),
+    "kernels/response_logps.py": ("kernels/test_launch.py",),
     "engine/agreement.py": ("engine/test_choice.py", "engine/test_fused_attention.py"),
     "data/encode.py": ("data/test_official.py", "data/test_scored_text.py"),
     "data/truncation.py": ("data/test_encode.py",),
-    "kernels/choice.py": ("kernels/test_launch.py",),
     "training/trainer.py": ("training/test_state.py",),
 }
 

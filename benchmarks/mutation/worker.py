@@ -19,7 +19,7 @@ from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
-MEMORY = 20 * 1024**3  # of addresses: a wrong size must not take the machine down
+MEMORY = 20 * 1024**3  # that is written: a wrong size must not take the machine down
 # Libraries with a plugin of pytest are imported before it, which it warns of.
 OPTIONS = ["-x", "-q", "--no-header", "-p", "no:cacheprovider"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
@@ -47,7 +47,7 @@ def run_tests(tests: list[str], log: Path) -> None:
     import pytest
 
     os.setsid()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     sys.dont_write_bytecode = True  # what is compiled must not outlive the wrong version
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)

@@ -1,6 +1,7 @@
 """Which implementation computes log-probabilities here, and the check that the kernel is right."""
 
 from functools import cache
+from itertools import product
 from typing import Literal, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -8,13 +9,19 @@ import numpy as np
 
 from ..errors import SimPOError
 from .built_in import IGNORE_INDEX, mlx_response_logps
-from .launch import backend, kernel_response_logps
+from .launch import DTYPES, backend, kernel_response_logps
 
 Name = Literal["auto", "kernel", "mlx"]
 
-# The largest absolute difference between kernel and MLX operations. Both compute in float32;
-# bfloat16 has 8 bits of precision, so one rounding of an entry of the gradient is up to 4e-3.
-TOLERANCES = {mx.float32: 2e-5, mx.bfloat16: 1e-2}
+# What the check before first use covers: rows, vocabulary and softcap. The vocabularies are less than
+# one read of 16 bytes; no multiple of a read; more than a threadgroup reads at once (the slowest).
+CASES = ((11, 3, 5.0), (11, 1030, 0.0), (11, 1030, 5.0), (3, 8201, 0.0))
+SCALE = 0.5
+# How far rows are from 0: a row's max must start at −∞, and be subtracted before the logarithm is.
+OFFSETS = (0, -1e4, -200, 1e4)
+# The largest absolute difference between kernel and MLX operations, which both compute in float32;
+# beside one rounding of what is stored.
+TOLERANCE = 2e-5
 
 
 class ResponseLogps(Protocol):
@@ -82,7 +89,10 @@ def choose_implementation(name: Name = "auto") -> Implementation:
 
 @cache
 def check_kernel(gpu: str) -> None:
-    """Compare the kernel with MLX operations on a small input; once per process.
+    """Compare the kernel with MLX operations on small inputs of every kind; once per process.
+
+    Takes 16 launches of eleven rows at most, and compiles the kernel four times: for each dtype, and
+    without a gradient.
 
     Args:
         gpu: "Metal" or "CUDA", for the message.
@@ -90,36 +100,46 @@ def check_kernel(gpu: str) -> None:
     Raises:
         SimPOError: the kernel does not compile or run, or its results differ.
     """
-    for dtype, tolerance in TOLERANCES.items():
-        for scale, softcap in ((1.0, 0.0), (0.5, 5.0)):
-            raw_logits, targets = _sample(dtype)
-            settings = {"scale": scale, "softcap": softcap, "gradient": True}
-            try:
-                actual = kernel_response_logps(raw_logits, targets, **settings)
-                mx.eval(actual)  # compiles and runs it, so that both kinds of failure end here
-            except (RuntimeError, ValueError) as error:
-                raise SimPOError(_failure(gpu, f"does not run: {error}")) from error
-            expected = mlx_response_logps(raw_logits, targets, **settings)
-            for one, two in zip(actual, expected, strict=True):
+    kinds = [(dtype, True) for dtype in DTYPES] + [(mx.float32, False)]
+    for (dtype, gradient), (rows, size, softcap) in product(kinds, CASES):
+        raw_logits, targets = _sample(dtype, rows, size)
+        settings = {"scale": SCALE, "softcap": softcap, "gradient": gradient}
+        try:
+            actual = kernel_response_logps(raw_logits, targets, **settings)
+            mx.eval(actual)  # compiles and runs it, so that both kinds of failure end here
+        except (RuntimeError, ValueError) as error:
+            raise SimPOError(_failure(gpu, f"does not run: {error}")) from error
+        expected = mlx_response_logps(raw_logits, targets, **settings)
+        for one, two in zip(actual, expected, strict=True):
+            if one is not None and two is not None:
                 difference = _largest_difference(one, two)
-                if not difference <= tolerance:
-                    what = f"is off by {difference:.3g} ({dtype}, softcap {softcap})"
-                    raise SimPOError(_failure(gpu, what))
+                if not difference <= TOLERANCE:
+                    where = f"{dtype}, vocabulary {size}, softcap {softcap}"
+                    raise SimPOError(_failure(gpu, f"is off by {difference:.3g} ({where})"))
 
 
-def _sample(dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Return raw logits [6, 1027] and targets of every kind: tokens, ignored and invalid."""
-    # 1027 is odd, so that rows are not aligned and the last read of a row goes past its end.
-    raw_logits = 4 * mx.random.normal((6, 1027), key=mx.random.key(0))
-    return raw_logits.astype(dtype), mx.array([0, 1026, 513, IGNORE_INDEX, -1, 1027], mx.int32)
+def _sample(dtype: mx.Dtype, rows: int, size: int) -> tuple[mx.array, mx.array]:
+    """Return raw logits [rows, size] and targets; in eleven rows of every kind."""
+    raw_logits = 4 * mx.random.normal((11, size), key=mx.random.key(size))
+    raw_logits[: len(OFFSETS)] += mx.array(OFFSETS)[:, None]
+    raw_logits[4, 1:] = -mx.inf  # a masked vocabulary
+    raw_logits[5, -1] = mx.nan  # must not look like a number
+    tokens, no_tokens = (
+        [0, size - 1, size // 2, 1, 0, 0, 1],
+        [IGNORE_INDEX, IGNORE_INDEX - 1, -1, size],
+    )
+    targets = mx.array(tokens + no_tokens, mx.int32)
+    return raw_logits[:rows].astype(dtype), targets[:rows]
 
 
-def _largest_difference(one: mx.array | None, two: mx.array | None) -> float:
-    """Return the largest absolute difference; infinity if only one of the two has a NaN."""
-    first, second = (np.array(a.astype(mx.float32)) for a in (one, two))  # type: ignore[union-attr]
+def _largest_difference(one: mx.array, two: mx.array) -> float:
+    """Return the largest absolute difference, less a rounding of what is stored; infinity if only
+    one of the two has a NaN."""
+    first, second = (np.array(a.astype(mx.float32)) for a in (one, two))
     if (np.isnan(first) != np.isnan(second)).any():
         return float("inf")
-    return float(np.nanmax(np.abs(first - second)))
+    rounding = mx.finfo(one.dtype).eps * np.abs(second)
+    return float(np.nanmax(np.abs(first - second) - rounding))
 
 
 def _failure(gpu: str, what: str) -> str:

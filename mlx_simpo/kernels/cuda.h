@@ -1,9 +1,7 @@
-// What response_logps.metal uses of Metal and CUDA lacks, for mx.fast.cuda_kernel.
+// What response_logps.metal uses of Metal and CUDA lacks, for mx.fast.cuda_kernel. Address spaces
+// are no macros here: launch.py takes them out.
 
 #define METAL_FUNC __device__ __forceinline__
-#define constant
-#define device
-#define threadgroup
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 #endif

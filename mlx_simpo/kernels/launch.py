@@ -1,5 +1,6 @@
 """Launches the kernel of response_logps.metal: on Metal as it is, on CUDA behind cuda.h."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ _CUDA = {
     "position": "{threadIdx.x, blockDim.x, threadIdx.x % 32, threadIdx.x / 32, blockDim.x / 32}",
     "null": "(T*)nullptr",
 }
+# CUDA has none. As empty macros they would empty CUDA's own: __device__ is __attribute__((device)).
+_ADDRESS_SPACES = re.compile(r"\b(constant|device|threadgroup) (?=\w)")
 
 
 def backend() -> str | None:
@@ -72,11 +75,9 @@ def kernel_response_logps(
             f"{rows} rows of {size} logits are too many; a launch takes at most {MOST_ROWS} rows "
             f"and {MOST_ELEMENTS} logits: pass fewer rows at a time"
         )
-    name = backend()
     threads = _threads_per_row(size, raw_logits.itemsize)
-    outputs = _kernel(
-        name, gradient
-    )(
+    kernel = _kernel(backend(), gradient)
+    outputs = kernel(
         inputs=[raw_logits, targets, mx.array([scale, softcap], mx.float32)],
         template=[("T", raw_logits.dtype)],
         grid=(threads, rows, 1),  # counts threads, not threadgroups
@@ -89,8 +90,7 @@ def kernel_response_logps(
 
 def _threads_per_row(size: int, itemsize: int) -> int:
     """Return one thread per 16 bytes of a row, in whole simdgroups of 32, at most 1024."""
-    reads = size * itemsize / 16
-    return min(max(32, -(-int(reads) // 32) * 32), 1024)
+    return 32 * min(-(-size * itemsize // 512), 32)
 
 
 @cache
@@ -110,7 +110,7 @@ def kernel_definition(backend: str | None, *, gradient: bool) -> dict[str, Any]:
     )
     header = (_FOLDER / "response_logps.metal").read_text(encoding="utf-8")
     if backend == "CUDA":
-        header = (_FOLDER / "cuda.h").read_text(encoding="utf-8") + header
+        header = (_FOLDER / "cuda.h").read_text(encoding="utf-8") + _ADDRESS_SPACES.sub("", header)
     return {
         # MLX caches compiled kernels by name, so each source needs a name of its own.
         "name": "mlx_simpo_response_logps" + ("_and_gradient" if gradient else ""),

@@ -4,7 +4,7 @@ No test may depend on which of the two the machine has: a test about one of them
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import mlx.core as mx
 import pytest
@@ -26,14 +26,15 @@ def on_cpu() -> Iterator[None]:
 
 
 @contextmanager
-def on_stand_in_gpu() -> Iterator[None]:
-    """Let MLX report a Metal GPU and execute kernels on the CPU (see tests/metal_host); skip the
-    test where kernels cannot be executed."""
+def on_stand_in_gpu(backend: str = "Metal") -> Iterator[None]:
+    """Let MLX report a GPU of Metal or CUDA and execute kernels on the CPU (see tests/metal_host);
+    skip the test where kernels cannot be executed."""
     if reason := missing():
         pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch, stand_in(seeds=(0, 1, 7)):
         patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
-        patch.setattr(mx.metal, "is_available", lambda: True)
+        patch.setattr(mx.metal, "is_available", lambda: backend == "Metal")
+        patch.setattr(mx.cuda, "is_available", lambda: backend == "CUDA")
         forget_kernels()
         try:
             yield
@@ -49,6 +50,11 @@ def on_gpu() -> Iterator[None]:
             yield
     else:
         yield
+
+
+def on_stand_in_cuda() -> AbstractContextManager[None]:
+    """Let MLX report a GPU of CUDA: see `on_stand_in_gpu`."""
+    return on_stand_in_gpu("CUDA")
 
 
 def forget_kernels() -> None:

@@ -9,13 +9,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.devices import on_cpu, on_gpu, on_stand_in_gpu
+from helpers.devices import on_gpu, on_stand_in_cuda, on_stand_in_gpu
 from helpers.gradients import greatest_difference, run
-from helpers.logit_rows import DTYPES, Case, assert_correct, case, hard_rows
+from helpers.kernel_mutants import MUTANTS
+from helpers.logit_rows import DTYPES, SHAPES, Case, assert_correct, case, hard_rows
 from helpers.tiny import tiny_model
 from helpers.tiny import token_pair as pair
 from metal_host import MetalError
-from metal_host.address_spaces import address_spaces, clang
+from metal_host.address_spaces import address_spaces
+from metal_host.cuda import cuda_errors, cuda_signature
 from metal_host.signature import signature
 from mlx.utils import tree_flatten
 
@@ -32,15 +34,13 @@ KERNEL = Path(launch.__file__).with_name("response_logps.metal")
 
 
 @pytest.fixture
-def cpu() -> Iterator[None]:
-    with on_cpu():
-        yield
-
-
-@pytest.fixture
 def gpu() -> Iterator[None]:
     with on_gpu():
         yield
+
+
+# Where the kernel runs: the machine's GPU (or Metal's text on the CPU), and CUDA's text on the CPU.
+BACKENDS = {"GPU": on_gpu, "CUDA": on_stand_in_cuda}
 
 
 @pytest.fixture
@@ -69,32 +69,39 @@ def assert_same(actual: Sequence[mx.array | None], expected: Sequence[mx.array |
         assert mx.array_equal(one, other, equal_nan=True)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (0.3, 5.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("size", "rows"),
-    [
-        *[(2, 1), (2, 7), (31, 7), (33, 63), (33, 64), (33, 65)],
-        *[(1027, 7), (32_000, 3), (151_936, 1), (262_144, 1)],
-    ],
+    ("backend", "size", "rows"),
+    [*(("GPU", *shape) for shape in SHAPES), ("CUDA", 33, 7), ("CUDA", 1030, 7), ("CUDA", 9001, 2)],
 )
 def test_values_and_gradients(
-    size: int, rows: int, dtype: mx.Dtype, softcap: float, gpu: None
+    backend: str, size: int, rows: int, dtype: mx.Dtype, scale: float, softcap: float
 ) -> None:
-    inputs = case(size, rows, dtype, 1 / 16 if rows == 7 else 1.0, softcap)
-    outputs = launched(inputs)
+    inputs = case(size, rows, dtype, scale, softcap)
+    with BACKENDS[backend]():
+        outputs = launched(inputs)
+        only_values = launched(inputs, gradient=False)
+    assert outputs[0].dtype == mx.float32
+    assert outputs[1] is not None
+    assert outputs[1].dtype == dtype
     assert_correct(outputs, inputs)
-    only_values = launched(inputs, gradient=False)
     assert only_values[1] is None
     assert mx.array_equal(only_values[0], outputs[0], equal_nan=True)
-    assert_same(launched(inputs), outputs)
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (0.5, 30.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [2, 33, 1027])
-def test_hard_rows(size: int, dtype: mx.Dtype, gpu: None) -> None:
-    inputs = hard_rows(size, dtype)
-    assert_correct(launched(inputs), inputs)
+@pytest.mark.parametrize(("backend", "size"), [("GPU", 2), ("GPU", 1027), ("CUDA", 1027)])
+def test_hard_rows(backend: str, size: int, dtype: mx.Dtype, scale: float, softcap: float) -> None:
+    inputs = hard_rows(size, dtype, scale, softcap)
+    with BACKENDS[backend]():
+        assert_correct(launched(inputs), inputs)
+
+
+def test_the_same_bits_again(gpu: None) -> None:
+    inputs = case(9001)
+    assert_same(launched(inputs), launched(inputs))
 
 
 def test_rows_of_a_larger_array(gpu: None) -> None:
@@ -110,66 +117,74 @@ def test_a_wrong_shape_or_dtype_is_an_error() -> None:
         (inputs.raw_logits.astype(mx.int32), inputs.targets, "logits are .*int32"),
         (inputs.raw_logits, inputs.targets.astype(mx.int64), "targets .*int64"),
         (mx.zeros((1025, 2)), mx.zeros((1025,), mx.int32), "1025 rows of 2 logits are too many"),
+        (mx.zeros((2, 2**30)), mx.zeros((2,), mx.int32), "2 rows of 1073741824 logits are too"),
     ):
         with pytest.raises(ValueError, match=words):
             launched(inputs._replace(raw_logits=raw_logits, targets=targets))
 
 
-@pytest.mark.skipif(clang() is None, reason="address spaces are checked by clang++ 19 or newer")
-@pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "size"), [(1, 2), (3, 33), (9, 1027)])
-def test_address_spaces(rows: int, size: int, dtype: mx.Dtype, gradient: bool) -> None:
-    """MLX puts small inputs into ``constant``; a pointer to ``device`` would not compile there."""
-    definition = launch.kernel_definition("Metal", gradient=gradient)
-    kernel_signature = signature(
-        definition["name"],
-        definition["source"],
-        definition["input_names"],
-        [(dtype, (rows, size)), (mx.int32, (rows,)), (mx.float32, (2,))],
-        definition["output_names"],
-        [mx.float32, dtype][: 1 + gradient],
-        [("T", dtype)],
+def test_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows and logits as a launch takes; threads in whole simdgroups, one for 16 bytes of a
+    row while a threadgroup has so many. Nothing is evaluated."""
+    launches = []
+    monkeypatch.setattr(
+        launch, "_kernel", lambda *_: lambda **call: launches.append(call) or [0, 1]
     )
+    for rows, size, dtype, threads in (
+        (1024, 2, mx.float32, 32),
+        (1, 2**31 - 1, mx.bfloat16, 1024),
+        (3, 128, mx.float32, 32),
+        (3, 129, mx.float32, 64),
+        (3, 1027, mx.float32, 288),
+        (3, 1030, mx.float32, 288),
+        (3, 1030, mx.float16, 160),
+        (3, 3968, mx.float32, 992),
+        (3, 3969, mx.float32, 1024),
+        (3, 4097, mx.float32, 1024),
+    ):
+        outputs = launched(Case(mx.zeros((rows, size), dtype), mx.zeros((rows,), mx.int32), 2, 3))
+        assert outputs == (0, 1)
+        assert launches[-1]["grid"] == (threads, rows, 1)
+        assert launches[-1]["threadgroup"] == (threads, 1, 1)
+        assert launches[-1]["output_shapes"] == [(rows,), (rows, size)]
+        assert launches[-1]["output_dtypes"] == [mx.float32, dtype]
+        assert launches[-1]["inputs"][2].tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("rows", "size"), [(1, 2), (3, 33), (9, 1027)])
+def test_address_spaces(rows: int, size: int, gradient: bool) -> None:
+    """MLX puts small inputs into ``constant``; a pointer to ``device`` would not compile there."""
+    definition, kernel_signature = signed("Metal", rows, size, gradient)
     assert address_spaces(kernel_signature, definition["source"], definition["header"]) == ""
 
 
-# --- the choice ------------------------------------------------------------------------------
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_cuda_text_is_cuda(gradient: bool) -> None:
+    """Of the device's functions alone, which g++ cannot tell from the host's."""
+    definition, kernel_signature = signed("CUDA", 3, 33, gradient)
+    source, header = definition["source"], definition["header"]
+    assert cuda_errors(kernel_signature, source, header) == ""
+    on_host = header.replace("METAL_FUNC __device__", "METAL_FUNC")
+    assert "no matching function" in cuda_errors(kernel_signature, source, on_host)
 
 
-def test_on_a_cpu_mlx_operations_run(cpu: None) -> None:
-    implementation = choice.choose_implementation()
-    assert implementation.name == "mlx"
-    assert implementation.note == "MLX's own operations (mlx-simpo's kernel needs a GPU)"
-    with pytest.raises(SimPOError, match=r"logps\.impl is kernel, but MLX runs on the CPU"):
-        choice.choose_implementation("kernel")
+def signed(backend: str, rows: int, size: int, gradient: bool) -> tuple[dict[str, Any], Any]:
+    """Return what the kernel is defined by, and its signature for bfloat16."""
+    definition = launch.kernel_definition(backend, gradient=gradient)
+    function = cuda_signature if backend == "CUDA" else signature
+    return definition, function(
+        definition["name"],
+        definition["source"],
+        definition["input_names"],
+        [(mx.bfloat16, (rows, size)), (mx.int32, (rows,)), (mx.float32, (2,))],
+        definition["output_names"],
+        [mx.float32, mx.bfloat16][: 1 + gradient],
+        [("T", mx.bfloat16)],
+    )
 
 
-@pytest.mark.parametrize("name", ["auto", "kernel"])
-def test_on_a_gpu_the_kernel_runs_once_it_is_checked(
-    name: Any, gpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checked = []
-    monkeypatch.setattr(choice, "check_kernel", checked.append)
-    implementation = choice.choose_implementation(name)
-    assert implementation.name == "kernel"
-    assert implementation.response_logps is launch.kernel_response_logps
-    assert checked == [launch.backend()]
-    assert f"the {launch.backend()} kernel" in implementation.note
-
-
-def test_the_kernel_passes_its_check(gpu: None) -> None:
-    choice.check_kernel.cache_clear()
-    assert choice.choose_implementation().name == "kernel"
-    assert choice.check_kernel.cache_info().currsize == 1
-
-
-@pytest.mark.parametrize("device", [on_cpu, on_gpu])
-def test_mlx_operations_run_wherever_they_are_asked_for(device: Any) -> None:
-    with device():
-        implementation = choice.choose_implementation("mlx")
-    assert implementation.response_logps is choice.BUILT_IN.response_logps
-    assert implementation.note == "MLX's own operations, as logps.impl=mlx asks"
+# --- a wrong kernel --------------------------------------------------------------------------
 
 
 def replace_in_kernel(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,74 +195,15 @@ def replace_in_kernel(old: str, new: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(launch, "_FOLDER", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("exp_minus_max(value, total.max_value)", "exp_minus_max(value, 0.0f)", "is off by"),
-        ("T(0.0f)", "T(1.0f)", "is off by"),
-        ("return {max_value,", "return {max_valve,", "does not run"),
-    ],
-)
-def test_a_wrong_kernel_is_an_error(
-    old: str,
-    new: str,
-    words: str,
-    stand_in_gpu: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_kernel_that_does_not_compile_is_an_error(
+    stand_in_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace_in_kernel(old, new, tmp_path, monkeypatch)
-    with pytest.raises(SimPOError, match=f"(?s)the Metal kernel .*{words}.*logps.impl=mlx"):
+    replace_in_kernel("return {max_value,", "return {max_valve,", tmp_path, monkeypatch)
+    with pytest.raises(SimPOError, match="(?s)the Metal kernel .*does not run.*max_valve"):
         choice.choose_implementation()
 
 
 # --- mutants ---------------------------------------------------------------------------------
-
-LOOP = "start < size;\n       start += int(position.count) * READS) {\n    float"
-
-# What is changed in the kernel, and which kinds of problem the executor must report for it; none
-# where only the numbers show it. (Some of those that are reported give the right numbers.)
-MUTANTS = {
-    "no barrier": (
-        "  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);\n",
-        "",
-        {"race", "uninitialised-read"},
-    ),
-    "barrier for other memory": ("mem_flags::mem_threadgroup", "mem_flags::mem_device", {"race"}),
-    "tail not guarded": (
-        "start + i < size ? logit(float(raw_logits[start + i]), scale, softcap) : -INFINITY",
-        "logit(float(raw_logits[start + i]), scale, softcap)",
-        {"out-of-bounds"},
-    ),
-    "gradient beyond the row": (
-        "v < start + READS && v < size",
-        "v < start + READS",
-        {"out-of-bounds", "race"},
-    ),
-    "tail not read": (LOOP, LOOP.replace("start < size", "start + READS <= size"), set()),
-    "absent simdgroups read": (
-        "position.lane < position.simdgroups",
-        "true",
-        {"uninitialised-read"},
-    ),
-    "only one simdgroup": (
-        "position.lane < position.simdgroups",
-        "position.lane < 1",
-        set(),
-    ),
-    "barrier that some threads skip": (
-        "  if (position.lane == 0) {\n",
-        "  if (position.lane != 0) return own; {\n",
-        {"divergent-barrier"},
-    ),
-    "row not written": (
-        "    return;\n  }\n\n  MaxAndSum total",
-        "    return;\n  }\n  if (target == 0) return;\n  MaxAndSum total",
-        {"unwritten-output"},
-    ),
-    "ignored row not written": ("      *logp = 0.0f;\n", "", {"unwritten-output"}),
-    "next token's logit": ("raw_logits[target]", "raw_logits[target + 1]", set()),
-}
 
 
 @pytest.mark.parametrize(("old", "new", "kinds"), MUTANTS.values(), ids=MUTANTS)

@@ -10,11 +10,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from .signature import Parameter, Signature
+from .signature import Signature
 
 HERE = Path(__file__).parent
 RUNTIME = [HERE / n for n in ("runtime.cpp", "threads.h", "memory.h", "report.h", "host.h")]
-HEADERS = [HERE / n for n in ("msl.h", "types.h", "simd.h", "host.h")]
+HEADERS = [HERE / n for n in ("msl.h", "types.h", "simd.h", "arrays.h", "cuda_host.h", "host.h")]
 
 OLDEST_COMPILER = 12  # the first with _Float16 and -ftrivial-auto-var-init
 RUNTIME_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-exceptions"]
@@ -48,7 +48,7 @@ KERNEL_FLAGS = [
 INCLUDES = re.compile(r"^[ \t]*#[ \t]*(include[ \t]*<metal_\w+>|pragma[ \t]+once).*", re.MULTILINE)
 # threadgroup float a[32], b[2][8]; but not a pointer: nothing here matches its star.
 THREADGROUP_ARRAYS = re.compile(
-    r"""\bthreadgroup \s+
+    r"""\b(?:threadgroup|__shared__) \s+
     (?P<type> [A-Za-z_][\w:]* (?: \s* <[^;(){}]*?> )? ) \s+
     (?P<arrays> [A-Za-z_]\w* \s* (?: \[[^]]*\] \s* )*
              (?: , \s* [A-Za-z_]\w* \s* (?: \[[^]]*\] \s* )* )* )
@@ -56,7 +56,13 @@ THREADGROUP_ARRAYS = re.compile(
     re.VERBOSE,
 )
 # Any other declaration of one: g++ would make it a variable of each thread.
-STRAY = re.compile(r"\bthreadgroup\s+[A-Za-z_][\w:]*(\s*<[^;(){}]*?>)?\s+[A-Za-z_]\w*\s*[\[=;,]")
+STRAY = re.compile(
+    r"\b(?:threadgroup|__shared__)\s+[A-Za-z_][\w:]*(\s*<[^;(){}]*?>)?\s+[A-Za-z_]\w*\s*[\[=;,]"
+)
+# The function between the runtime and the kernel.
+CALL_KERNEL = (
+    "MSL_UNCHECKED void metal_host::call_kernel(void* const* buffers, const Attributes& thread_)"
+)
 
 
 class MetalError(RuntimeError):
@@ -96,15 +102,6 @@ def _declare_arrays(match: re.Match[str]) -> str:
     return " ".join(declarations) + "\n" * match[0].count("\n")
 
 
-def _argument(position: int, parameter: Parameter) -> str:
-    """Return the C++ expression that is passed for a parameter."""
-    if parameter.kind == "attribute":
-        value = f"thread_.{parameter.name}"
-        return f"uint3({value}.x, {value}.y, {value}.z)" if parameter.type == "uint3" else value
-    pointer = parameter.type.replace("&", "*")
-    return ("*" if "&" in parameter.type else "") + f"({pointer})buffers[{position}]"
-
-
 def host_text(signature: Signature, source: str, header: str) -> str:
     """Return the C++ text for g++. Lines keep their numbers, in files called "header" and "source".
 
@@ -118,16 +115,16 @@ def host_text(signature: Signature, source: str, header: str) -> str:
             where = f"{file}:{text.count(chr(10), 0, stray.start()) + 1}"
             problem = f"{where}: threadgroup variables belong in the kernel, without initial values"
             raise MetalError(signature.name, [("compile", problem)])
-    arguments = [_argument(i, p) for i, p in enumerate(signature.parameters)]
-    return f"""#include "msl.h"
+    arguments = [signature.argument(i, p) for i, p in enumerate(signature.parameters)]
+    return f"""#include "{signature.library}"
 #line 1 "header"
 {header}
 #line 1 "signature"
 {signature.declaration}
 #line 1 "source"
 {body}
-}}
-MSL_UNCHECKED void metal_host::call_kernel(void* const* buffers, const Attributes& thread_) {{
+{signature.closing}
+{CALL_KERNEL} {{
   {signature.name}{signature.arguments}({", ".join(arguments)});
 }}
 """

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import launch
 from .build import host_text
+from .cuda import MAX_NDIM, cuda_signature
 from .signature import Signature, Template, signature
 
 Scalar = bool | int | float
@@ -100,7 +101,7 @@ class MetalKernel:
             raise ValueError(f"a threadgroup has at most {MAX_THREADS} threads, not {threadgroup}")
 
         def execute(*arrays: mx.array) -> list[mx.array]:
-            kernel_signature = signature(
+            kernel_signature = self._signature(
                 self.name,
                 self.source,
                 self.input_names,
@@ -117,7 +118,7 @@ class MetalKernel:
                 self.name,
                 host_text(kernel_signature, self.source, self.header),
                 self._buffers(kernel_signature, arrays, outputs, init_value is not None),
-                grid,
+                self._threads(grid, threadgroup),
                 threadgroup,
                 _seeds,
             )
@@ -130,6 +131,15 @@ class MetalKernel:
         differentiable: Any = mx.custom_function(execute)
         differentiable.vjp(_raise_no_gradient)
         return differentiable(*map(mx.array, inputs))
+
+    @staticmethod
+    def _signature(*arguments: Any) -> Signature:
+        return signature(*arguments)
+
+    @staticmethod
+    def _threads(grid: launch.Triple, _threadgroup: launch.Triple) -> launch.Triple:
+        """Return the grid: a threadgroup is cut off at its edge."""
+        return grid
 
     def _buffers(
         self,
@@ -187,10 +197,43 @@ def metal_kernel(
     return MetalKernel(name, input_names, output_names, source, header, ensure_row_contiguous)
 
 
+class CudaKernel(MetalKernel):
+    """The result of cuda_kernel; called like the result of mx.fast.cuda_kernel."""
+
+    @staticmethod
+    def _signature(*arguments: Any) -> Signature:
+        return cuda_signature(*arguments)
+
+    @staticmethod
+    def _threads(grid: launch.Triple, threadgroup: launch.Triple) -> launch.Triple:
+        """Return the grid in whole blocks."""
+        x, y, z = (-(-g // t) * t for g, t in zip(grid, threadgroup, strict=True))
+        return x, y, z
+
+    def _inputs(self, arrays: Sequence[mx.array]) -> list[dict[str, np.ndarray]]:
+        arguments = super()._inputs(arrays)
+        for argument in arguments:
+            for kind in ("shape", "strides"):
+                argument[kind] = np.pad(argument[kind], (0, MAX_NDIM - len(argument[kind])))
+        return arguments
+
+
+def cuda_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+) -> CudaKernel:
+    """Create a kernel as mx.fast.cuda_kernel does, to be executed and checked on the host."""
+    return CudaKernel(name, input_names, output_names, source, header, ensure_row_contiguous)
+
+
 @contextmanager
 def stand_in(seeds: Sequence[int] = SEEDS) -> Iterator[None]:
-    """Replace mx.fast.metal_kernel by ``metal_kernel``, and turn mx.compile off: these kernels run
-    when they are called, not when a graph is evaluated.
+    """Replace mx.fast.metal_kernel and cuda_kernel, and turn mx.compile off: these kernels run when
+    they are called, not when a graph is evaluated.
 
     Kernels that were created before keep running as they did: clear caches of kernels before
     entering and after leaving.
@@ -199,11 +242,11 @@ def stand_in(seeds: Sequence[int] = SEEDS) -> Iterator[None]:
         seeds: the orders of threads in which each kernel runs, see `launch.run`.
     """
     global _seeds
-    before, _seeds = (mx.fast.metal_kernel, _seeds), tuple(seeds)
-    mx.fast.metal_kernel = metal_kernel
+    before, _seeds = (mx.fast.metal_kernel, mx.fast.cuda_kernel, _seeds), tuple(seeds)
+    mx.fast.metal_kernel, mx.fast.cuda_kernel = metal_kernel, cuda_kernel
     mx.disable_compile()
     try:
         yield
     finally:
-        mx.fast.metal_kernel, _seeds = before
+        mx.fast.metal_kernel, mx.fast.cuda_kernel, _seeds = before
         mx.enable_compile()

@@ -3,9 +3,7 @@
 // It includes no mathematical header: ::exp or ::abs would join the overloads below and accept
 // calls that are ambiguous in Metal. What is missing here does not compile, and is reported so.
 #pragma once
-#include <type_traits>
-
-#include "host.h"
+#include "arrays.h"
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -222,12 +220,6 @@ MSL_VARIANTS
 }  // namespace metal
 
 #include "simd.h"
-
-template <class T>
-T& msl_threadgroup(const char* name, int line = __builtin_LINE()) {
-  using Item = std::remove_all_extents_t<T>;
-  return *static_cast<T*>(metal_host::threadgroup_array(name, sizeof(T), sizeof(Item), line));
-}
 
 // As in MLX's own header, which precedes every custom kernel.
 using namespace metal;

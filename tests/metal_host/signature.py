@@ -6,7 +6,7 @@ After mlx/backend/common/metal_kernel.cpp of MLX 0.32; tests compare it with wha
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import mlx.core as mx
 
@@ -73,8 +73,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """Name, template and parameters of the function."""
+    """Name, template and parameters of the function.
 
+    ``library`` is the header that takes the place of Metal's; ``closing`` follows the source.
+    """
+
+    library: ClassVar[str] = "msl.h"
+    closing: ClassVar[str] = "}"
     name: str
     template: str  # "template <typename T, int N>\n", or nothing
     arguments: str  # "<float, 3>", or nothing
@@ -96,6 +101,15 @@ class Signature:
         if attributes:
             lines[-1] = lines[-1].removesuffix(",\n") + ") {\n"
         return "".join(lines)
+
+    def argument(self, position: int, parameter: Parameter) -> str:
+        """Return the C++ expression that is passed for a parameter, the position-th one."""
+        if parameter.kind == "attribute":
+            value = f"thread_.{parameter.name}"
+            is_triple = parameter.type == "uint3"
+            return f"uint3({value}.x, {value}.y, {value}.z)" if is_triple else value
+        pointer = parameter.type.replace("&", "*")
+        return ("*" if "&" in parameter.type else "") + f"({pointer})buffers[{position}]"
 
     def text(self, source: str, header: str = "") -> str:
         """Return the whole text that MLX compiles."""

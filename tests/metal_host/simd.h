@@ -1,9 +1,6 @@
 // Metal's barriers, and operations between the lanes of a simdgroup.
 #pragma once
 
-// For functions that exchange values between lanes: they read memory of the runtime, unchecked.
-#define MSL_UNCHECKED __attribute__((noinline, no_sanitize("thread"), no_sanitize("undefined")))
-
 namespace metal {
 
 // --- barriers -------------------------------------------------------------------------------
