@@ -21,6 +21,7 @@ SCOPE = (
 # Of a module without a test module of its own, and where a neighbour's tests are meant for it too.
 TESTS: dict[str, tuple[str, ...]] = {
     "engine/agreement.py": ("engine/test_choice.py", "engine/test_fused_attention.py"),
+    "engine/stopwatch.py": ("engine/test_head_timing.py",),
     "kernels/choice.py": ("kernels/test_launch.py",),
     "training/recording.py": ("training/test_session.py", "training/test_run.py"),
     "training/result.py": ("training/test_session.py", "training/test_run.py"),
