@@ -29,6 +29,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "data/encode.py": ("data/test_official.py", "data/test_scored_text.py"),
     "data/truncation.py": ("data/test_encode.py",),
     "training/trainer.py": ("training/test_state.py",),
+    "engine/stopwatch.py": ("engine/test_head_timing.py",),
 }
 
 

@@ -36,6 +36,7 @@ from .pass_timing import (
 )
 from .stopwatch import Stopwatch, Work, undisturbed
 from .trial_shapes import Lengths, Shape, pairs_of, shape_of
+from .vocabulary import vocabulary_size
 
 BUDGET_S = 3.0
 ATTENTION_SHARE, PASSES_SHARE = 0.2, 0.7  # of what is left of the budget
@@ -166,7 +167,7 @@ def _measure(watch: Stopwatch, model: Any, config: SimPOConfig, lengths: Lengths
 
 def _gradient_work(model: Any, engine: Engine, shape: Shape, is_checkpointed: bool) -> Work:
     """Return value and gradient of a micro-batch of this shape."""
-    arrays = collate_shared(pairs_of(shape), 0).arrays
+    arrays = collate_shared(pairs_of(shape, vocabulary_size(model)), 0).arrays
 
     def loss(*arrays: Any) -> mx.array:
         return engine.logps(model, arrays, training=True).sum()

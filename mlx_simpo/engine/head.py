@@ -50,8 +50,7 @@ class Head(NamedTuple):
         if type(projection) not in (nn.Linear, nn.Embedding) or "bias" in projection:
             return self.raw_logits(model, hidden)  # quantized, LoRA, …: not hidden @ weight.T alone
         weight = projection.weight
-        token = mx.clip(targets, 0, len(weight) - 1)
-        at_target = (hidden.astype(mx.float32) * weight[token]).sum(axis=-1, keepdims=True)
+        at_target = (hidden.astype(mx.float32) * weight[targets]).sum(axis=-1, keepdims=True)
         return mx.addmm(at_target.astype(hidden.dtype), hidden, weight.T, beta=-1.0)
 
     def logits(self, model: nn.Module, hidden: mx.array) -> mx.array:
@@ -154,8 +153,8 @@ class _ModelWithHidden:
         attribute = getattr(self._model, name)
         if name != self._path[0]:
             return attribute
-        if len(self._path) > 1:
-            return _ModelWithHidden(attribute, self._path[1:], self._hidden)
+        if path_within := self._path[1:]:
+            return _ModelWithHidden(attribute, path_within, self._hidden)
         return _TrunkWithHidden(attribute, self._hidden)
 
 

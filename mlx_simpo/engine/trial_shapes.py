@@ -72,8 +72,9 @@ def shape_of(positions: int, lengths: Lengths) -> Shape:
     return Shape(1, Lengths(prefix, max(2, (positions - prefix) // 2)))
 
 
-def pairs_of(shape: Shape) -> list[EncodedPair]:
-    """Return pairs of this shape: other tokens in each, of which each sequence's last is scored."""
+def pairs_of(shape: Shape, vocabulary: int) -> list[EncodedPair]:
+    """Return pairs of this shape, of tokens below ``vocabulary`` (2 or more): other ones in each
+    pair, of which each sequence's last is scored."""
     prefix, continuation = shape.lengths
     pairs = []
     for number in range(shape.pairs):
@@ -81,8 +82,8 @@ def pairs_of(shape: Shape) -> list[EncodedPair]:
         for kind in (0, 1):
             # The last token is not run. The first one after the prefix differs, where it ends.
             length = prefix + continuation + 1 - (kind if shape.passes == 3 else 0)
-            tokens = (np.arange(length, dtype=np.int32) + number) % 64
-            tokens[prefix] = 64 + kind
+            tokens = (np.arange(length, dtype=np.int32) + number) % vocabulary
+            tokens[prefix] = kind
             sequences.append(TokenizedSequence(tokens, length - 1))
         pairs.append(EncodedPair(*sequences))
     return pairs

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.architectures import architecture, architecture_with_lora
 from helpers.chunks import recorded_bounds
+from helpers.devices import on_stand_in_gpu
 from helpers.gradients import run
 from helpers.states import no_fork, overwrite
 from helpers.tiny import tiny_model
@@ -66,11 +67,15 @@ def test_a_state_that_cannot_be_forked_takes_the_reference_and_says_so() -> None
     assert all(np.isfinite(value).all() for value in values.values())
 
 
-@pytest.mark.parametrize("vocabulary", [4, 7, 40])
-def test_a_small_vocabulary_shares_too(vocabulary: int) -> None:
-    model = tiny_model(vocab_size=vocabulary)
-    engine = choose_engine("shared_prefix", model)
+@pytest.mark.parametrize("vocabulary", [2, 3, 7, 49])
+def test_a_small_vocabulary_shares_too_and_has_the_kernel_that_was_asked_for(
+    vocabulary: int,
+) -> None:
+    """The trial's tokens are all within it."""
+    with on_stand_in_gpu():
+        engine = choose_engine("shared_prefix", tiny_model(vocab_size=vocabulary), "kernel")
     assert engine.name == "shared_prefix", engine.note
+    assert "; log-probabilities: the Metal kernel, which agrees with " in engine.note
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])

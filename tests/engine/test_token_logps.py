@@ -3,6 +3,7 @@ plain operations, for every kind of head, and the matrix products that they cost
 
 import io
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from helpers.architectures import with_lora
 from helpers.tiny import tiny_model
+from mlx.utils import tree_flatten
 
 from mlx_simpo.engine.head import Head, resolve_head
 from mlx_simpo.engine.token_logps import (
@@ -219,8 +221,18 @@ def test_chunks_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("count", [1, 200, 257])
-def test_no_chunk_has_more_logits_than_the_bound(count: int, training: bool, trains: bool) -> None:
+@pytest.mark.parametrize(
+    ("count", "chunk_logits", "most"),
+    [
+        (1, 12_800, 128),
+        (200, 12_800, 128),
+        (257, 12_800, 128),
+        (2100, MAX_CHUNK_LOGITS, 1024),  # a launch of the kernel takes no more rows
+    ],
+)
+def test_no_chunk_has_more_logits_than_the_bound(
+    count: int, chunk_logits: int, most: int, training: bool, trains: bool
+) -> None:
     """As what computes log-probabilities sees them; together they are all hidden states, once."""
     model = HeadedModel(nn.Linear(8, 100, bias=False), 8)
     if trains:
@@ -238,12 +250,12 @@ def test_no_chunk_has_more_logits_than_the_bound(count: int, training: bool, tra
         mx.zeros(count, mx.int32),
         training=training,
         implementation=BUILT_IN._replace(response_logps=recording),
-        chunk_logits=128 * 100,
+        chunk_logits=chunk_logits,
     )
     rows = [shape[0] for shape in shapes]
     assert sum(rows) == count
-    assert max(rows) <= 128
-    assert len(rows) == -(-count // 128)
+    assert max(rows) <= most
+    assert len(rows) == -(-count // most)
     assert max(rows) - min(rows) < len(rows)  # no chunk is thin beside another
 
 
@@ -263,6 +275,45 @@ def test_the_chunk_grows_with_what_the_trunk_holds() -> None:
     assert one == chunk_logits_beside_trunk(100, 64, 4) == 4 * 100 * 64
     assert chunk_logits_beside_trunk(200, 64, 1) == 2 * one
     assert chunk_logits_beside_trunk(100, 64, 32) == 8 * one
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_gradients_are_in_the_dtype_of_what_they_are_of(dtype: mx.Dtype, trains: bool) -> None:
+    """In float32 they would take twice the memory, all the way down the trunk."""
+    wide = HeadedModel(nn.Linear(16, 300, bias=False), 16)
+    wide.set_dtype(dtype)
+    narrow = HeadedModel(nn.Linear(16, 300, bias=False), 16)
+    narrow.update(wide.parameters())
+    wide.set_dtype(mx.float32)
+    if trains:
+        wide.lm_head.unfreeze()
+        narrow.lm_head.unfreeze()
+    hidden = (4 * mx.random.normal((70, 16), key=mx.random.key(1))).astype(dtype)
+    targets, cotangents = mx.arange(70), mx.random.normal((70,), key=mx.random.key(2))
+
+    def gradients(model: HeadedModel, hidden: mx.array, logps: Callable) -> Any:
+        def total(weights: dict, hidden: mx.array) -> mx.array:
+            model.update(weights)
+            return (logps(model, hidden) * cotangents).sum()
+
+        return mx.grad(total, argnums=(0, 1))(model.trainable_parameters(), hidden)
+
+    actual = gradients(
+        narrow, hidden,
+        lambda model, x: token_logps(
+            model, PLAIN_HEAD, x, targets, training=True, chunk_logits=1
+        ),
+    )  # fmt: skip
+    expected = gradients(
+        wide, hidden.astype(mx.float32), lambda model, x: plain_logps(model, x, targets)
+    )
+    both = [dict(tree_flatten(g)) for g in (actual, expected)]
+    assert len(both[0]) == len(both[1]) == 1 + trains
+    for name, gradient in both[0].items():
+        assert gradient.dtype == dtype
+        exact = both[1][name]
+        assert mx.abs(gradient - exact).max() < 0.02 * mx.abs(exact).max()
 
 
 def test_training_is_as_exact_as_evaluation_in_half_precision() -> None:

@@ -6,6 +6,7 @@ from helpers.tiny import token_pair as pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_simpo.data.tokens import largest_token_ids
 from mlx_simpo.engine.collate_shared import collate_shared
 from mlx_simpo.engine.trial_shapes import (
     Lengths,
@@ -20,13 +21,15 @@ TYPICAL = Lengths(64, 128)
 LENGTHS = st.builds(Lengths, st.integers(2, 300), st.integers(2, 300))
 
 
-@given(st.integers(4, 4096), LENGTHS, st.sampled_from([2, 3]))
+@given(st.integers(4, 4096), LENGTHS, st.sampled_from([2, 3]), st.sampled_from([2, 3, 50, 50_000]))
 @settings(deadline=None, max_examples=60)
 def test_pairs_of_a_shape_run_in_its_passes_and_positions(
-    positions: int, lengths: Lengths, passes: int
+    positions: int, lengths: Lengths, passes: int, vocabulary: int
 ) -> None:
     shape = shape_of(positions, lengths)._replace(passes=passes)
-    batch = collate_shared(pairs_of(shape), 0)
+    pairs = pairs_of(shape, vocabulary)
+    assert largest_token_ids(pairs).max() < vocabulary
+    batch = collate_shared(pairs, 0)
     assert (batch.passes, batch.positions, batch.padding) == (passes, shape.positions, 0)
     assert batch.prefix_tokens.shape == (shape.pairs, shape.lengths.prefix)
     assert batch.hidden_indices.size == 2 * shape.pairs  # next to nothing for the head
@@ -60,7 +63,7 @@ def test_lengths_that_differ_little_are_the_same() -> None:
 def test_random_tokens_are_not_drawn() -> None:
     """What is measured must not move the run's random numbers."""
     state = np.random.get_state()[1].copy()  # type: ignore[union-attr]
-    pairs_of(shape_of(512, TYPICAL))
+    pairs_of(shape_of(512, TYPICAL), 50)
     assert (np.random.get_state()[1] == state).all()  # type: ignore[union-attr]
 
 
