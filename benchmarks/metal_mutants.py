@@ -40,12 +40,13 @@ from mutation.scope import ROOT
 from mutation.worker import FAILED, OPTIONS, ended_within
 from provenance import provenance, write_result
 
-import mlx_simpo.training.step
+import mlx_simpo.training.step  # noqa: F401
 from mlx_simpo.kernels import launch
 
 SECONDS = 120  # of the tests of one wrong version; they take half a minute where all pass
 TESTS = "tests/kernels/test_launch.py"
-# In what pytest prints of a MetalError: "[race] …", or of the check before first use: "does not run".
+# In what pytest prints of a MetalError: "[race] …"; or of the check before first use: "does not
+# run".
 REPORTED = re.compile(r"^E .*?\[([a-z]+(?:-[a-z]+)*)\] ", re.MULTILINE)
 
 

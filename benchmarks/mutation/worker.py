@@ -34,6 +34,7 @@ def import_libraries(copy: Path) -> None:
     # isort: split
     import datasets  # noqa: F401
     import hypothesis  # noqa: F401
+    import mlx_lm.tuner.lora  # noqa: F401
     import numpy  # noqa: F401
     import pytest  # noqa: F401
     import transformers  # noqa: F401
@@ -42,13 +43,13 @@ def import_libraries(copy: Path) -> None:
         del sys.modules[name]
 
 
-def run_tests(tests: list[str], log: Path) -> None:
+def run_tests(tests: list[str], log: Path, *, is_wrong: bool) -> None:
     """Run the tests in this process and end it with pytest's exit status."""
     import pytest
 
     os.setsid()
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    sys.dont_write_bytecode = True  # what is compiled must not outlive the wrong version
+    sys.dont_write_bytecode = is_wrong  # what is compiled must not outlive the wrong version
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -81,7 +82,7 @@ def tested(job: dict[str, Any], log: Path) -> dict[str, Any]:
     start = time.monotonic()
     process = os.fork()
     if not process:
-        run_tests(job["tests"], log)
+        run_tests(job["tests"], log, is_wrong=job["code"] is not None)
     status = ended_within(process, job["seconds"])
     seconds = round(time.monotonic() - start, 1)
     text = log.read_text(errors="replace")

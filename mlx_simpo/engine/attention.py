@@ -59,8 +59,6 @@ class _Problem(NamedTuple):
 
     tiles: list[Tile]
     groups: int
-    num_queries: int
-    num_keys: int
     scale: float
     mask: mx.array | str | None
     shares_biases: bool
@@ -83,16 +81,14 @@ def attention(
         tile_scores: scores computed at once.
 
     Returns:
-        [n, H, T, E].
+        [n, H, T, E], computed in the dtype that the three arrays have in common.
     """
     causal = isinstance(mask, str)
     tiles = split_into_tiles(queries.shape, keys.shape[2], tile_scores, causal=causal)
     rows_times_keys = sum((tile.stop - tile.start) * tile.num_keys for tile in tiles)
     saves_probabilities = queries.shape[0] * queries.shape[1] * rows_times_keys <= MAX_SAVED_SCORES
     groups = queries.shape[1] // keys.shape[1]
-    problem = _Problem(
-        tiles, groups, queries.shape[2], keys.shape[2], scale, mask, saves_probabilities
-    )
+    problem = _Problem(tiles, groups, scale, mask, saves_probabilities)
 
     @mx.custom_function
     def forward(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
@@ -109,7 +105,8 @@ def attention(
         queries, keys, values = primals
         return _backward(queries, keys, values, cotangents[0], outputs[1:], problem)
 
-    return forward(queries, keys, values)[0]  # type: ignore[index]
+    dtype = mx.result_type(queries, keys, values)
+    return forward(*(array.astype(dtype) for array in (queries, keys, values)))[0]  # type: ignore[index]
 
 
 def _forward(
@@ -135,7 +132,7 @@ def _backward(
     saved_probabilities: tuple[mx.array, ...],
     problem: _Problem,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the gradients of queries, keys and values, in their shapes and dtypes."""
+    """Return the gradients of queries, keys and values, in their shapes and dtype."""
     d_queries: list[mx.array] = []
     d_keys = d_values = None
     previous: list[mx.array] = []
@@ -157,7 +154,8 @@ def _backward(
     assert d_keys is not None
     assert d_values is not None
     d_queries = d_queries[::-1]
-    return _concatenate_rows(d_queries), d_keys.astype(keys.dtype), d_values.astype(values.dtype)
+    d_keys, d_values = (a.astype(keys.dtype) for a in (d_keys, d_values))
+    return _concatenate_rows(d_queries), d_keys, d_values
 
 
 def _add_to_first(total: mx.array | None, part: mx.array, problem: _Problem) -> mx.array:
@@ -181,10 +179,10 @@ def _tile_rows(array: mx.array, tile: Tile, kv_heads: int, after: list[mx.array]
 def _probabilities(q: mx.array, keys: mx.array, tile: Tile, problem: _Problem) -> mx.array:
     """Return softmax(scale · QKᵀ) [n, K, H/K · rows, keys] of a tile's rows ``q``."""
     k = keys[:, :, : tile.num_keys].swapaxes(-1, -2)
-    dtype = mx.result_type(q, k)
+    dtype = q.dtype
     mask = problem.mask
     if isinstance(mask, CausalMask) and problem.shares_biases:
-        key = (tile, problem.groups, problem.num_queries, problem.num_keys, dtype)
+        key = (tile, problem.groups, dtype)
         if key not in mask.biases:
             mask.biases[key] = _bias(problem, tile, dtype)
         bias = mask.biases[key]
@@ -211,14 +209,13 @@ def _bias(problem: _Problem, tile: Tile, dtype: mx.Dtype) -> mx.array:
     """Return what a tile's mask adds to its scores: 0 where its rows see a key, −inf elsewhere,
     [H/K · rows, keys], or the scalar 0 if they see all.
 
-    Queries are the last of the positions, so query i is at position num_keys − num_queries + i.
+    Under a causal mask, the tile's last row is at the position of the last key that it sees.
     """
     mask = problem.mask
     if mask is None:
         return _zero(dtype)
     if isinstance(mask, str):
-        first = problem.num_keys - problem.num_queries + tile.start
-        position = mx.arange(first, first + tile.stop - tile.start)
+        position = mx.arange(tile.num_keys - tile.stop + tile.start, tile.num_keys)
         visible = position[:, None] >= mx.arange(tile.num_keys)
     else:
         visible = mask[tile.start : tile.stop]

@@ -13,8 +13,9 @@ from .launch import DTYPES, backend, kernel_response_logps
 
 Name = Literal["auto", "kernel", "mlx"]
 
-# What the check before first use covers: rows, vocabulary and softcap. The vocabularies are less than
-# one read of 16 bytes; no multiple of a read; more than a threadgroup reads at once (the slowest).
+# What the check before first use covers: rows, vocabulary and softcap. The vocabularies are less
+# than one read of 16 bytes; no multiple of a read; more than a threadgroup reads at once (the
+# slowest).
 CASES = ((11, 3, 5.0), (11, 1030, 0.0), (11, 1030, 5.0), (3, 8201, 0.0))
 SCALE = 0.5
 # How far rows are from 0: a row's max must start at −∞, and be subtracted before the logarithm is.
@@ -91,8 +92,8 @@ def choose_implementation(name: Name = "auto") -> Implementation:
 def check_kernel(gpu: str) -> None:
     """Compare the kernel with MLX operations on small inputs of every kind; once per process.
 
-    Takes 16 launches of eleven rows at most, and compiles the kernel four times: for each dtype, and
-    without a gradient.
+    Takes 16 launches of eleven rows at most, and compiles the kernel four times: for each dtype,
+    and without a gradient.
 
     Args:
         gpu: "Metal" or "CUDA", for the message.

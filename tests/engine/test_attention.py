@@ -1,13 +1,15 @@
 """Attention in tiles against its definition in float64 and against MLX's own gradient."""
 
+import math
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.float64 import attention_in_float64
 from helpers.graphs import ELEMENTWISE, PRODUCTS, count, primitives
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ from mlx_simpo.engine.figures import CPU, GPU
 
 SCALE = 0.3
 # new positions, positions before them, query heads, key heads
-SHAPES = [(1, 0, 1, 1), (5, 0, 4, 4), (7, 9, 6, 2), (64, 3, 4, 1), (130, 70, 2, 2)]
+SHAPES = [(1, 0, 1, 1), (1, 6, 4, 2), (7, 9, 6, 2), (64, 3, 4, 1), (50, 21, 2, 2)]
 
 
 def random_inputs(shape: tuple[int, int, int, int], n: int = 2) -> list[mx.array]:
@@ -34,19 +36,6 @@ def make_mask(kind: str | None, new: int, old: int) -> mx.array | str | None:
         return kind
     position, key = mx.arange(old, old + new)[:, None], mx.arange(old + new)
     return (key <= position) & (key > position - 3)
-
-
-def attention_in_float64(
-    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, visible: np.ndarray
-) -> np.ndarray:
-    """softmax(scale · QKᵀ) V, head by head."""
-    out = np.zeros((*queries.shape[:3], values.shape[-1]))
-    for n, head in np.ndindex(queries.shape[:2]):
-        kv_head = head * keys.shape[1] // queries.shape[1]
-        scores = SCALE * queries[n, head] @ keys[n, kv_head].T
-        weights = np.where(visible, np.exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
-        out[n, head] = weights / weights.sum(axis=-1, keepdims=True) @ values[n, kv_head]
-    return out
 
 
 def mlx_attention(
@@ -75,35 +64,81 @@ def gradients(run: Callable[..., mx.array], inputs: list[mx.array]) -> list[np.n
     return [np.array(g) for g in mx.grad(total, argnums=(0, 1, 2))(*primals)]
 
 
+def visible_keys(kind: str | None, new: int, old: int) -> np.ndarray:
+    """Which keys [T, S] each query sees."""
+    window = {None: new + old, "causal": new + old, "window": 3}[kind]
+    distance = np.arange(old, old + new)[:, None] - np.arange(old + new)
+    return (distance < window) & ((distance >= 0) | (kind is None))
+
+
 @pytest.mark.parametrize("saved_scores", [0, module.MAX_SAVED_SCORES])
-@pytest.mark.parametrize("tile_scores", [1, CPU.tile_scores])
+@pytest.mark.parametrize("rows", [3, module.MIN_TILE_ROWS])
 @pytest.mark.parametrize("kind", [None, "causal", "window"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradient(
     shape: tuple[int, int, int, int],
     kind: str | None,
-    tile_scores: int,
+    rows: int,
     saved_scores: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """In one tile and in several, the last of which are larger than the others."""
     monkeypatch.setattr(module, "MAX_SAVED_SCORES", saved_scores)
-    monkeypatch.setattr(module, "MIN_TILE_ROWS", 16)
+    monkeypatch.setattr(module, "MIN_TILE_ROWS", rows)
     new, old = shape[:2]
     mask, inputs = make_mask(kind, new, old), random_inputs(shape)
-    visible = np.tri(new, old + new, old, dtype=bool) if kind == "causal" else np.ones((), bool)
-    visible = np.array(mask) if isinstance(mask, mx.array) else visible
-
-    queries, keys, values = (np.array(a, np.float64) for a in inputs[:3])
-    expected = attention_in_float64(queries, keys, values, visible)
+    wide = [np.array(a, np.float64) for a in inputs[:3]]
+    expected = attention_in_float64(*wide, SCALE, visible_keys(kind, new, old))
 
     def run(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return our_attention(mask, q, k, v, tile_scores)
+        return our_attention(mask, q, k, v, tile_scores=1)
 
     np.testing.assert_allclose(run(*inputs[:3]), expected, atol=2e-6)
 
     ours, theirs = (gradients(f, inputs) for f in (run, partial(mlx_attention, mask)))
-    for actual, wide in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(actual, wide, atol=2e-5 * np.abs(wide).max() + 1e-6)
+    for actual, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(actual, other, atol=2e-5 * np.abs(other).max() + 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["causal", "window"])
+@pytest.mark.parametrize("level", [-1e5, 1e5])
+def test_scores_far_from_zero(level: float, kind: str) -> None:
+    """Of keys that are seen and, further up, of those that are not."""
+    new, old = 7, 9
+    inputs = random_inputs((new, old, 4, 2))
+    # Numbers of which float32 holds products and sums exactly.
+    queries, keys, values = ((4 * a).round() / 4 for a in inputs[:3])
+    queries[..., 0], keys[..., 0] = 1.0, 4 * level
+    keys[:, :, -1, 0] = 4 * level + 2e4  # only the last query sees it
+    wide = [np.array(a, np.float64) for a in (queries, keys, values)]
+    expected = attention_in_float64(*wide, 0.25, visible_keys(kind, new, old))
+    mask = make_mask(kind, new, old)
+    run = partial(attention, scale=0.25, mask=mask)
+    np.testing.assert_allclose(run(queries, keys, values), expected, atol=2e-6)
+    exact = [queries, keys.at[..., 0].add(-4 * level), values, inputs[3]]
+    for actual, other in zip(
+        gradients(run, [queries, keys, values, inputs[3]]),
+        gradients(partial(mx.fast.scaled_dot_product_attention, scale=0.25, mask=mask), exact),
+        strict=True,
+    ):
+        # Queries' first entry is multiplied by keys that differ by the level.
+        np.testing.assert_allclose(actual[..., 1:], other[..., 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [*product((mx.float32, mx.bfloat16), repeat=3)])
+def test_arrays_of_several_dtypes(dtypes: tuple[mx.Dtype, ...]) -> None:
+    """Value and gradients have the dtypes of MLX's, and are computed in the widest."""
+    *primals, d_out = random_inputs((7, 9, 4, 2))
+    primals = [a.astype(dtype) for a, dtype in zip(primals, dtypes, strict=True)]
+    (ours, our_vjps), (theirs, vjps) = (
+        mx.vjp(partial(run, "causal"), primals, [d_out.astype(mx.result_type(*dtypes))])
+        for run in (our_attention, mlx_attention)
+    )
+    assert [a.dtype for a in (*ours, *our_vjps)] == [a.dtype for a in (*theirs, *vjps)]
+    all_dtypes = [ours[0].dtype, *dtypes]
+    for one, two, dtype in zip([*ours, *our_vjps], [*theirs, *vjps], all_dtypes, strict=True):
+        rounding = 1e-5 if dtype == mx.float32 else 2e-2
+        assert mx.abs(one - two).max() <= rounding * mx.abs(two).max()
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -129,23 +164,24 @@ def test_half_precision_is_as_near_to_float32_as_mlx_is(
 @given(
     st.integers(1, 3000),
     st.integers(0, 3000),
+    st.integers(1, 3),
     st.integers(1, 64),
+    st.booleans(),
     st.sampled_from([CPU.tile_scores, GPU.tile_scores]),
 )
 def test_tiles_cover_every_row_once_and_see_no_more_than_they_need(
-    new: int, old: int, heads: int, tile_scores: int
+    new: int, old: int, n: int, heads: int, causal: bool, tile_scores: int
 ) -> None:
-    tiles = split_into_tiles((1, heads, new, 8), old + new, tile_scores, causal=True)
+    """They are as few as their size allows, and of one size but for a row."""
+    tiles = split_into_tiles((n, heads, new, 8), old + new, tile_scores, causal=causal)
     edges = [0, *(tile.stop for tile in tiles)]
     assert [(tile.start, tile.stop) for tile in tiles] == list(pairwise(edges))
     assert edges[-1] == new
+    most = max(module.MIN_TILE_ROWS, tile_scores // (n * heads * (old + new)))
+    assert len(tiles) == math.ceil(new / most)
     for tile in tiles:
-        assert tile.num_keys == old + tile.stop
-        assert (
-            0
-            < tile.stop - tile.start
-            <= max(module.MIN_TILE_ROWS, tile_scores / heads / (old + new))
-        )
+        assert tile.num_keys == old + (tile.stop if causal else new)
+        assert tile.stop - tile.start in (new // len(tiles), math.ceil(new / len(tiles)))
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square(
@@ -158,11 +194,12 @@ def test_memory_grows_with_the_length_and_not_with_its_square(
         mx.eval(inputs)
         mx.clear_cache()
         mx.reset_peak_memory()
-        gradients(partial(our_attention, "causal"), inputs)
+        gradients(partial(our_attention, "causal", tile_scores=1), inputs)
         return mx.get_peak_memory() - mx.get_active_memory()
 
-    # A busy machine frees a tile's arrays later, and never sooner: the least of some runs.
-    assert min(peak(4096) for _ in range(4)) < 2.2 * min(peak(2048) for _ in range(4))
+    # A busy machine frees a tile's arrays later, and never sooner: the lesser of two runs. All
+    # scores would be sixteen times as many.
+    assert min(peak(2048) for _ in range(2)) < 6 * min(peak(512) for _ in range(2))
 
 
 def test_one_tile_takes_six_products_and_three_steps_of_the_softmax() -> None:
@@ -204,10 +241,11 @@ def test_layers_of_a_pass_share_the_arrays_of_its_mask(
 
 
 def test_a_mask_serves_layers_of_other_heads_and_dtypes() -> None:
-    """As in a model whose layers differ."""
+    """As in a model whose layers differ, and of other lengths."""
     mask = CausalMask()
-    for heads, dtype in [(4, mx.float32), (2, mx.float32), (4, mx.float16), (4, mx.float32)]:
-        q, k, v = (a.astype(dtype) for a in random_inputs((9, 4, heads, 2))[:3])
+    sizes = [(9, 4, 4, 2), (9, 4, 2, 2), (9, 3, 4, 2), (8, 5, 4, 2), (9, 4, 4, 2)]
+    for shape, dtype in product(sizes, [mx.float32, mx.float16]):
+        q, k, v = (a.astype(dtype) for a in random_inputs(shape)[:3])
         expected = our_attention("causal", q, k, v)
         np.testing.assert_array_equal(our_attention(mask, q, k, v), expected)
 

@@ -45,6 +45,31 @@ def _rope(x: np.ndarray, theta: float) -> np.ndarray:
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
+def attention_in_float64(
+    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float,
+    visible: np.ndarray | bool, sinks: Sequence[float] | None = None,
+) -> np.ndarray:  # fmt: skip
+    """softmax(scale · QKᵀ) V, head by head: [n, H, T, D], [n, K, S, D], [n, K, S, E] → [n, H, T, E].
+
+    visible: which scores count, of a shape that broadcasts to [n, H, T, S]. sinks: a score of each
+    head that has a share of the softmax and no value.
+    """
+    out = np.zeros((*queries.shape[:3], values.shape[-1]))
+    seen = np.broadcast_to(visible, (*queries.shape[:3], keys.shape[2]))
+    for n, head in np.ndindex(queries.shape[:2]):
+        kv_head = head * keys.shape[1] // queries.shape[1]
+        scores = np.where(seen[n, head], scale * queries[n, head] @ keys[n, kv_head].T, -np.inf)
+        least = scores.max(axis=-1, keepdims=True)
+        sink = np.zeros_like(least)
+        if sinks is not None:
+            least = np.maximum(least, sinks[head])
+            sink = np.exp(sinks[head] - least)
+        share = np.exp(scores - least)
+        share = share / (share.sum(axis=-1, keepdims=True) + sink)
+        out[n, head] = share @ values[n, kv_head]
+    return out
+
+
 def llama_logits(
     weights: Weights, tokens: Tokens, *, heads: int, kv_heads: int, rope_theta: float, eps: float,
     lora_scale: float,

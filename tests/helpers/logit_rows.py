@@ -82,8 +82,8 @@ def in_float64(inputs: Case) -> Expected:
 
 
 def assert_correct(outputs: tuple[mx.array, mx.array | None], inputs: Case) -> None:
-    """Assert that log p and gradient are those of float64, but for some roundings of float32 and the
-    one of storing the gradient, and that NaN and 0 are where they belong.
+    """Assert that log p and gradient are those of float64, but for some roundings of float32 and
+    the one of storing the gradient, and that NaN and 0 are where they belong.
 
     Rounding does not depend on how far a row is from 0: its max is subtracted first. tanh and exp
     of a GPU are off by up to five units in the last place, which a softcap multiplies.

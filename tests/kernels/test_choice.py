@@ -165,7 +165,7 @@ def test_a_kernel_that_does_not_run_is_an_error(
     def kernel(*_: object, **__: object) -> Outputs:
         raise error("no such function")
 
-    with pytest.raises(SimPOError, match="the Metal kernel .* does not run: no such function"):
+    with pytest.raises(SimPOError, match=r"the Metal kernel .* does not run: no such function"):
         checked(kernel)
 
 

@@ -199,7 +199,7 @@ def test_a_kernel_that_does_not_compile_is_an_error(
     stand_in_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_in_kernel("return {max_value,", "return {max_valve,", tmp_path, monkeypatch)
-    with pytest.raises(SimPOError, match="(?s)the Metal kernel .*does not run.*max_valve"):
+    with pytest.raises(SimPOError, match=r"(?s)the Metal kernel .*does not run.*max_valve"):
         choice.choose_implementation()
 
 

@@ -41,8 +41,8 @@ def test_inputs_under_eight_elements_are_constant() -> None:
     assert "source:7" in address_spaces(rows_signature(LOGSUMEXP, (1, 7)), LOGSUMEXP)
 
 
-# Of an address space that the pointer or the function does not expect; x and out are in device memory,
-# buf is in threadgroup memory, own is a thread's.
+# Of an address space that the pointer or the function does not expect; x and out are in device
+# memory, buf is in threadgroup memory, own is a thread's.
 WRONG = [
     "const float* q = x;",
     "threadgroup float* q = out;",
