@@ -1,6 +1,7 @@
 """The optimizer: torch's AdamW on the clipped gradient, and transformers' schedules."""
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,34 +15,50 @@ from mlx_simpo.training.trainer import train_steps
 PAIRS = encoded_pairs()
 
 
-def numpy_adamw(w: np.ndarray, gradients: list, rates: list[float], decay: float) -> np.ndarray:
+def numpy_adamw(
+    w: np.ndarray, gradients: list, rates: list[float], options: TrainConfig
+) -> np.ndarray:
     """torch.optim.AdamW's update in float64 (Loshchilov and Hutter, algorithm 2)."""
+    b1, b2 = options.adam_beta1, options.adam_beta2
     m, v, w = np.zeros_like(w), np.zeros_like(w), w.astype(np.float64)
     for step, (g, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
-        w = w * (1 - rate * decay)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        w -= rate * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        w = w * (1 - rate * options.weight_decay)
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        w -= rate * (m / (1 - b1**step)) / (np.sqrt(v / (1 - b2**step)) + options.adam_epsilon)
     return w
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_updates_are_adamw_on_the_clipped_gradient(decay: float) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_grad_norm": 0.5},  # torch's defaults
+        {"max_grad_norm": 0.5, "weight_decay": 0.1},
+        # Beside this epsilon a gradient's size counts, and so does how far it was clipped.
+        {"max_grad_norm": 0.25, "adam_beta1": 0.6, "adam_beta2": 0.8, "adam_epsilon": 0.05},
+        {"max_grad_norm": None, "adam_epsilon": 0.05},
+        {"max_grad_norm": 1e6, "adam_epsilon": 0.05},
+    ],
+    ids=str,
+)
+def test_updates_are_adamw_on_the_clipped_gradient(settings: dict[str, Any]) -> None:
     """Three steps, replayed in NumPy with the gradients at each step's weights."""
-    config = step_config(steps=3, batch_size=11, weight_decay=decay, max_grad_norm=0.5)
+    config = step_config(steps=3, batch_size=11, **settings)
     model, replay = model_with_lora(), model_with_lora()
     start, clipped, rates = weights(model), [], []
+    limit = math.inf if config.train.max_grad_norm is None else config.train.max_grad_norm
     for step in train_steps(model, PAIRS, config):
         gradients = loss_and_gradients(replay, [PAIRS])
         gradients.pop("loss")
         norm = math.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values()))
         assert step.metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
-        assert norm > 0.5  # so that the gradient is clipped
-        clipped.append({n: g.astype(np.float64) * 0.5 / norm for n, g in gradients.items()})
+        assert norm > 1  # so that small limits clip, and no limit is not one of 1
+        factor = min(1.0, limit / norm)
+        clipped.append({n: g.astype(np.float64) * factor for n, g in gradients.items()})
         rates.append(step.metrics["learning_rate"])
         replay.update(model.trainable_parameters())
     assert rates[0] == 0 < rates[1]  # the warm-up begins at 0, as in transformers
     for name, value in weights(model).items():
-        expected = numpy_adamw(start[name], [g[name] for g in clipped], rates, decay)
+        expected = numpy_adamw(start[name], [g[name] for g in clipped], rates, config.train)
         np.testing.assert_allclose(value, expected, atol=3e-7, err_msg=name)
 
 
