@@ -49,7 +49,7 @@ def attention_in_float64(
     queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float,
     visible: np.ndarray | bool, sinks: Sequence[float] | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """softmax(scale · QKᵀ) V, head by head: [n, H, T, D], [n, K, S, D], [n, K, S, E] → [n, H, T, E].
+    """softmax(scale · QKᵀ) V, head by head: [n, H, T, D], [n, K, S, D], [n, K, S, E] → [n, H, T, E]
 
     visible: which scores count, of a shape that broadcasts to [n, H, T, S]. sinks: a score of each
     head that has a share of the softmax and no value.
