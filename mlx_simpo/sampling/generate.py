@@ -39,11 +39,8 @@ class Response:
 
     def as_dict(self) -> dict[str, Any]:
         """Return text, number of tokens and reason of the end as JSON values."""
-        return {
-            "text": self.text,
-            "tokens": len(self.tokens),
-            "finish_reason": self.finish_reason,
-        }
+        counted = {"text": self.text, "tokens": len(self.tokens)}
+        return counted | {"finish_reason": self.finish_reason}
 
 
 class Part(NamedTuple):

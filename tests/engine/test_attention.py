@@ -87,8 +87,8 @@ def test_value_and_gradient(
     monkeypatch.setattr(module, "MIN_TILE_ROWS", rows)
     new, old = shape[:2]
     mask, inputs = make_mask(kind, new, old), random_inputs(shape)
-    wide = [np.array(a, np.float64) for a in inputs[:3]]
-    expected = attention_in_float64(*wide, SCALE, visible_keys(kind, new, old))
+    q64, k64, v64 = (np.array(a, np.float64) for a in inputs[:3])
+    expected = attention_in_float64(q64, k64, v64, SCALE, visible_keys(kind, new, old))
 
     def run(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return our_attention(mask, q, k, v, tile_scores=1)
@@ -110,8 +110,8 @@ def test_scores_far_from_zero(level: float, kind: str) -> None:
     queries, keys, values = ((4 * a).round() / 4 for a in inputs[:3])
     queries[..., 0], keys[..., 0] = 1.0, 4 * level
     keys[:, :, -1, 0] = 4 * level + 2e4  # only the last query sees it
-    wide = [np.array(a, np.float64) for a in (queries, keys, values)]
-    expected = attention_in_float64(*wide, 0.25, visible_keys(kind, new, old))
+    q64, k64, v64 = (np.array(a, np.float64) for a in (queries, keys, values))
+    expected = attention_in_float64(q64, k64, v64, 0.25, visible_keys(kind, new, old))
     mask = make_mask(kind, new, old)
     run = partial(attention, scale=0.25, mask=mask)
     np.testing.assert_allclose(run(queries, keys, values), expected, atol=2e-6)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from clang.cindex import Cursor, CursorKind, TranslationUnit
 
@@ -18,7 +19,8 @@ CONSTRUCTORS = re.compile(
     \s* \( (?=[^)])""",
     re.VERBOSE,
 )
-CASTS = (CursorKind.CSTYLE_CAST_EXPR, CursorKind.CXX_FUNCTIONAL_CAST_EXPR)
+Kind: Any = CursorKind  # its members are created at run time
+CASTS = (Kind.CSTYLE_CAST_EXPR, Kind.CXX_FUNCTIONAL_CAST_EXPR)
 
 
 def address_spaces(kernel_signature: Signature, source: str, header: str = "") -> str:
@@ -46,7 +48,7 @@ def _with_checked_casts(text: str, unit: TranslationUnit) -> str:
         opening = code[start:inside].strip()
         if start > kernel_end:
             break
-        if cast.kind == CursorKind.CSTYLE_CAST_EXPR:
+        if cast.kind == Kind.CSTYLE_CAST_EXPR:
             changes += [(start, inside, _call(opening[1:-1]) + b"("), (end, end, b")")]
         elif opening.endswith(b"("):
             changes.append((start, inside, _call(opening[:-1]) + b"("))
@@ -71,5 +73,5 @@ def _casts(cursor: Cursor) -> Iterator[Cursor]:
 def _is_dependent_cast(cursor: Cursor) -> bool:
     """T(value) in a template, which Clang takes for a call."""
     kinds = [child.kind for child in cursor.get_children()]
-    is_call = cursor.kind == CursorKind.CALL_EXPR
-    return is_call and len(kinds) == 2 and kinds[0] == CursorKind.TYPE_REF
+    is_call = cursor.kind == Kind.CALL_EXPR
+    return is_call and len(kinds) == 2 and kinds[0] == Kind.TYPE_REF
