@@ -72,7 +72,8 @@ def weighted(weight: int) -> str:
 
 PATH = f"data.train={train(path='@/pairs.jsonl')}"
 VALID_PATH = f"data.valid={valid(path='@/valid.jsonl')}"
-VALID = "validation records, evaluated batches, evaluation before, result, evaluation after"
+EVALUATED = "validation records, evaluation before, result, evaluation after"
+VALID = f"{EVALUATED}, evaluated batches"
 SHARE = "records, sources, order, micro-batches, positions"
 PAIRS = f"{SHARE}, tokens"
 TOKENS = "tokens, validation tokens, evaluation before, result"
@@ -89,6 +90,7 @@ MORE_STEPS = "steps, checkpoints, evaluations"
 STOPPED = f"{MORE_STEPS}, stopped early"
 BETWEEN = "train.early_stopping.min_delta=0.26"
 CONSTANT = f"{STOPPING} train.learning_rate=1e-30"
+DRAWN = "order, micro-batches, positions, initial weights"
 MATRICES = "adapter, initial weights"
 # Otherwise gradients of any scale are clipped to the same norm.
 UNCLIPPED = "train.max_grad_norm=null"
@@ -108,7 +110,12 @@ CASES: dict[str, list[Case]] = {
         Case("float32", "model, warnings, rounding", "dtype=bfloat16"),
     ],
     "output": [Case("@/elsewhere", "output")],
-    "seed": [Case("7", "order, micro-batches, positions, initial weights, loss 1 …")],
+    "seed": [
+        Case("7", f"{DRAWN}, loss 1 …"),
+        Case("7", f"{DRAWN}, records, {EVALUATED}, loss 1 …", HELD),
+        Case("7", f"{DRAWN}, {EVALUATED}, validation tokens, loss 1 …", "data.valid_max=2"),
+        Case("7", f"{DRAWN}, records, loss 1 …", "data.max_samples=6"),
+    ],
     "data.train": [
         Case("@/other.jsonl", f"{PAIRS}, loss 1 …"),
         Case("null", "rejected:data.train"),
